@@ -1,0 +1,133 @@
+"""The command line: parses and dispatches, nothing else."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pals_jax import __version__
+from pals_jax.errors import UserError
+
+_CONFIG_HELP = "a file of configs/, with its argument; override any key with --config.KEY=VALUE"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 2 for a wrong input."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    overrides = [argument for argument in rest if argument.startswith("--config.")]
+    if unknown := [argument for argument in rest if argument not in overrides]:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    if overrides and not hasattr(args, "config"):
+        parser.error(f"{args.command} takes no configuration: {' '.join(overrides)}")
+    args.overrides = overrides
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"pals-jax: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read our output has seen enough
+        sys.stdout = None
+    except OSError as error:  # a full disk, a directory that may not be written
+        place = error.filename or "a file"
+        print(f"pals-jax: cannot read or write {place}: {error.strerror}.", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pals-jax", description="One encoder, many tasks.")
+    parser.add_argument("--version", action="version", version=f"pals-jax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train, or go on training, an experiment")
+    train.set_defaults(run=_train)
+    params = commands.add_parser("params", help="count the parameters of an experiment")
+    params.set_defaults(run=_params)
+    evaluate = commands.add_parser("evaluate", help="score the best checkpoint on the dev sets")
+    evaluate.set_defaults(run=_evaluate)
+    predict = commands.add_parser("predict", help="predict with the best checkpoint")
+    predict.set_defaults(run=_predict)
+
+    for command in (train, params):
+        command.add_argument("--config", required=True, metavar="FILE[:ARG]", help=_CONFIG_HELP)
+    for command in (train, evaluate, predict):
+        command.add_argument(
+            "--workdir", required=True, type=Path, metavar="DIR", help="the directory of the run"
+        )
+    for command in (params, evaluate, predict):
+        command.add_argument("--json", action="store_true", help="machine-readable, to stdout")
+
+    what = predict.add_mutually_exclusive_group(required=True)
+    what.add_argument("--task", metavar="NAME", help="the task to answer")
+    what.add_argument(
+        "--submission", type=Path, metavar="DIR", help="write the files for GLUE's server there"
+    )
+    predict.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="a TSV, CSV or JSONL file with the task's text columns; by default stdin, one example"
+        " a line: its texts separated by a tab, or a JSON object",
+    )
+    predict.add_argument(
+        "--fill-missing",
+        action="store_true",
+        help="with --submission: answer tasks that were not trained with their first label",
+    )
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    from pals_jax import config, train
+
+    train.train(config.load([f"--config={args.config}", *args.overrides]), args.workdir)
+
+
+def _params(args: argparse.Namespace) -> None:
+    from pals_jax import config, params
+    from pals_jax.experiment import Experiment
+
+    experiment = Experiment.from_config(config.load([f"--config={args.config}", *args.overrides]))
+    counts = params.count(experiment.model())
+    names = tuple(task.name for task in experiment.tasks)
+    if args.json:
+        print(json.dumps(counts.to_json()))
+    else:
+        _print(params.table(counts, experiment.config.method, names))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from pals_jax import evaluate
+    from pals_jax.run import Run
+
+    run = Run.load(args.workdir)
+    results = run.evaluate()
+    if args.json:
+        print(json.dumps({"step": run.step, "results": results}))
+    else:
+        _print(evaluate.table(run.experiment.tasks, results))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from pals_jax import predict
+    from pals_jax.run import Run
+
+    run = Run.load(args.workdir)
+    if args.submission:
+        path = predict.write_submission(run, args.submission, args.fill_missing)
+        print(json.dumps({"submission": str(path)}) if args.json else path)
+        return
+    task = run.task(args.task)
+    texts = predict.read_texts(task, args.input)
+    predict.write_records(predict.predict(run, task, texts), args.json, sys.stdout)
+
+
+def _print(table: object) -> None:
+    """For a person, on stderr: stdout is for machines."""
+    from rich.console import Console
+
+    Console(stderr=True).print(table)

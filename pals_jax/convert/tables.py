@@ -1,0 +1,148 @@
+"""Foreign checkpoints as tables of names: one way to read them, one way to write them."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from pals_jax.errors import UserError
+from pals_jax.models.bert import BertConfig
+from pals_jax.models.multitask import MultiTaskModel, init_variables
+
+Path = tuple[str, ...]
+Tensors = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One foreign tensor and its place in `variables`.
+
+    Attributes:
+        name: the tensor's foreign name.
+        path: the leaf, for example ("params", "encoder", "layers", "ffn", "output", "kernel").
+        index: the part of the leaf, for example (3,) for the fourth layer.
+        transpose: PyTorch keeps [out, in], Flax [in, out].
+    """
+
+    name: str
+    path: Path
+    index: tuple[int | slice, ...] = ()
+    transpose: bool = False
+
+
+def dense(name: str, path: Path, index: tuple[int | slice, ...] = ()) -> Iterator[Slot]:
+    """The two tensors of a `torch.nn.Linear`."""
+    yield Slot(f"{name}.weight", (*path, "kernel"), index, transpose=True)
+    yield Slot(f"{name}.bias", (*path, "bias"), index)
+
+
+def norm(name: str, path: Path, index: tuple[int | slice, ...] = ()) -> Iterator[Slot]:
+    """The two tensors of a layer norm."""
+    yield Slot(f"{name}.weight", (*path, "scale"), index)
+    yield Slot(f"{name}.bias", (*path, "bias"), index)
+
+
+def bert(config: BertConfig) -> Iterator[Slot]:
+    """The encoder under the names of Hugging Face's `BertModel`."""
+    root = ("params", "encoder")
+    embeddings = (*root, "embeddings")
+    for ours, theirs in (("word", "word"), ("position", "position"), ("token_type", "token_type")):
+        yield Slot(f"embeddings.{theirs}_embeddings.weight", (*embeddings, ours, "embedding"))
+    yield from norm("embeddings.LayerNorm", (*embeddings, "norm"))
+    layers = (*root, "layers")
+    for i in range(config.num_hidden_layers):
+        layer = f"encoder.layer.{i}"
+        for name in ("query", "key", "value"):
+            yield from dense(f"{layer}.attention.self.{name}", (*layers, "attention", name), (i,))
+        output = f"{layer}.attention.output"
+        yield from dense(f"{output}.dense", (*layers, "attention", "output"), (i,))
+        yield from norm(f"{output}.LayerNorm", (*layers, "attention_norm"), (i,))
+        yield from dense(f"{layer}.intermediate.dense", (*layers, "ffn", "intermediate"), (i,))
+        yield from dense(f"{layer}.output.dense", (*layers, "ffn", "output"), (i,))
+        yield from norm(f"{layer}.output.LayerNorm", (*layers, "ffn_norm"), (i,))
+    yield from dense("pooler.dense", (*root, "pooler", "dense"))
+
+
+def renamed(slots: Iterable[Slot], rename: Callable[[str], str]) -> Iterator[Slot]:
+    """The same places under other foreign names."""
+    return (dataclasses.replace(slot, name=rename(slot.name)) for slot in slots)
+
+
+def read(
+    model: MultiTaskModel,
+    slots: Iterable[Slot],
+    tensors: Tensors,
+    *,
+    source: str,
+    seed: int = 0,
+    may_lack: str = "$^",
+    may_ignore: str = "$^",
+) -> dict[str, Any]:
+    """The model's variables, float32, with every slot filled from `tensors`.
+
+    Several tensors may fill one place (copies of a shared matrix); they must then be equal. Leaves
+    that no tensor fills get random initial values.
+
+    Args:
+        model: the model.
+        slots: the table.
+        tensors: the foreign checkpoint.
+        source: what it is called in an error.
+        seed: of the initial values.
+        may_lack: pattern of the slots that the checkpoint may lack.
+        may_ignore: pattern of the tensors that no slot needs to take.
+
+    Raises:
+        UserError: lists every missing, unused, mis-shaped and contradictory tensor.
+    """
+    shapes = flatten_dict(jax.eval_shape(lambda: init_variables(model, jax.random.key(0))))
+    leaves = {path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items()}
+    filled: dict[tuple[Path, str], np.ndarray] = {}
+    problems = []
+    names = set()
+    for slot in slots:
+        names.add(slot.name)
+        if slot.name not in tensors:
+            if not re.match(may_lack, slot.name):
+                problems.append(f"missing {slot.name}")
+            continue
+        tensor = np.asarray(tensors[slot.name], np.float32)
+        tensor = tensor.T if slot.transpose else tensor
+        place = leaves[slot.path][slot.index]
+        if tensor.shape != place.shape:
+            wanted = place.shape[::-1] if slot.transpose else place.shape
+            problems.append(f"{slot.name} is {tensors[slot.name].shape} and not {wanted}")
+            continue
+        before = filled.setdefault((slot.path, str(slot.index)), tensor)
+        if not np.array_equal(before, tensor):
+            problems.append(f"{slot.name} differs from another copy of the same matrix")
+        leaves[slot.path][slot.index] = tensor
+    unused = sorted(name for name in set(tensors) - names if not re.match(may_ignore, name))
+    problems += [f"unused {name}" for name in unused]
+    if problems:
+        raise UserError(f"{source} does not fit the model: {'; '.join(problems)}.")
+    new = leaves.keys() - {path for path, _ in filled}
+    return unflatten_dict(jax.tree.map(jnp.asarray, leaves) | _initial(model, new, seed))
+
+
+def _initial(model: MultiTaskModel, paths: Iterable[Path], seed: int) -> dict[Path, jax.Array]:
+    """Random initial values of some leaves; only these are computed, which is most of the time."""
+
+    @jax.jit
+    def init(key: jax.Array) -> dict[Path, jax.Array]:
+        variables = flatten_dict(init_variables(model, key))
+        return {path: variables[path] for path in paths}
+
+    return init(jax.random.key(seed))
+
+
+def write(variables: Mapping[str, Any], slots: Iterable[Slot]) -> dict[str, np.ndarray]:
+    """The foreign tensors that the slots name, float32."""
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(variables).items()}
+    tensors = {slot.name: (leaves[slot.path][slot.index], slot) for slot in slots}
+    return {name: x.T if slot.transpose else x for name, (x, slot) in tensors.items()}

@@ -1,0 +1,83 @@
+"""The examples of a split, and how they are read from a file."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pals_jax.data.readers import Row, read_rows
+from pals_jax.data.tasks import Task
+from pals_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The N examples of one split, in the order of the file.
+
+    Attributes:
+        texts: one or two strings per example.
+        targets: float32 [N], class ids or regression labels rescaled to [0, 1]; None where the
+            split is unlabelled.
+    """
+
+    texts: list[tuple[str, ...]]
+    targets: np.ndarray | None
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.texts)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int64 [N], the index that a submission needs: in all GLUE test files the row number."""
+        return np.arange(len(self), dtype=np.int64)
+
+
+def check_split(task: Task, split: str) -> None:
+    """Raises UserError unless the task may have that split."""
+    if split not in task.splits:
+        raise UserError(
+            f"task {task.name} has no split {split!r}; its splits are {', '.join(task.splits)}."
+        )
+
+
+def read_examples(
+    path: Path,
+    task: Task,
+    *,
+    labelled: bool | None = None,
+    columns: Mapping[str, str] | None = None,
+    header: Sequence[str] | None = None,
+) -> Examples:
+    """Reads examples of a task from a TSV, CSV or JSONL file.
+
+    Args:
+        path: the file; its suffix tells the format.
+        task: gives the columns and the labels.
+        labelled: whether to read labels; None means if the first row has one.
+        columns: the file's own names of the task's columns, where they differ.
+        header: the file's columns, if it has no header line.
+
+    Raises:
+        UserError: see `readers.read_rows`; or a column is missing, a text is not a string, or a
+            label is not one of the task's.
+    """
+    own = columns or {}
+    label = own.get(task.label, task.label)
+    texts: list[tuple[str, ...]] = []
+    targets: list[float] = []
+    for row in read_rows(path, header):
+        texts.append(tuple(row.text(own.get(name, name)) for name in task.text))
+        if labelled is None:
+            labelled = row.values.get(label) is not None
+        if labelled:
+            targets.append(_target(row, label, task))
+    return Examples(texts, np.array(targets, np.float32) if labelled else None)
+
+
+def _target(row: Row, column: str, task: Task) -> float:
+    try:
+        return task.label_to_target(row.label(column))
+    except ValueError as error:
+        raise UserError(f"{row.where}: {error}, as task {task.name} needs.") from error

@@ -1,0 +1,150 @@
+"""What a task is, and the tasks of GLUE (Wang et al. 2019)."""
+
+import dataclasses
+import difflib
+import math
+
+import numpy as np
+
+from pals_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A text classification or regression task, wherever its data comes from.
+
+    Attributes:
+        name: for example "mrpc".
+        text: the names of its one or two text columns.
+        label: the name of its label column.
+        labels: the class names in the order of their ids; empty for regression.
+        label_range: regression only: the labels that become the targets 0 and 1.
+        metrics: names of metrics; the first is the task's score.
+        eval_splits: the labelled splits on which it is evaluated.
+        test_splits: the splits to predict; their labels are usually secret.
+        head: for a diagnostic set without training data, the task whose head answers it.
+    """
+
+    name: str
+    text: tuple[str, ...]
+    label: str = "label"
+    labels: tuple[str, ...] = ()
+    label_range: tuple[float, float] | None = None
+    metrics: tuple[str, ...] = ()
+    eval_splits: tuple[str, ...] = ("dev",)
+    test_splits: tuple[str, ...] = ("test",)
+    head: str | None = None
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the target is a number rather than a class."""
+        return not self.labels
+
+    @property
+    def num_outputs(self) -> int:
+        """The width of its head: the number of classes, or 1 for regression."""
+        return len(self.labels) or 1
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """All splits it may have, "train" first."""
+        train = ("train",) if self.head is None else ()
+        return (*train, *self.eval_splits, *self.test_splits)
+
+    def label_to_target(self, label: str | float) -> float:
+        """What the model is trained on: a class id, or the label rescaled to [0, 1].
+
+        STS-B, 0 to 5, is thus divided by 5 as in the code of Stickland & Murray (2019). A number is
+        rounded to float32 before, as some sources hold it, so that all give the same target.
+
+        Raises:
+            ValueError: the label is not in the list, or not a finite number.
+        """
+        if not self.is_regression:
+            if str(label) not in self.labels:
+                raise ValueError(f"label {str(label)!r} is not one of {', '.join(self.labels)}")
+            return float(self.labels.index(str(label)))
+        low, high = self._range
+        return (float(np.float32(to_number(label))) - low) / (high - low)
+
+    def target_to_label(self, target: float) -> str | float:
+        """The label of a class id, or of a regression output, which is clipped to [0, 1]."""
+        if not self.is_regression:
+            return self.labels[int(target)]
+        low, high = self._range
+        return low + min(max(float(target), 0.0), 1.0) * (high - low)
+
+    @property
+    def _range(self) -> tuple[float, float]:
+        if self.label_range is None:
+            raise TypeError(f"the regression task {self.name} was declared without a label_range")
+        return self.label_range
+
+
+def to_number(label: str | float) -> float:
+    """A regression label as a number.
+
+    Raises:
+        ValueError: it is not a finite number.
+    """
+    try:
+        number = float(label)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"label {label!r} is not a finite number")
+    return number
+
+
+_SENTENCES = ("sentence1", "sentence2")
+_BINARY = ("0", "1")
+_NLI = ("entailment", "neutral", "contradiction")
+
+# Columns as in TFDS, class ids in its order, class names as the submission server wants them.
+GLUE: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("cola", ("sentence",), labels=_BINARY, metrics=("matthews",)),
+        Task("sst2", ("sentence",), labels=_BINARY, metrics=("accuracy",)),
+        Task("mrpc", _SENTENCES, labels=_BINARY, metrics=("f1", "accuracy")),
+        Task("stsb", _SENTENCES, label_range=(0.0, 5.0), metrics=("pearson", "spearman")),
+        Task("qqp", ("question1", "question2"), labels=_BINARY, metrics=("f1", "accuracy")),
+        Task(
+            "mnli",
+            ("premise", "hypothesis"),
+            labels=_NLI,
+            metrics=("accuracy",),
+            eval_splits=("dev_matched", "dev_mismatched"),
+            test_splits=("test_matched", "test_mismatched"),
+        ),
+        Task(
+            "qnli",
+            ("question", "sentence"),
+            labels=("entailment", "not_entailment"),
+            metrics=("accuracy",),
+        ),
+        Task("rte", _SENTENCES, labels=("entailment", "not_entailment"), metrics=("accuracy",)),
+        Task("wnli", _SENTENCES, labels=_BINARY, metrics=("accuracy",)),
+        Task(
+            "ax",
+            ("premise", "hypothesis"),
+            labels=_NLI,
+            metrics=("matthews",),
+            eval_splits=(),
+            head="mnli",
+        ),
+    )
+}
+
+
+def glue_task(name: str) -> Task:
+    """The GLUE task of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name in GLUE:
+        return GLUE[name]
+    near = difflib.get_close_matches(name.lower().replace("-", ""), GLUE)
+    hint = f"; did you mean {' or '.join(near)}?" if near else f"; known are {', '.join(GLUE)}."
+    raise UserError(f"there is no task {name!r}{hint}")

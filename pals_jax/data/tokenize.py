@@ -1,0 +1,196 @@
+"""Examples as token ids, computed once and kept on disk."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from pals_jax.data.examples import Examples
+from pals_jax.errors import UserError
+
+_FORMAT = 1  # of the cache; to be raised when its content changes meaning
+_BATCH = 1000  # examples per call of the tokenizer, to bound memory
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedSplit:
+    """N examples, each as `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]` or its like.
+
+    The arrays are memory-mapped when they come from the cache.
+
+    Attributes:
+        tokens: int32 [sum of lengths], all examples end to end.
+        offsets: int64 [N + 1]; example i is `tokens[offsets[i] : offsets[i + 1]]`.
+        first: int32 [N], the number of leading tokens of type 0; those after them are of type 1.
+        targets: float32 [N], class ids or rescaled regression labels; NaN where unlabelled.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    first: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.first)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N], tokens per example, special tokens included."""
+        return np.diff(self.offsets)
+
+    def save(self, directory: Path) -> None:
+        """Writes one `.npy` file per array into a new directory."""
+        directory.mkdir()
+        for field in dataclasses.fields(self):
+            np.save(directory / f"{field.name}.npy", getattr(self, field.name))
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Maps what `save` wrote into memory."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(np.load(directory / f"{name}.npy", mmap_mode="r") for name in names))
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a checkpoint.
+
+    Args:
+        name: a directory, which is then read without a network; or an id on the hub.
+
+    Raises:
+        UserError: there is none, or it is not a fast one.
+    """
+    local = Path(name).is_dir()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name), local_files_only=local)
+    except Exception as error:  # of many kinds, from the hub, the file system and the parsers
+        hint = "" if local else ", which is no directory, nor can it be had from the hub"
+        raise UserError(f"there is no usable tokenizer in {name}{hint}.") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"the tokenizer of {name} is not a fast one; a tokenizer.json is needed.")
+    # Without any vocabulary, transformers makes up an empty one where config.json names the model.
+    vocabularies = type(tokenizer).vocab_files_names.values()
+    if local and not any((Path(name) / file).is_file() for file in vocabularies):
+        raise UserError(f"there is no tokenizer in {name}; it needs {' or '.join(vocabularies)}.")
+    return tokenizer
+
+
+def encode(
+    examples: Examples, tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> TokenizedSplit:
+    """The tokens of examples, as the tokenizer's own `__call__` gives them.
+
+    A pair too long is cut from the end of its longer text, token by token, as in BERT's own code.
+    There is one difference: where the room is odd and both texts pass its half, that code gives
+    the odd token to the first text, but `tokenizers` to the longer, or to the second of two equals.
+
+    Args:
+        examples: N examples.
+        tokenizer: the checkpoint's.
+        max_length: of an example in tokens, special tokens included.
+
+    Raises:
+        UserError: `max_length` leaves no room for text.
+    """
+    return _encode(examples, _backend(examples, tokenizer, max_length))
+
+
+def tokenize_split(
+    examples: Examples, tokenizer: PreTrainedTokenizerFast, max_length: int, cache_dir: Path
+) -> TokenizedSplit:
+    """As `encode`, but from the cache if it is there, and into it if not.
+
+    The cache is a directory per split, named by a hash of texts, targets, tokenizer and length.
+    It is built aside and then renamed: any number of processes may build it at once, and one that
+    is killed leaves nothing but a folder `building-*`, which is never read.
+
+    Raises:
+        UserError: see `encode`; or the cache cannot be written.
+    """
+    backend = _backend(examples, tokenizer, max_length)
+    directory = Path(cache_dir) / _key(examples, backend)
+    if not directory.is_dir():
+        split = _encode(examples, backend)
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            _save_atomically(split, directory)
+        except OSError as error:
+            raise UserError(f"cannot write the cache {cache_dir}: {error}.") from error
+    return TokenizedSplit.load(directory)
+
+
+def _backend(examples: Examples, tokenizer: PreTrainedTokenizerFast, max_length: int) -> Tokenizer:
+    """A copy that truncates and does not pad, whatever the tokenizer was last used for."""
+    parts = max(map(len, examples.texts), default=1)
+    needed = tokenizer.num_special_tokens_to_add(pair=parts == 2) + parts
+    if max_length < needed:
+        raise UserError(
+            f"a maximum length of {max_length} tokens is too small: the special tokens and one"
+            f" token of each text need {needed}."
+        )
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    backend.no_padding()
+    backend.enable_truncation(max_length, direction=tokenizer.truncation_side)
+    return backend
+
+
+def _encode(examples: Examples, backend: Tokenizer) -> TokenizedSplit:
+    tokens = [np.zeros(0, np.int32)]
+    lengths, first = [0], []
+    for encoding in _encodings(examples.texts, backend):
+        tokens.append(np.array(encoding.ids, np.int32))
+        lengths.append(len(encoding.ids))
+        first.append(encoding.type_ids.count(0))
+    return TokenizedSplit(
+        tokens=np.concatenate(tokens),
+        offsets=np.cumsum(lengths, dtype=np.int64),
+        first=np.array(first, np.int32),
+        targets=_targets(examples),
+    )
+
+
+def _encodings(texts: list[tuple[str, ...]], backend: Tokenizer) -> Iterator[Encoding]:
+    # Shown where someone watches, and only if it takes a while.
+    bar = tqdm(total=len(texts), desc="tokenizing", disable=None, delay=1, leave=False)
+    with bar:
+        for begin in range(0, len(texts), _BATCH):
+            batch = texts[begin : begin + _BATCH]
+            yield from backend.encode_batch_fast([t[0] if len(t) == 1 else t for t in batch])
+            bar.update(len(batch))
+
+
+def _targets(examples: Examples) -> np.ndarray:
+    if examples.targets is None:
+        return np.full(len(examples), np.nan, np.float32)
+    return examples.targets
+
+
+def _key(examples: Examples, backend: Tokenizer) -> str:
+    digest = hashlib.sha256()
+    parts = (_FORMAT, backend.to_str(), backend.encode_special_tokens)
+    for part in itertools.chain(parts, examples.texts):
+        digest.update(json.dumps(part).encode() + b"\n")
+    digest.update(_targets(examples).tobytes())
+    return digest.hexdigest()
+
+
+def _save_atomically(split: TokenizedSplit, directory: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="building-", dir=directory.parent) as aside:
+        built = Path(aside) / directory.name
+        split.save(built)
+        try:
+            built.rename(directory)
+        except OSError:
+            if not directory.is_dir():  # else another process was first, with the same content
+                raise

@@ -1,0 +1,93 @@
+"""Evaluation: every task, the whole of each dev set, the papers' metrics."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from pals_jax import metrics
+from pals_jax.data.batches import eval_batches
+from pals_jax.data.tasks import Task
+from pals_jax.data.tokenize import TokenizedSplit
+from pals_jax.errors import UserError
+from pals_jax.experiment import Experiment
+from pals_jax.step import make_eval_step
+
+Results = dict[str, dict[str, dict[str, float]]]  # task -> split -> metric
+Splits = Mapping[str, Mapping[str, TokenizedSplit]]  # task -> split
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """The compiled evaluation step of an experiment, and what is built on it."""
+
+    experiment: Experiment
+
+    @functools.cached_property
+    def eval_step(self) -> Callable[..., jax.Array]:
+        """`step.make_eval_step`, jitted: one compilation for each padded length."""
+        return jax.jit(make_eval_step(self.experiment.model()))
+
+    def logits(self, variables: Any, task: Task, split: TokenizedSplit) -> np.ndarray:
+        """Logits float32 [N, C_task] of every example, in the split's order."""
+        config = self.experiment.config
+        task_id = self.experiment.tasks.index(task)
+        out = np.empty((len(split), task.num_outputs), np.float32)
+        batches = eval_batches(split, task_id, config.eval_batch_size, config.data.max_length)
+        for batch, indices in batches:
+            rows = np.asarray(self.eval_step(variables, batch))
+            out[indices] = rows[: len(indices), : task.num_outputs]
+        if not np.isfinite(out).all():
+            raise UserError(
+                f"task {task.name}: the model's outputs are not finite; the training has diverged,"
+                " lower optimizer.learning_rate."
+            )
+        return out
+
+    def evaluate(self, variables: Any, splits: Splits) -> Results:
+        """The metrics of every task on each of its splits, over the whole split at once."""
+        return {
+            task.name: {
+                name: metrics.compute(
+                    task.metrics, decide(task, self.logits(variables, task, split)), split.targets
+                )
+                for name, split in splits[task.name].items()
+            }
+            for task in self.experiment.tasks
+        }
+
+    def score(self, results: Results) -> float:
+        """What the best checkpoint is chosen by: see `metrics.selection_score`."""
+        named = {task.name: task.metrics for task in self.experiment.tasks}
+        return metrics.selection_score(named, results)
+
+
+def decide(task: Task, logits: np.ndarray) -> np.ndarray:
+    """The predictions [N]: class ids, or regression values clipped to [0, 1]."""
+    return np.clip(logits[:, 0], 0.0, 1.0) if task.is_regression else logits.argmax(-1)
+
+
+def table(tasks: Sequence[Task], results: Results, baselines: Results | None = None) -> Table:
+    """Results for a person, x 100, beside those of the majority baseline where they are given."""
+    rows = Table(title="dev scores (x 100)", title_justify="left")
+    for name in ("task", "split", "metric"):
+        rows.add_column(name)
+    rows.add_column("score", justify="right")
+    if baselines:
+        rows.add_column("majority", justify="right")
+    for task in tasks:
+        for split, scores in results[task.name].items():
+            for metric, score in scores.items():
+                cells = [task.name, split, metric, f"{100 * score:.1f}"]
+                if baselines:
+                    cells.append(f"{100 * baselines[task.name][split][metric]:.1f}")
+                rows.add_row(*cells)
+    average = metrics.pals_average(results)
+    if average is not None:
+        rows.add_section()
+        rows.add_row("average of nine", "", "as in BERT and PALs", f"{average:.1f}")
+    return rows

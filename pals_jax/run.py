@@ -1,0 +1,69 @@
+"""A run that has been evaluated at least once: all that its workdir holds, ready to be used."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from transformers import PreTrainedTokenizerFast
+
+from pals_jax.checkpoint import restore_best
+from pals_jax.data.tasks import Task
+from pals_jax.data.tokenize import load_tokenizer
+from pals_jax.errors import UserError
+from pals_jax.evaluate import Evaluator, Results
+from pals_jax.experiment import Experiment
+from pals_jax.models.multitask import init_variables
+
+TOKENIZER = "tokenizer"  # its folder in the workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The best checkpoint with what is needed to use it.
+
+    Attributes:
+        experiment: what the run is about.
+        tokenizer: the encoder's.
+        evaluator: the compiled evaluation.
+        step: of the checkpoint.
+        variables: its {"params", "adapters"}.
+    """
+
+    experiment: Experiment
+    tokenizer: PreTrainedTokenizerFast
+    evaluator: Evaluator
+    step: int
+    variables: Any
+
+    @classmethod
+    def load(cls, workdir: Path) -> "Run":
+        """The best checkpoint of a workdir.
+
+        Raises:
+            UserError: there is no run, or nothing to evaluate yet, or it is damaged.
+        """
+        experiment = Experiment.load(workdir)
+        model = experiment.model()
+        shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+        step, variables = restore_best(workdir, shapes)
+        tokenizer = load_tokenizer(workdir / TOKENIZER)
+        return cls(experiment, tokenizer, Evaluator(experiment), step, variables)
+
+    def task(self, name: str) -> Task:
+        """The run's task of that name.
+
+        Raises:
+            UserError: it has none.
+        """
+        for task in self.experiment.tasks:
+            if task.name == name:
+                return task
+        known = ", ".join(task.name for task in self.experiment.tasks)
+        raise UserError(f"the run has no task {name!r}; its tasks are {known}.")
+
+    def evaluate(self) -> Results:
+        """The dev results of every task."""
+        tasks = self.experiment.tasks
+        splits = {task.name: self.experiment.read_eval(task, self.tokenizer) for task in tasks}
+        return self.evaluator.evaluate(self.variables, splits)

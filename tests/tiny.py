@@ -1,0 +1,158 @@
+"""A model, batches and training steps small enough that a test is mostly compilation."""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from pals_jax.models import methods
+from pals_jax.models.bert import BertConfig
+from pals_jax.models.forms import Context
+from pals_jax.models.multitask import MultiTaskModel, init_variables
+from pals_jax.optim import make_optimizer
+from pals_jax.step import create_state, make_train_step
+
+NUM_OUTPUTS = (2, 1, 3)  # two classes, regression, three classes
+TOTAL_STEPS = 10
+
+# Every method at a size that fits the tiny encoder (12 wide).
+METHODS = {
+    "pals": methods.pals(size=6, heads=3),
+    "pals, V not shared": methods.pals(size=6, heads=3, shared=False),
+    "low_rank": methods.low_rank(size=5),
+}
+
+
+def config(**changes: Any) -> BertConfig:
+    """A tiny architecture without dropout, save for `changes`."""
+    sizes = {
+        "vocab_size": 31,
+        "hidden_size": 12,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "intermediate_size": 20,
+        "max_position_embeddings": 9,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return BertConfig(**sizes | changes)
+
+
+def variables(model: MultiTaskModel, seed: int = 0) -> Any:
+    """Random values on the scale of 1 in every leaf, biases and layer norms too."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: Any) -> Any:
+        values = rng.normal(0.0, 0.3, leaf.shape) + (path[-1].key == "scale")
+        return jnp.asarray(values, leaf.dtype)
+
+    shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def inputs(seed: int = 0, rows: int = 4, length: int = 7) -> dict[str, np.ndarray]:
+    """Token arrays [B, L] with token types, whose rows end in different amounts of padding."""
+    rng = np.random.default_rng(seed)
+    lengths = length - np.arange(rows) % (length - 1)
+    mask = np.arange(length) < lengths[:, None]
+    return {
+        "input_ids": rng.integers(1, 31, (rows, length), dtype=np.int32),
+        "token_type_ids": rng.integers(0, 2, (rows, length), dtype=np.int32),
+        "attention_mask": mask.astype(np.int32),
+    }
+
+
+def batch(task_ids: Any, seed: int = 0, rows: int = 4) -> dict[str, np.ndarray]:
+    """A training batch; its targets are class 0 or 1, valid for every task."""
+    targets = np.random.default_rng(seed).integers(0, 2, rows).astype(np.float32)
+    return inputs(seed, rows) | {
+        "task_ids": np.asarray(task_ids, np.int32),
+        "targets": targets,
+        "weights": np.ones(rows, np.float32),
+    }
+
+
+class Probe:
+    """A form without parameters that adds nothing and keeps what it is shown.
+
+    Under `jax.disable_jit`, which makes the scan over layers a loop, `seen` holds real values.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, Context]] = []
+
+    def parameters(self, hidden_size: int) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, theta: Any, x: Any, context: Context) -> Any:
+        self.seen.append((x, context))
+        return jnp.zeros_like(x)
+
+
+def optimizer_config(name: str = "adamw", **changes: Any) -> ConfigDict:
+    """`config.optimizer` of an experiment."""
+    values = {
+        "name": name,
+        "schedule": "bert",
+        "learning_rate": 1e-3,
+        "warmup": 0.3,
+        "weight_decay": 0.01,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-6,
+        "clip": 1.0,
+    }
+    return ConfigDict(values | changes)
+
+
+def recording(
+    optimizer: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """`optimizer`, with the last gradients beside its state: opt_state is (state, gradients)."""
+
+    def init(params: Any) -> Any:
+        return optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
+
+    def update(grads: Any, state: Any, params: Any, **extra: Any) -> Any:
+        updates, inner = optimizer.update(grads, state[0], params, **extra)
+        return updates, (inner, grads)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def training(
+    model: MultiTaskModel, rules: tuple[str, ...] = ("params/", "adapters/"), **changes: Any
+) -> tuple[Any, Any]:
+    """A jitted training step whose opt_state also holds the gradients, and its first state."""
+    optimizer, _ = make_optimizer(
+        optimizer_config(**changes), len(model.num_outputs), total_steps=TOTAL_STEPS
+    )
+    optimizer = recording(optimizer)
+    state = create_state(variables(model), rules, optimizer)
+    return jax.jit(make_train_step(model, optimizer, seed=0)), state
+
+
+@cache
+def pals_training() -> tuple[Any, Any]:
+    """`training` of everything with PALs, compiled once for all tests."""
+    return training(MultiTaskModel(config(), NUM_OUTPUTS, METHODS["pals"]))
+
+
+def rows(tree: Any, task: int) -> Any:
+    """One task's rows, as NumPy arrays, of a tree whose leaves lead with a task axis."""
+    return jax.tree.map(lambda x: np.asarray(x)[task], tree)
+
+
+def assert_same(actual: Any, desired: Any) -> None:
+    """Two trees are equal, bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, actual, desired)
+
+
+def moved(before: Any, after: Any) -> list[bool]:
+    """For each leaf, whether any of its entries changed."""
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return [bool((np.asarray(a) != np.asarray(b)).any()) for a, b in pairs]
