@@ -32,8 +32,8 @@ def main() -> None:
 
     rows: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     multiples = {}
-    for method in METHODS:
-        for seed in SEEDS:
+    for seed in SEEDS:
+        for method in METHODS:
             config = load(
                 [
                     f"--config={CONFIG}:{method}",

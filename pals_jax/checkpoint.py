@@ -1,5 +1,7 @@
 """Checkpoints of a run: the newest ones, to go on from, and the best one, to use."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from pals_jax.errors import UserError
 Tree = Any
 
 _KEPT = 2  # a newest checkpoint and the one before
+_DIGESTS = "sha256.json"  # in each checkpoint: the digest of every file that Orbax wrote
 
 
 class Checkpoints:
@@ -24,6 +27,7 @@ class Checkpoints:
     def save(self, step: int, state: Tree) -> None:
         """Writes `state` as the newest checkpoint, atomically."""
         self._newest.save(step, args=ocp.args.StandardSave(state))
+        _seal(self._newest, step)
 
     def save_best(self, step: int, variables: Tree, score: float) -> None:
         """Keeps `variables` if no earlier score is as high."""
@@ -31,6 +35,7 @@ class Checkpoints:
         if best is None or score > self._best.metrics(best)["score"]:
             args = ocp.args.StandardSave(variables)
             self._best.save(step, args=args, metrics={"score": float(score)})
+            _seal(self._best, step)
 
     def restore(self, state: Tree) -> Tree:
         """The newest checkpoint in the shapes of `state`, or `state` itself where there is none.
@@ -84,6 +89,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: Tree) -> Tree:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     try:
+        _check_seal(manager, step)
         return manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(target, like)))
     except Exception as error:  # Orbax and its storage raise many kinds for a damaged file
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -92,3 +98,34 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: Tree) -> Tree:
             f" model ({reason}); train in another workdir, or go on from an earlier checkpoint by"
             " removing this one."
         ) from error
+
+
+def _seal(manager: ocp.CheckpointManager, step: int) -> None:
+    """Writes down what the files of a checkpoint are, so that damage is seen before it is read.
+
+    Orbax checks no digests, and leaves reads running when one fails. A run killed before this is
+    done leaves a checkpoint without a seal, which is read all the same.
+    """
+    directory = Path(manager.directory / str(step))
+    part = directory / f"{_DIGESTS}.part"
+    part.write_text(json.dumps(_digests(directory)))
+    part.rename(directory / _DIGESTS)
+
+
+def _check_seal(manager: ocp.CheckpointManager, step: int) -> None:
+    directory = Path(manager.directory / str(step))
+    if not (directory / _DIGESTS).exists():
+        return
+    written, found = json.loads((directory / _DIGESTS).read_text()), _digests(directory)
+    if wrong := [name for name in written if found.get(name) != written[name]]:
+        raise ValueError(f"{wrong[0]} is not as it was written")
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    digests = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and not path.name.startswith(_DIGESTS):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[str(path.relative_to(directory))] = digest
+    return digests

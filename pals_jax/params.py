@@ -60,7 +60,7 @@ def count(model: MultiTaskModel) -> Counts:
     def size(tree: Any) -> int:
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
-    adapters = {a.name: size(shapes["adapters"][a.name]) // num_tasks for a in model.adapters}
+    adapters = {a.name: size(shapes["adapters"][a.name]) // num_tasks for a in model.method}
     heads = tuple((model.config.hidden_size + 1) * outputs for outputs in model.num_outputs)
     return Counts(size(shapes["params"]), adapters, heads)
 

@@ -67,7 +67,7 @@ def reference(model: MultiTaskModel, variables: Any, task: int) -> np.ndarray:
     mask = INPUTS["attention_mask"] > 0
 
     def at(site: str, state: np.ndarray, block_input: np.ndarray) -> np.ndarray:
-        for adapter in model.adapters:
+        for adapter in model.method:
             carriers = adapter.layer_indices(config.num_hidden_layers)
             if adapter.site == site and i in carriers:
                 own = tiny.rows(thetas[adapter.name].get("layers", {}), carriers.index(i))

@@ -113,7 +113,7 @@ def check_parity(folder: Path, rows: int = 3, length: int | None = None) -> None
     @jax.jit
     def ours(variables, arrays):
         hidden = model.apply(variables, **arrays, task_ids=0, method="encode")
-        return hidden, model.apply(variables, hidden, method="pool")
+        return hidden, model.apply(variables, hidden, 0, method="pool")
 
     hidden, pooled = ours(variables, arrays)
     # The bound is absolute, so it means something only on activations on the scale of 1.
@@ -176,7 +176,7 @@ def test_what_belongs_to_tasks_is_new_and_seeded(smallest: Path) -> None:
         from_huggingface(smallest, method, (3, 1), seed=seed) for seed in (0, 1)
     )
     assert model.num_outputs == (3, 1)
-    assert model.adapters == method
+    assert model.method == method
     assert one["adapters"]["low_rank"]["layers"]["down"]["kernel"].shape == (2, 1, 6, 5)
     tiny.assert_same(one["params"], other["params"])
     down = [x["adapters"]["low_rank"]["layers"]["down"]["kernel"] for x in (one, other)]

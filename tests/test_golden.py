@@ -68,7 +68,7 @@ def test_outputs(golden: SimpleNamespace) -> None:
     @jax.jit
     def outputs(variables, ids, types, mask, task):
         hidden = golden.model.apply(variables, ids, types, mask, task, method="encode")
-        pooled = golden.model.apply(variables, hidden, method="pool")
+        pooled = golden.model.apply(variables, hidden, task, method="pool")
         return hidden, pooled, golden.model.apply(variables, ids, types, mask, task)
 
     for task in TASKS:

@@ -45,7 +45,7 @@ def to_bert_n_pals(model: MultiTaskModel, variables: Mapping[str, Any]) -> dict[
         UserError: the original format has no place for adapters on some layers only.
     """
     depth = model.config.num_hidden_layers
-    if any(len(adapter.layer_indices(depth)) < depth for adapter in model.adapters):
+    if any(len(adapter.layer_indices(depth)) < depth for adapter in model.method):
         raise UserError("Bert-n-Pals checkpoints hold adapters on all layers or none.")
     return tables.write(variables, bert_n_pals_slots(model))
 
@@ -79,7 +79,7 @@ def bert_n_pals_slots(model: MultiTaskModel) -> Iterator[Slot]:
             f"classifier.{task}.weight", (*head, "kernel"), (task, slice(None), columns), True
         )
         yield Slot(f"classifier.{task}.bias", (*head, "bias"), (task, columns))
-        for adapter in model.adapters:
+        for adapter in model.method:
             for place, layer in enumerate(adapter.layer_indices(model.config.num_hidden_layers)):
                 name = f"bert.encoder.layer.{layer}.multi_layers.{task}"
                 yield from _adapter_slots(name, adapter, task, place)
@@ -97,7 +97,7 @@ def _adapter_slots(name: str, adapter: methods.Adapter, task: int, place: int) -
     """One task's adapter in one layer; the original stores shared matrices in every layer again."""
     names = {"down": "aug_dense", "up": "aug_dense2"}
     names |= {attention: f"attn.{attention}" for attention in ("query", "key", "value")}
-    for projection in adapter.form.parameters(1):
+    for projection in adapter.form.parameters(1, 1, BertConfig()):
         shared = projection in adapter.shared
         path = ("adapters", adapter.name, "shared" if shared else "layers", projection)
         index = (task,) if shared else (task, place)

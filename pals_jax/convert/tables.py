@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pals_jax.errors import UserError
+from pals_jax.models.adapters import Owned
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel, init_variables
 
@@ -127,7 +128,8 @@ def read(
     if problems:
         raise UserError(f"{source} does not fit the model: {'; '.join(problems)}.")
     new = leaves.keys() - {path for path, _ in filled}
-    return unflatten_dict(jax.tree.map(jnp.asarray, leaves) | _initial(model, new, seed))
+    variables = jax.tree.map(jnp.asarray, leaves) | _initial(model, new, seed)
+    return unflatten_dict(variables | _owned(model, variables, new))
 
 
 def _initial(model: MultiTaskModel, paths: Iterable[Path], seed: int) -> dict[Path, jax.Array]:
@@ -139,6 +141,21 @@ def _initial(model: MultiTaskModel, paths: Iterable[Path], seed: int) -> dict[Pa
         return {path: variables[path] for path in paths}
 
     return init(jax.random.key(seed))
+
+
+def _owned(
+    model: MultiTaskModel, variables: Mapping[Path, jax.Array], new: Iterable[Path]
+) -> dict[Path, jax.Array]:
+    """The leaves among `new` that begin as copies of the encoder's, which is known by now."""
+    encoder = unflatten_dict({p[2:]: x for p, x in variables.items() if p[0] == "params"})
+    depth, num_tasks = model.config.num_hidden_layers, len(model.num_outputs)
+    copies = {
+        ("adapters", owned.name, *path): x
+        for owned in model.method
+        if isinstance(owned, Owned)
+        for path, x in flatten_dict(owned.copies(encoder, depth, num_tasks)).items()
+    }
+    return {path: copies[path] for path in new if path in copies}
 
 
 def write(variables: Mapping[str, Any], slots: Iterable[Slot]) -> dict[str, np.ndarray]:

@@ -1,34 +1,67 @@
-"""Adapters: what to add, at which site of which layers, out of which task's parameters.
+"""Adapters: what to change, at which site of which layers, out of which task's parameters.
 
-Every method is a tuple of `Adapter` values in the words of one sentence: at a site of the
-encoder, add a small function (a form) of a hidden state, whose parameters belong to a task.
+Every method is a tuple of values in the words of one sentence: at a site of the encoder, add, or
+multiply in, a small function (a form) of a hidden state, whose parameters belong to a task. An
+`Adapter` says that sentence; an `Owned` says that a task has its own copy of some of the encoder's
+parameters (layer norms, biases, whole layers).
 
 The parameters live in the `adapters` collection, each leaf with a leading task axis:
 
-    {adapter name: {"shared": {projection: {kernel, bias: [T, ...]}},
-                    "layers": {projection: {kernel, bias: [T, n, ...]}}}}
+    {adapter name: {"shared": {parameter: [T, ...]}, "layers": {parameter: [T, n, ...]}},
+     owned name: {"layers": {the encoder's own path: [T, n, ...]}, the rest of it: [T, ...]}}
 
-where n counts the layers that carry the adapter and "shared" holds what all of them use (V^E and
-V^D of PALs). A task is data: `select` takes the rows of the tasks of a batch, and from there on
-nothing knows which task it is.
+where n counts the layers concerned and "shared" holds what all of them use (V^E and V^D of PALs).
+A task is data: `select` takes the rows of the tasks of a batch, and from there on nothing knows
+which task it is.
 
 Dimension letters: see `pals_jax.models.layers`.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from pals_jax.errors import UserError
-from pals_jax.models.bert import SITES, Sites
+from pals_jax.models.bert import SITES, BertConfig, Sites
 from pals_jax.models.forms import Context, Form, Param, Theta
 
 Layers = Literal["all", "first_half", "final_half"] | tuple[int, ...]
+
+READS = ("block_input", "state", "normalised")
+COMPOSITIONS = ("add", "gate", "multiply", "replace", "concat")
+_OUTSIDE = ("embeddings", "top")  # the sites that are not in the layers
+
+
+def layer_indices(layers: Layers, depth: int) -> tuple[int, ...]:
+    """The indices that `layers` means in an encoder of `depth` layers, ascending.
+
+    Raises:
+        UserError: there are no such layers.
+    """
+    named = {
+        "all": range(depth),
+        "first_half": range(depth // 2),
+        "final_half": range(depth - depth // 2, depth),
+    }
+    if isinstance(layers, str):
+        if layers not in named:
+            raise UserError(
+                f"layers={layers!r} is not known; it is {', '.join(named)}, or a list of indices."
+            )
+        return tuple(named[layers])
+    if not isinstance(layers, tuple) or not layers or set(layers) - set(range(-depth, depth)):
+        raise UserError(
+            f"layers={layers} names no layer or one that does not exist;"
+            f" the encoder's {depth} layers are 0 to {depth - 1}, or from the top -1 to -{depth}."
+        )
+    return tuple(sorted({index % depth for index in layers}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,67 +70,118 @@ class Adapter:
 
     Attributes:
         name: its key in the `adapters` collection.
-        site: the state that is changed, one of `pals_jax.models.bert.SITES`.
+        site: the state that is changed, a key of `pals_jax.models.bert.SITES`.
         form: the function and its size.
-        reads: "block_input" (in parallel with the block) or "state" (serially, the site's own).
-        layers: "all", "first_half", "final_half", or the indices of layers, from 0.
-        shared: the form's projections that are one for all layers.
+        reads: "block_input" (in parallel with the block), "state" (serially, the site's own), or
+            "normalised" (the layer norm of the state's sum with its residual).
+        layers: "all", "first_half", "final_half", or indices from 0, or from the top from -1.
+        shared: the form's parameters that are one for all layers.
+        compose: how the state h takes the form's delta: "add" (h + s delta), "gate"
+            ((1 - lambda) h + lambda delta), "multiply", "replace", or "concat" (more positions).
+        scale: s, or "learned".
     """
 
     name: str
     site: str
     form: Form
-    reads: Literal["block_input", "state"] = "block_input"
+    reads: Literal["block_input", "state", "normalised"] = "block_input"
     layers: Layers = "all"
     shared: tuple[str, ...] = ()
+    compose: Literal["add", "gate", "multiply", "replace", "concat"] = "add"
+    scale: float | Literal["learned"] = 1.0
 
     def __post_init__(self) -> None:
         if self.site not in SITES:
             raise UserError(f"no site {self.site!r} in the encoder; sites are {', '.join(SITES)}.")
-        if self.reads not in ("block_input", "state"):
-            raise UserError(f"an adapter reads block_input or state, not {self.reads!r}.")
+        if self.reads not in READS:
+            raise UserError(f"an adapter reads {', '.join(READS)}, not {self.reads!r}.")
+        if self.compose not in COMPOSITIONS:
+            raise UserError(
+                f"an adapter is composed by {', '.join(COMPOSITIONS)}, not {self.compose!r}."
+            )
+        if self.scale != "learned" and not isinstance(self.scale, (int, float)):
+            raise UserError(f"an adapter's scale is a number or 'learned', not {self.scale!r}.")
 
     def layer_indices(self, depth: int) -> tuple[int, ...]:
-        """The layers that carry it, ascending, in an encoder of `depth` layers."""
-        named = {
-            "all": range(depth),
-            "first_half": range(depth // 2),
-            "final_half": range(depth - depth // 2, depth),
-        }
-        if isinstance(self.layers, str):
-            if self.layers not in named:
-                raise UserError(
-                    f"layers={self.layers!r} is not known;"
-                    f" it is {', '.join(named)}, or a list of indices."
-                )
-            return tuple(named[self.layers])
-        if (
-            not isinstance(self.layers, tuple)
-            or not self.layers
-            or set(self.layers) - set(range(depth))
-        ):
-            raise UserError(
-                f"layers={self.layers} names no layer or one that does not exist;"
-                f" the encoder's {depth} layers are 0 to {depth - 1}."
-            )
-        return tuple(sorted(set(self.layers)))
+        """The layers that carry it; none where the site is below or above the layers."""
+        return () if self.site in _OUTSIDE else layer_indices(self.layers, depth)
 
-    def parameters(self, hidden_size: int, depth: int) -> dict[str, Any]:
+    def parameters(self, config: BertConfig) -> dict[str, Any]:
         """What one task owns: {"shared": ..., "layers": ...} with leaves `Stack`."""
-        projections = self.form.parameters(hidden_size)
-        unknown = set(self.shared) - set(projections)
-        if unknown:
+        sizes = {"D": config.hidden_size, "F": config.intermediate_size}
+        site = SITES[self.site]
+        inputs = sizes[site.block_input if self.reads == "block_input" else site.state]
+        params: dict[str, Any] = dict(self.form.parameters(inputs, sizes[site.state], config))
+        if unknown := set(self.shared) - set(params):
             raise UserError(
                 f"adapter {self.name!r} shares {sorted(unknown)} between layers, but its form has"
-                f" only {sorted(projections)}."
+                f" only {sorted(params)}."
             )
-        count = len(self.layer_indices(depth))
+        if self.scale == "learned":
+            params["scale"] = Param((), jax.nn.initializers.ones)
+        depth = config.num_hidden_layers
+        count = (len(self.layer_indices(depth)),)
         tree: dict[str, Any] = {}
-        for name, params in projections.items():
-            part, sizes = ("shared", ()) if name in self.shared else ("layers", (count,))
-            stacks = {leaf: Stack(param, sizes) for leaf, param in params.items()}
-            tree.setdefault(part, {})[name] = stacks
+        for name, param in params.items():
+            everywhere = name in self.shared or self.site in _OUTSIDE
+            lead, part = ((), "shared") if everywhere else (count, "layers")
+            stack = partial(Stack, sizes=lead)
+            tree.setdefault(part, {})[name] = jax.tree.map(
+                stack, param, is_leaf=lambda x: isinstance(x, Param)
+            )
         return tree
+
+    def change(self, theta: Theta, state: Array, x: Array, context: Context) -> Array:
+        """The changed state, in its own dtype."""
+        delta = self.form(theta, x, context)
+        if self.compose == "add":
+            scale = theta["scale"].astype(delta.dtype) if self.scale == "learned" else self.scale
+            return state + scale * delta
+        if self.compose == "gate":
+            gate = self.form.gate(theta, x, context)  # type: ignore[attr-defined]
+            return (1.0 - gate) * state + gate * delta
+        if self.compose == "multiply":
+            return state * delta.reshape((1,) * (state.ndim - delta.ndim) + delta.shape)
+        return delta if self.compose == "replace" else jnp.concatenate([state, delta], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Owned:
+    """A task's own copy of some of the encoder's parameters, which begins as their value.
+
+    Attributes:
+        name: its key in the `adapters` collection.
+        pattern: of the paths within the encoder, for example "layers/.*norm/".
+        layers: the layers concerned, where the path is one of `layers/`; see `Adapter`.
+    """
+
+    name: str
+    pattern: str
+    layers: Layers = "all"
+
+    def layer_indices(self, depth: int) -> tuple[int, ...]:
+        """The layers concerned."""
+        return layer_indices(self.layers, depth)
+
+    def take(self, encoder: Theta, depth: int) -> Theta:
+        """The part of the encoder's parameters that it is a copy of."""
+        indices = list(self.layer_indices(depth))
+        return unflatten_dict(
+            {
+                path: leaf[jnp.array(indices)] if path[0] == "layers" else leaf
+                for path, leaf in flatten_dict(encoder).items()
+                if re.match(self.pattern, "/".join(path))
+            }
+        )
+
+    def copies(self, encoder: Theta, depth: int, num_tasks: int) -> Theta:
+        """Initial values: for each of the T tasks a copy, leaves [T, ...]."""
+        return jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (num_tasks, *x.shape)), self.take(encoder, depth)
+        )
+
+
+Method = tuple[Adapter | Owned, ...]
 
 
 class Stack(NamedTuple):
@@ -119,10 +203,10 @@ def init(key: Array, stacks: Any, num_tasks: int) -> Theta:
         The same tree with float32 leaves [T, *sizes, *shape].
     """
     leaves, structure = jax.tree.flatten(stacks, is_leaf=lambda x: isinstance(x, Stack))
-    keys = jax.random.split(key, len(leaves))
+    keys = jax.random.split(key, max(len(leaves), 1))
     values = [
         stack.param.init(key, (num_tasks, *stack.sizes, *stack.param.shape), jnp.float32)
-        for key, stack in zip(keys, leaves, strict=True)
+        for key, stack in zip(keys, leaves, strict=False)
     ]
     return jax.tree.unflatten(structure, values)
 
@@ -140,64 +224,117 @@ def select(collection: Theta, task_ids: Array) -> Theta:
     return jax.tree.map(rows, collection)
 
 
+def overlay(tree: Theta, patch: Theta) -> Theta:
+    """`tree` with the leaves of `patch` in place of its own."""
+    return unflatten_dict(flatten_dict(tree) | flatten_dict(patch))
+
+
 @dataclasses.dataclass(frozen=True)
 class TaskAdapters:
-    """The adapters with the parameters of a batch's tasks, as the encoder asks for them.
+    """A method with the parameters of one task, as the encoder asks for it.
 
     Attributes:
-        adapters: in the order in which they are applied.
-        thetas: {adapter name: {"shared", "layers"}} with leaves [G, ...] and [G, n, ...].
-        depth: number of layers of the encoder.
-        dropout_rate: of attention weights, for forms that have any.
+        method: its adapters in the order in which they are applied, and what is owned.
+        thetas: {name: its part of the `adapters` collection} without the task axis.
+        config: the encoder's.
+        active: bool [N]; where False, a layer goes without its adapters. None: all are active.
     """
 
-    adapters: tuple[Adapter, ...]
+    method: Method
     thetas: Mapping[str, Theta]
-    depth: int
-    dropout_rate: float
+    config: BertConfig
+    active: Array | None = None
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The method's adapters."""
+        return tuple(spec for spec in self.method if isinstance(spec, Adapter))
+
+    @property
+    def owned(self) -> tuple[Owned, ...]:
+        """The method's copies."""
+        return tuple(spec for spec in self.method if isinstance(spec, Owned))
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of the runs of consecutive layers that carry the same adapters."""
+        """(start, stop) of the runs of consecutive layers that carry the same."""
+        depth = self.config.num_hidden_layers
         carried = [
-            tuple(a.name for a in self.adapters if layer in a.layer_indices(self.depth))
-            for layer in range(self.depth)
+            tuple(spec.name for spec in self.method if layer in spec.layer_indices(depth))
+            for layer in range(depth)
         ]
         start = 0
-        for stop in range(1, self.depth + 1):
-            if stop == self.depth or carried[stop] != carried[start]:
+        for stop in range(1, depth + 1):
+            if stop == depth or carried[stop] != carried[start]:
                 yield start, stop
                 start = stop
 
     def layers(self, start: int, stop: int) -> dict[str, Theta]:
-        """Per-layer parameters [stop - start, G, ...] of the adapters that the span carries."""
-
-        def rows(adapter: Adapter, x: Array) -> Array:
-            first = adapter.layer_indices(self.depth).index(start)
-            return jnp.moveaxis(x[:, first : first + stop - start], 1, 0)
-
+        """Per-layer parameters [stop - start, ...] of the adapters that the span carries."""
         return {
-            a.name: jax.tree.map(partial(rows, a), self.thetas[a.name].get("layers", {}))
+            a.name: jax.tree.map(
+                partial(self._span, a, start, stop), self.thetas[a.name].get("layers", {})
+            )
             for a in self.adapters
-            if start in a.layer_indices(self.depth)
+            if start in a.layer_indices(self.config.num_hidden_layers)
         }
 
-    def sites(self, layer: Mapping[str, Theta], mask: Array, key: Array | None) -> Sites:
-        """The sites of one layer.
+    def own_layers(self, layers: Theta, start: int, stop: int) -> Theta:
+        """`layers`, parameters [stop - start, ...] of the span, with the task's own in place."""
+        for owned in self.owned:
+            mine = self.thetas[owned.name].get("layers")
+            if mine and start in owned.layer_indices(self.config.num_hidden_layers):
+                mine = jax.tree.map(partial(self._span, owned, start, stop), mine)
+                layers = overlay(layers, mine)
+        return layers
+
+    def own_outside(self, encoder: Theta) -> Theta:
+        """`encoder`, all its parameters, with the task's own in place, but for the layers'."""
+        for owned in self.owned:
+            mine = {k: v for k, v in self.thetas[owned.name].items() if k != "layers"}
+            encoder = overlay(encoder, mine)
+        return encoder
+
+    def _span(self, spec: Adapter | Owned, start: int, stop: int, x: Array) -> Array:
+        first = spec.layer_indices(self.config.num_hidden_layers).index(start)
+        return x[first : first + stop - start]
+
+    def sites(
+        self,
+        mask: Array,
+        key: Array | None,
+        layer: Mapping[str, Theta] | None = None,
+        active: Array | None = None,
+    ) -> Sites:
+        """The sites of one layer, or, without `layer`, those below and above all layers.
 
         Args:
-            layer: that layer's slice of `layers`, leaves [G, ...].
             mask: bool [B, 1, 1 or L, L].
-            key: the layer's dropout key, or None.
+            key: their dropout key, or None.
+            layer: that layer's slice of `layers`.
+            active: its scalar of `active`.
         """
+        if layer is None:
+            layer = {a.name: {} for a in self.adapters if a.site in _OUTSIDE}
 
-        def at(site: str, state: Array, block_input: Array) -> Array:
+        def at(
+            site: str,
+            state: Array,
+            block_input: Array,
+            *,
+            normalise: Any = None,
+            query: Array | None = None,
+            log_normaliser: Array | None = None,
+        ) -> Array:
             for index, adapter in enumerate(self.adapters):
-                if adapter.site == site and adapter.name in layer:
-                    theta = {**self.thetas[adapter.name].get("shared", {}), **layer[adapter.name]}
-                    own_key = None if key is None else jax.random.fold_in(key, index)
-                    context = Context(mask, self.dropout_rate, own_key)
-                    x = state if adapter.reads == "state" else block_input
-                    state = state + adapter.form(theta, x, context)
+                if adapter.site != site or adapter.name not in layer:
+                    continue
+                theta = {**self.thetas[adapter.name].get("shared", {}), **layer[adapter.name]}
+                own_key = None if key is None else jax.random.fold_in(key, index)
+                context = Context(self.config, mask, own_key, query, log_normaliser)
+                x = block_input if adapter.reads == "block_input" else state
+                x = normalise(x) if adapter.reads == "normalised" else x
+                changed = adapter.change(theta, state, x, context)
+                state = changed if active is None else jnp.where(active, changed, state)
             return state
 
         return at

@@ -1,4 +1,4 @@
-"""BERT in Flax linen: post-LN, scanned over its layers, with named sites for adapters.
+"""BERT and RoBERTa in Flax linen: post-LN, scanned over its layers, with named sites for adapters.
 
 The encoder offers the sites listed in `SITES` and knows no adapter by name: at each of them it
 hands over the state that may be changed and the input of the block around it, and goes on with
@@ -9,8 +9,8 @@ Dimension letters: see `pals_jax.models.layers`.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -25,25 +25,59 @@ from pals_jax.models.layers import (
     split_heads,
 )
 
-# name of the site -> (state that may be changed, input of the block that it belongs to)
+
+class Site(NamedTuple):
+    """A place where a state may be changed: the sizes of the state and of its block's input."""
+
+    state: str  # "D" or "F"
+    block_input: str
+    meaning: str
+
+
 SITES = {
-    "attention.query": "projected queries [B, L, D]; the layer's input",
-    "attention.key": "projected keys [B, L, D]; the layer's input",
-    "attention.value": "projected values [B, L, D]; the layer's input",
-    "attention.output": "what the attention block adds to its residual; the layer's input",
-    "ffn.output": "what the feed-forward block adds to its residual; that block's input",
-    "layer": "the sum before the layer's last layer norm; the layer's input",
+    "embeddings": Site("D", "D", "the embeddings; themselves"),
+    "attention.query": Site("D", "D", "the projected queries; the layer's input"),
+    "attention.key": Site("D", "D", "the projected keys; the layer's input"),
+    "attention.value": Site("D", "D", "the projected values; the layer's input"),
+    "attention.heads": Site("D", "D", "what the heads give, side by side; the layer's input"),
+    "attention.projection": Site("D", "D", "their output projection; what the heads give"),
+    "attention.output": Site("D", "D", "what attention adds to its residual; the layer's input"),
+    "ffn.intermediate": Site("F", "D", "the expansion before its activation; the block's input"),
+    "ffn.hidden": Site("F", "D", "the expansion after its activation; the block's input"),
+    "ffn.projection": Site("D", "F", "the projection back; the activated expansion"),
+    "ffn.output": Site("D", "D", "what the block adds to its residual; the block's input"),
+    "layer": Site("D", "D", "the sum before the layer's last layer norm; the layer's input"),
+    "layer.output": Site("D", "D", "the layer's output; the layer's input"),
+    "top": Site("D", "D", "the last hidden states; themselves"),
 }
 
 
 class Sites(Protocol):
     """What the encoder asks at each site: the adapters of one layer, or nothing."""
 
-    def __call__(self, site: str, state: Array, block_input: Array) -> Array:
-        """Returns the changed state, of the shape and dtype of `state`."""
+    def __call__(
+        self,
+        site: str,
+        state: Array,
+        block_input: Array,
+        *,
+        normalise: Callable[[Array], Array] | None = None,
+        query: Array | None = None,
+        log_normaliser: Array | None = None,
+    ) -> Array:
+        """Returns the changed state, of the shape and dtype of `state`.
+
+        Args:
+            site: a key of `SITES`.
+            state: what may be changed, [B, L, D or F].
+            block_input: the input of its block, [B, L, D or F].
+            normalise: at an "output" site, the layer norm of a state's sum with its residual.
+            query: at "attention.heads", the queries [B, H, L, K].
+            log_normaliser: there, the logarithm of each softmax's denominator, [B, H, L].
+        """
 
 
-def no_sites(site: str, state: Array, block_input: Array) -> Array:
+def no_sites(site: str, state: Array, block_input: Array, **_: Any) -> Array:
     """A layer without adapters."""
     del site, block_input
     return state
@@ -65,6 +99,14 @@ class BertConfig:
     attention_probs_dropout_prob: float = 0.1
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    model_type: str = "bert"  # or roberta, which counts positions from pad_token_id + 1
+
+    @property
+    def max_length(self) -> int:
+        """The largest number of tokens that have positions."""
+        first = self.pad_token_id + 1 if self.model_type == "roberta" else 0
+        return self.max_position_embeddings - first
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -85,7 +127,7 @@ class BertConfig:
         return cls(**{name: value for name, value in config.items() if name in fields})
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """What the blocks of a layer have in common: sizes, compute dtype, BERT's initial values."""
 
     config: BertConfig
@@ -108,32 +150,39 @@ class _Block(nn.Module):
         return self.make_rng("dropout") if self.has_rng("dropout") else None
 
 
-class Embeddings(_Block):
+class Embeddings(Block):
     """Words + positions + token types, layer norm, dropout."""
 
     @nn.compact
     def __call__(self, input_ids: Array, token_type_ids: Array) -> Array:
         """input_ids, token_type_ids: int [B, L] -> [B, L, D]."""
         config = self.config
-        positions = jnp.arange(input_ids.shape[1])[None]
         x = (
             self.table(config.vocab_size, "word")(input_ids)
-            + self.table(config.max_position_embeddings, "position")(positions)
+            + self.table(config.max_position_embeddings, "position")(self.positions(input_ids))
             + self.table(config.type_vocab_size, "token_type")(token_type_ids)
         )
         x = self.norm("norm")(x)
         return self.dropout(x, config.hidden_dropout_prob)
+
+    def positions(self, input_ids: Array) -> Array:
+        """int [B or 1, L]: from 0; RoBERTa's count real tokens, from behind the padding's own."""
+        if self.config.model_type == "bert":
+            return jnp.arange(input_ids.shape[1])[None]
+        pad = self.config.pad_token_id
+        real = (input_ids != pad).astype(jnp.int32)
+        return jnp.cumsum(real, axis=1) * real + pad
 
     def table(self, rows: int, name: str) -> nn.Embed:
         init = nn.initializers.normal(self.config.initializer_range)
         return nn.Embed(rows, self.config.hidden_size, embedding_init=init, name=name)
 
 
-class Attention(_Block):
+class Attention(Block):
     """Multi-head self-attention and its output projection."""
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, sites: Sites) -> Array:
+    def __call__(self, x: Array, mask: Array, sites: Sites = no_sites) -> Array:
         """x: [B, L, D]; mask: bool [B, 1, 1 or L, L] -> [B, L, D]."""
         config = self.config
         query, key, value = (
@@ -143,7 +192,7 @@ class Attention(_Block):
             )
             for name in ("query", "key", "value")
         )
-        heads = dot_product_attention(
+        heads, log_normaliser = dot_product_attention(
             query,
             key,
             value,
@@ -151,41 +200,49 @@ class Attention(_Block):
             dropout_rate=config.attention_probs_dropout_prob,
             dropout_key=self.dropout_key(),
         )
-        y = self.dense(config.hidden_size, "output")(merge_heads(heads))
-        y = self.dropout(y, config.hidden_dropout_prob)
-        return sites("attention.output", y, x)
+        z = merge_heads(heads)
+        z = sites("attention.heads", z, x, query=query, log_normaliser=log_normaliser)
+        y = sites("attention.projection", self.dense(config.hidden_size, "output")(z), z)
+        return self.dropout(y, config.hidden_dropout_prob)
 
 
-class FeedForward(_Block):
+class FeedForward(Block):
     """Expansion, activation, projection."""
 
     @nn.compact
-    def __call__(self, x: Array, sites: Sites) -> Array:
+    def __call__(self, x: Array, sites: Sites = no_sites) -> Array:
         """x: [B, L, D] -> [B, L, D]."""
         config = self.config
-        y = ACTIVATIONS[config.hidden_act](self.dense(config.intermediate_size, "intermediate")(x))
-        y = self.dense(config.hidden_size, "output")(y)
-        y = self.dropout(y, config.hidden_dropout_prob)
-        return sites("ffn.output", y, x)
+        z = self.dense(config.intermediate_size, "intermediate")(x)
+        z = ACTIVATIONS[config.hidden_act](sites("ffn.intermediate", z, x))
+        z = sites("ffn.hidden", z, x)
+        y = sites("ffn.projection", self.dense(config.hidden_size, "output")(z), z)
+        return self.dropout(y, config.hidden_dropout_prob)
 
 
-class BertLayer(_Block):
+class BertLayer(Block):
     """One post-LN layer: a = LN(h + MH(h)); h' = LN(a + FFN(a)), open at its sites."""
 
     @nn.compact
     def __call__(self, h: Array, mask: Array, sites: Sites = no_sites) -> Array:
         """h: [B, L, D]; mask: bool [B, 1, 1 or L, L] -> [B, L, D]."""
         block = {"config": self.config, "dtype": self.dtype}
-        a = h + Attention(**block, name="attention")(h, mask, sites)
-        a = self.norm("attention_norm")(a)
-        y = a + FeedForward(**block, name="ffn")(a, sites)
-        return self.norm("ffn_norm")(sites("layer", y, h))
+        attention_norm, ffn_norm = self.norm("attention_norm"), self.norm("ffn_norm")
+        y = Attention(**block, name="attention")(h, mask, sites)
+        y = sites("attention.output", y, h, normalise=lambda y: attention_norm(h + y))
+        a = attention_norm(h + y)
+        y = FeedForward(**block, name="ffn")(a, sites)
+        y = sites("ffn.output", y, a, normalise=lambda y: ffn_norm(a + y))
+        return sites("layer.output", ffn_norm(sites("layer", a + y, h)), h)
 
 
-class Pooler(_Block):
+class Pooler(Block):
     """tanh of a projection of the first position."""
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
         """h: [B, L, D] -> [B, D]."""
-        return jnp.tanh(self.dense(self.config.hidden_size, "dense")(h[:, 0]))
+        first = h[:, 0]
+        if self.config.model_type == "roberta":  # whose classification head drops its input too
+            first = self.dropout(first, self.config.hidden_dropout_prob)
+        return jnp.tanh(self.dense(self.config.hidden_size, "dense")(first))

@@ -55,26 +55,32 @@ class Encoder(nn.Module):
         attention_mask: Array,
         adapters: TaskAdapters,
     ) -> Array:
-        """The hidden states after the last layer.
+        """The hidden states after the last layer, or what an adapter at the top makes of them.
 
         Args:
             input_ids: int [B, L].
             token_type_ids: int [B, L].
             attention_mask: int [B, L]; 0 at padding.
-            adapters: the adapters of the rows' tasks.
+            adapters: those of the rows' task.
 
         Returns:
             [B, L, D] in `dtype`.
         """
-        h = self.embeddings(input_ids, token_type_ids)
+        length, depth = input_ids.shape[1], self.config.num_hidden_layers
         mask = (attention_mask > 0)[:, None, None, :]
-        depth = self.config.num_hidden_layers
-        keys = (
-            jax.random.split(self.make_rng("dropout"), depth) if self.has_rng("dropout") else None
-        )
+        keys: Any = (None, None, None)
+        if self.has_rng("dropout"):
+            below, key, above = jax.random.split(self.make_rng("dropout"), 3)
+            keys = below, jax.random.split(key, depth), above
+        h = self.embeddings(input_ids, token_type_ids)
+        h = adapters.sites(mask, keys[0])("embeddings", h, h)
+        # A site below the layers may have added positions at the end (prompts).
+        grown = [(0, 0)] * 3 + [(0, h.shape[1] - length)]
+        longer = jnp.pad(mask, grown, constant_values=True)
         for start, stop in adapters.spans():
-            h = self._scan(h, mask, keys, adapters, start, stop)
-        return h
+            h = self._scan(h, longer, keys[1], adapters, start, stop)
+        h = h[:, :length]
+        return adapters.sites(mask, keys[2])("top", h, h)
 
     def _scan(
         self,
@@ -88,18 +94,25 @@ class Encoder(nn.Module):
         """Layers start to stop - 1, which all carry the same adapters."""
 
         def body(h: Any, layer: Any) -> tuple[Any, None]:
-            params, thetas, key = layer
+            params, thetas, key, active = layer
             rngs = {} if key is None else {"dropout": key}
-            sites = adapters.sites(thetas, mask, key)
+            sites = adapters.sites(mask, key, thetas, active)
             h = self._layer().apply({"params": params}, h, mask, sites, rngs=rngs)
             return h, None
 
         if self.remat:
             body = jax.checkpoint(body, prevent_cse=False)
-        params, keys = jax.tree.map(lambda x: x[start:stop], (self.layers, keys))
-        h, _ = jax.lax.scan(body, h, (params, adapters.layers(start, stop), keys))
+        params, keys, active = jax.tree.map(
+            lambda x: x[start:stop], (self.layers, keys, adapters.active)
+        )
+        params = adapters.own_layers(params, start, stop)
+        h, _ = jax.lax.scan(body, h, (params, adapters.layers(start, stop), keys, active))
         return h
 
     def pool(self, h: Array) -> Array:
         """[B, L, D] -> [B, D]: BERT's pooler."""
         return self.pooler(h)
+
+    def everything(self, input_ids: Array, adapters: TaskAdapters) -> Array:
+        """Touches every parameter, for `init`; input_ids: int [B, L] -> [B, D]."""
+        return self.pool(self(input_ids, input_ids, input_ids, adapters))

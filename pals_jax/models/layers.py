@@ -2,7 +2,7 @@
 
 Dimension letters, here and in every file of `models`:
     B rows    L positions    D hidden size    H heads    K size of a head    F feed-forward size
-    N layers  T tasks        G task groups    S adapter size                 C classes
+    N layers  T tasks        G task groups    S adapter size   P prefix length   C classes
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "tanh": jnp.tanh,
+    "swish": jax.nn.silu,
 }
 
 
@@ -36,7 +37,7 @@ def dot_product_attention(
     *,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
-) -> Array:
+) -> tuple[Array, Array]:
     """Softmax attention with dropout on its probabilities, as BERT has it.
 
     `jax.nn.dot_product_attention` computes the same but has no dropout, which BERT trains with.
@@ -50,14 +51,16 @@ def dot_product_attention(
         dropout_key: random key; None turns dropout off.
 
     Returns:
-        [B, H, L, K], in the dtype of `value`.
+        What the heads give, [B, H, L, K] in the dtype of `value`, and the logarithm of each
+        softmax's denominator, float32 [B, H, L].
     """
     scores = jnp.einsum("bhqk,bhsk->bhqs", query, key, preferred_element_type=jnp.float32)
     scores = scores / jnp.sqrt(jnp.float32(query.shape[-1]))
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     weights = dropout(weights, dropout_rate, dropout_key)
-    return jnp.einsum("bhqs,bhsk->bhqk", weights, value)
+    heads = jnp.einsum("bhqs,bhsk->bhqk", weights, value)
+    return heads, jax.nn.logsumexp(scores, axis=-1)
 
 
 def split_heads(x: Array, num_heads: int) -> Array:

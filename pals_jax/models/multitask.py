@@ -9,6 +9,7 @@ serves all tasks. Dropout is on exactly where rngs={"dropout": key} is passed.
 Dimension letters: see `pals_jax.models.layers`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from jax import Array
 
 from pals_jax.errors import UserError
 from pals_jax.models import adapters as adapters_lib
-from pals_jax.models.adapters import Adapter, Stack, TaskAdapters
+from pals_jax.models.adapters import Method, Owned, Stack, TaskAdapters
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.encoder import Encoder
 from pals_jax.models.forms import Theta, dense, project
@@ -29,34 +30,57 @@ from pals_jax.models.layers import dropout
 class MultiTaskModel(nn.Module):
     """An encoder with adapters and one head for each task.
 
+    The rows of a batch come in G equal groups of one task each. One group is an ordinary forward
+    pass with that task's parameters; `jax.vmap` makes it a pass over all groups, in which whatever
+    the tasks share stays one matrix.
+
     Attributes:
         config: the encoder's architecture.
         num_outputs: for each of the T tasks its number of classes, or 1 for regression.
-        adapters: a method, as the functions of `pals_jax.models.methods` return it.
+        method: as the functions of `pals_jax.models.methods` return it.
         dtype: dtype of the computation; parameters stay float32, logits are float32.
         remat: recompute activations in the backward pass, layer by layer.
     """
 
     config: BertConfig
     num_outputs: tuple[int, ...]
-    adapters: tuple[Adapter, ...] = ()
+    method: Method = ()
     dtype: Any = jnp.float32
     remat: bool = False
 
     def setup(self) -> None:
-        names = [adapter.name for adapter in self.adapters] + ["head"]
+        names = [spec.name for spec in self.method] + ["head"]
         if len(set(names)) < len(names):
             raise UserError(f"adapters need names of their own, and not 'head': {names[:-1]}.")
-        self.encoder = Encoder(self.config, self.dtype, self.remat)
-        hidden_size, depth = self.config.hidden_size, self.config.num_hidden_layers
+        self.encoder = self.param("encoder", self._init_encoder)
+        head = {k: Stack(v) for k, v in dense(self.config.hidden_size, self._width).items()}
         self.thetas = {
-            a.name: self.variable("adapters", a.name, self._init, a.parameters(hidden_size, depth))
-            for a in self.adapters
+            spec.name: self.variable("adapters", spec.name, self._init, spec)
+            for spec in self.method
+        } | {
+            "head": self.variable("adapters", "head", lambda: self._mask_head(self._draw(head))),
         }
-        head = {k: Stack(v) for k, v in dense(hidden_size, max(self.num_outputs)).items()}
-        self.head = self.variable("adapters", "head", lambda: self._mask_head(self._init(head)))
 
-    def _init(self, stacks: Any) -> Theta:
+    @property
+    def _width(self) -> int:
+        return max(self.num_outputs)
+
+    def _modules(self) -> Encoder:
+        # Without a parent: it is applied to parameters some of which may be a task's own.
+        return Encoder(self.config, self.dtype, self.remat, parent=None)
+
+    def _init_encoder(self, key: Array) -> Theta:
+        bare = TaskAdapters((), {}, self.config)
+        ids = jnp.zeros((1, 1), jnp.int32)
+        return self._modules().init(key, ids, bare, method="everything")["params"]
+
+    def _init(self, spec: Any) -> Theta:
+        if isinstance(spec, Owned):
+            depth = self.config.num_hidden_layers
+            return spec.copies(self.encoder, depth, len(self.num_outputs))
+        return self._draw(spec.parameters(self.config))
+
+    def _draw(self, stacks: Any) -> Theta:
         return adapters_lib.init(self.make_rng("params"), stacks, len(self.num_outputs))
 
     def _mask_head(self, head: Theta) -> Theta:
@@ -66,10 +90,15 @@ class MultiTaskModel(nn.Module):
 
     def _output_exists(self) -> np.ndarray:
         """bool [T, C]: heads are padded to the largest number of outputs."""
-        return np.arange(max(self.num_outputs)) < np.asarray(self.num_outputs)[:, None]
+        return np.arange(self._width) < np.asarray(self.num_outputs)[:, None]
 
     def __call__(
-        self, input_ids: Array, token_type_ids: Array, attention_mask: Array, task_ids: Array
+        self,
+        input_ids: Array,
+        token_type_ids: Array,
+        attention_mask: Array,
+        task_ids: Array,
+        active: Array | None = None,
     ) -> Array:
         """Logits of each row under the head of its task.
 
@@ -79,6 +108,7 @@ class MultiTaskModel(nn.Module):
             attention_mask: int [B, L]; 0 at padding.
             task_ids: int, a scalar, [B], or [G] with G dividing B: the task of each of G equal,
                 consecutive groups of rows.
+            active: bool [N]; the layers that keep their adapters. None: all.
 
         Returns:
             float32 [B, C]; beyond the task's own number of outputs the lowest finite value.
@@ -87,36 +117,59 @@ class MultiTaskModel(nn.Module):
             UserError: a task id out of range. Under a trace it cannot be seen; the row is NaN.
             ValueError: shapes that do not fit together.
         """
-        hidden = self.encode(input_ids, token_type_ids, attention_mask, task_ids)
-        return self.classify(self.pool(hidden), task_ids)
+        hidden = self.encode(input_ids, token_type_ids, attention_mask, task_ids, active)
+        return self.classify(self.pool(hidden, task_ids), task_ids)
 
     def encode(
-        self, input_ids: Array, token_type_ids: Array, attention_mask: Array, task_ids: Array
+        self,
+        input_ids: Array,
+        token_type_ids: Array,
+        attention_mask: Array,
+        task_ids: Array,
+        active: Array | None = None,
     ) -> Array:
         """The last hidden states [B, L, D]; arguments as for `__call__`."""
         self._check_length(input_ids.shape[1])
-        groups = self._task_groups(task_ids, input_ids.shape[0])
-        adapters = TaskAdapters(
-            self.adapters,
-            {name: adapters_lib.select(v.value, groups) for name, v in self.thetas.items()},
-            self.config.num_hidden_layers,
-            self.config.attention_probs_dropout_prob,
-        )
-        return self.encoder(input_ids, token_type_ids, attention_mask, adapters)
 
-    def pool(self, hidden: Array) -> Array:
-        """[B, L, D] -> [B, D]: the encoder's pooler on the first position."""
-        return self.encoder.pool(hidden)
+        def encode(thetas: Any, task: Array, rngs: Any, *tokens: Array) -> Array:
+            adapters = TaskAdapters(self.method, thetas, self.config, active)
+            params = adapters.own_outside(self.encoder)
+            return self._modules().apply({"params": params}, *tokens, adapters, rngs=rngs)
+
+        return self._by_group(encode, task_ids, input_ids, token_type_ids, attention_mask)
+
+    def pool(self, hidden: Array, task_ids: Array) -> Array:
+        """[B, L, D] -> [B, D]: the pooler on the first position."""
+
+        def pool(thetas: Any, task: Array, rngs: Any, hidden: Array) -> Array:
+            adapters = TaskAdapters(self.method, thetas, self.config)
+            params = adapters.own_outside(self.encoder)
+            return self._modules().apply({"params": params}, hidden, rngs=rngs, method="pool")
+
+        return self._by_group(pool, task_ids, hidden)
 
     def classify(self, pooled: Array, task_ids: Array) -> Array:
         """[B, D] -> float32 logits [B, C] under the heads of the rows' tasks."""
-        key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        pooled = dropout(pooled.astype(jnp.float32), self.config.hidden_dropout_prob, key)
-        groups = self._task_groups(task_ids, pooled.shape[0])
-        logits = project(adapters_lib.select(self.head.value, groups), pooled)
-        exists = jnp.asarray(self._output_exists())[groups]
-        exists = jnp.repeat(exists, logits.shape[0] // groups.shape[0], axis=0)
-        return jnp.where(exists, logits, jnp.finfo(logits.dtype).min)
+
+        def classify(thetas: Any, task: Array, rngs: Any, pooled: Array) -> Array:
+            rate = self.config.hidden_dropout_prob
+            pooled = dropout(pooled.astype(jnp.float32), rate, rngs.get("dropout"))
+            logits = project(thetas["head"], pooled)
+            exists = jnp.asarray(self._output_exists())[task][None]
+            return jnp.where(exists, logits, jnp.finfo(logits.dtype).min)
+
+        return self._by_group(classify, task_ids, pooled)
+
+    def _by_group(self, run: Callable[..., Array], task_ids: Array, *rows: Array) -> Array:
+        """`run(thetas, task, rngs, *rows)` for every group of rows of one task, side by side."""
+        groups = self._task_groups(task_ids, rows[0].shape[0])
+        thetas = {name: adapters_lib.select(v.value, groups) for name, v in self.thetas.items()}
+        rngs = {}
+        if self.has_rng("dropout"):
+            rngs["dropout"] = jax.random.split(self.make_rng("dropout"), groups.shape[0])
+        grouped = (x.reshape(groups.shape[0], -1, *x.shape[1:]) for x in rows)
+        out = jax.vmap(run)(thetas, groups, rngs, *grouped)
+        return out.reshape(-1, *out.shape[2:])
 
     def _task_groups(self, task_ids: Array, rows: int) -> Array:
         """`task_ids` as int [G], refused where it can be seen to be wrong."""
@@ -134,10 +187,10 @@ class MultiTaskModel(nn.Module):
         return groups
 
     def _check_length(self, length: int) -> None:
-        if length > self.config.max_position_embeddings:
+        if length > self.config.max_length:
             raise UserError(
                 f"sequence length {length} is above the encoder's position table of"
-                f" {self.config.max_position_embeddings}; shorten max_length."
+                f" {self.config.max_length}; shorten max_length."
             )
 
 
