@@ -45,8 +45,23 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train, or go on training, an experiment")
     train.set_defaults(run=_train)
+    how = train.add_mutually_exclusive_group()
+    how.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="add the tasks to those of this run, whose encoder and tasks stay as they are",
+    )
+    how.add_argument(
+        "--separate",
+        action="store_true",
+        help="train one model for each task alone, in DIR/TASK: the rival of sharing",
+    )
     params = commands.add_parser("params", help="count the parameters of an experiment")
     params.set_defaults(run=_params)
+    methods = commands.add_parser("methods", help="list the methods and their design space")
+    methods.set_defaults(run=_methods)
+    methods.add_argument("--markdown", action="store_true", help="as Markdown, to stdout")
     evaluate = commands.add_parser("evaluate", help="score the best checkpoint on the dev sets")
     evaluate.set_defaults(run=_evaluate)
     predict = commands.add_parser("predict", help="predict with the best checkpoint")
@@ -58,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--workdir", required=True, type=Path, metavar="DIR", help="the directory of the run"
         )
-    for command in (params, evaluate, predict):
+    for command in (params, methods, evaluate, predict):
         command.add_argument("--json", action="store_true", help="machine-readable, to stdout")
 
     what = predict.add_mutually_exclusive_group(required=True)
@@ -84,7 +99,11 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> None:
     from pals_jax import config, train
 
-    train.train(config.load([f"--config={args.config}", *args.overrides]), args.workdir)
+    configuration = config.load([f"--config={args.config}", *args.overrides])
+    if args.separate:
+        train.train_separately(configuration, args.workdir)
+    else:
+        train.train(configuration, args.workdir, args.base)
 
 
 def _params(args: argparse.Namespace) -> None:
@@ -98,6 +117,17 @@ def _params(args: argparse.Namespace) -> None:
         print(json.dumps(counts.to_json()))
     else:
         _print(params.table(counts, experiment.config.method, names))
+
+
+def _methods(args: argparse.Namespace) -> None:
+    from pals_jax import catalogue
+
+    if args.json:
+        print(json.dumps(catalogue.rows()))
+    elif args.markdown:
+        print(catalogue.markdown())
+    else:
+        _print(catalogue.table())
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -37,7 +37,7 @@ class Evaluator:
         config = self.experiment.config
         task_id = self.experiment.tasks.index(task)
         out = np.empty((len(split), task.num_outputs), np.float32)
-        batches = eval_batches(split, task_id, config.eval_batch_size, config.data.max_length)
+        batches = eval_batches(split, task_id, config.eval_batch_size, self.experiment.layout)
         for batch, indices in batches:
             rows = np.asarray(self.eval_step(variables, batch))
             out[indices] = rows[: len(indices), : task.num_outputs]
@@ -49,7 +49,7 @@ class Evaluator:
         return out
 
     def evaluate(self, variables: Any, splits: Splits) -> Results:
-        """The metrics of every task on each of its splits, over the whole split at once."""
+        """The metrics of every task of `splits` on each split, over the whole split at once."""
         return {
             task.name: {
                 name: metrics.compute(
@@ -58,11 +58,12 @@ class Evaluator:
                 for name, split in splits[task.name].items()
             }
             for task in self.experiment.tasks
+            if task.name in splits
         }
 
     def score(self, results: Results) -> float:
         """What the best checkpoint is chosen by: see `metrics.selection_score`."""
-        named = {task.name: task.metrics for task in self.experiment.tasks}
+        named = {t.name: t.metrics for t in self.experiment.tasks if t.name in results}
         return metrics.selection_score(named, results)
 
 

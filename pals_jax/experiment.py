@@ -6,7 +6,6 @@ It is saved beside the checkpoints, so that a workdir is all that evaluation and
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pals_jax import config as config_lib
 from pals_jax.convert import huggingface
+from pals_jax.data.batches import Layout
 from pals_jax.data.files import own_files, own_task
 from pals_jax.data.sources import Source, glue_source
 from pals_jax.data.tasks import Task, glue_task
@@ -40,7 +40,8 @@ class Experiment:
 
     Attributes:
         config: the configuration.
-        tasks: in the order of the task axis.
+        tasks: in the order of the task axis; those that `config.tasks` does not name came with
+            the run that this one is based on, and are left as they are.
         architecture: of the encoder.
     """
 
@@ -49,18 +50,36 @@ class Experiment:
     architecture: BertConfig
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> "Experiment":
+    def from_config(cls, config: ConfigDict, base: "Experiment | None" = None) -> "Experiment":
         """Resolves names; reads no more data than a task's own labels need.
 
+        Args:
+            config: the configuration.
+            base: an experiment to whose tasks those of `config` are added.
+
         Raises:
-            UserError: an unknown encoder, or a task that is unknown or wrongly declared.
+            UserError: an unknown encoder, a task that is unknown or wrongly declared, or a
+                configuration under which the base's tasks would not stay as they are.
         """
         if not config.tasks or len(set(config.tasks)) < len(config.tasks):
             raise UserError(f"configuration: tasks {list(config.tasks)} is empty or repeats one.")
         tasks = tuple(_task(config.data, name) for name in config.tasks)
         for task in tasks:
             _check_metrics(task)
-        return cls(config, tasks, huggingface.architecture(config.encoder))
+        if base is None:
+            return cls(config, tasks, huggingface.architecture(config.encoder))
+        _check_base(config, base)
+        config = config.copy_and_resolve_references()
+        for task in base.tasks:
+            if task.name in base.config.data.own:
+                with config.unlocked():
+                    config.data.own[task.name] = base.config.data.own[task.name]
+        return cls(config, base.tasks + tasks, base.architecture)
+
+    @property
+    def trained(self) -> tuple[Task, ...]:
+        """The tasks that are trained here, the last ones of the task axis."""
+        return self.tasks[len(self.tasks) - len(self.config.tasks) :]
 
     def model(self) -> MultiTaskModel:
         """The model, without weights."""
@@ -71,6 +90,12 @@ class Experiment:
             jnp.dtype(self.config.dtype),
             self.config.remat,
         )
+
+    @property
+    def layout(self) -> Layout:
+        """What the encoder takes."""
+        encoder = self.architecture
+        return Layout(self.config.data.max_length, encoder.pad_token_id, encoder.type_vocab_size)
 
     def source(self, task: Task) -> Source:
         """Where a task's examples come from."""
@@ -139,7 +164,7 @@ class Experiment:
         try:
             saved = json.loads(path.read_text())
             config = config_lib.from_json(saved["config"])
-            tasks = tuple(_task_from_json(task) for task in saved["tasks"])
+            tasks = tuple(Task.from_json(task) for task in saved["tasks"])
             return cls(config, tasks, BertConfig(**saved["architecture"]))
         except FileNotFoundError:
             raise UserError(f"{workdir} is not the workdir of a run: it has no {_FILE}.") from None
@@ -152,6 +177,21 @@ class Experiment:
             "tasks": json.loads(json.dumps([dataclasses.asdict(task) for task in self.tasks])),
             "architecture": dataclasses.asdict(self.architecture),
         }
+
+
+def _check_base(config: ConfigDict, base: Experiment) -> None:
+    if any(not rule.startswith("adapters/") for rule in config.trainable):
+        raise UserError(
+            "configuration: with --base the encoder must stay as it is, or the earlier tasks would"
+            " change; set trainable to ('adapters/',)."
+        )
+    if methods.parse(config.method) != methods.parse(base.config.method):
+        raise UserError(
+            f"configuration: method is {config.method}, that of the base run"
+            f" {base.config.method}; all tasks of a model share a method."
+        )
+    if again := [task.name for task in base.tasks if task.name in config.tasks]:
+        raise UserError(f"the base run has a task {again[0]!r} already; give the new one a name.")
 
 
 def _check_metrics(task: Task) -> None:
@@ -167,11 +207,6 @@ def _check_metrics(task: Task) -> None:
             f"task {task.name} asks for {', '.join(wrong) or 'f1'}, which does not fit it:"
             f" {', '.join(CORRELATIONS)} are for regression, the others for classes, f1 for two."
         )
-
-
-def _task_from_json(saved: Mapping[str, Any]) -> Task:
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    return Task(**fields)
 
 
 def _task(data: ConfigDict, name: str) -> Task:

@@ -112,13 +112,13 @@ def per_task(
 
 
 def clip_by_tensor_norm(max_norm: float) -> optax.GradientTransformation:
-    """Clips each tensor by its own norm; each layer of a stack is a tensor of its own.
+    """Clips each tensor by its own norm; each layer or block of a stack is a tensor of its own.
 
     With PyTorch's 1e-6 in the denominator (Stickland & Murray, code).
     """
 
     def clip(path: Any, grad: Array) -> Array:
-        stacked = any(getattr(key, "key", None) == "layers" for key in path)
+        stacked = any(getattr(key, "key", None) in ("layers", "blocks") for key in path)
         axes = tuple(range(int(stacked), grad.ndim))
         norm = jnp.sqrt(jnp.sum(jnp.square(grad), axes, keepdims=True))
         return grad * jnp.minimum(1.0, max_norm / (norm + 1e-6))

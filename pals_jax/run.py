@@ -13,6 +13,7 @@ from pals_jax.data.tokenize import load_tokenizer
 from pals_jax.errors import UserError
 from pals_jax.evaluate import Evaluator, Results
 from pals_jax.experiment import Experiment
+from pals_jax.models import tasks as tasks_lib
 from pals_jax.models.multitask import init_variables
 
 TOKENIZER = "tokenizer"  # its folder in the workdir
@@ -61,6 +62,18 @@ class Run:
                 return task
         known = ", ".join(task.name for task in self.experiment.tasks)
         raise UserError(f"the run has no task {name!r}; its tasks are {known}.")
+
+    def extended(self, experiment: Experiment) -> Any:
+        """The variables of an experiment based on this run: new tasks behind those of the run."""
+        params = self.variables["params"]
+        new = tasks_lib.fresh(
+            experiment.architecture,
+            tuple(task.num_outputs for task in experiment.trained),
+            experiment.model().method,
+            params,
+            jax.random.key(experiment.config.seed),
+        )
+        return {"params": params, "adapters": tasks_lib.append(self.variables["adapters"], new)}
 
     def evaluate(self) -> Results:
         """The dev results of every task."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict
@@ -21,13 +22,13 @@ from pals_jax.evaluate import Evaluator, Results
 from pals_jax.experiment import Experiment
 from pals_jax.logging import MetricWriter, Window, progress, say
 from pals_jax.optim import make_optimizer
-from pals_jax.run import TOKENIZER
+from pals_jax.run import TOKENIZER, Run
 from pals_jax.step import create_state, make_train_step
 
 _LOG_EVERY = 10  # steps between two lines of metrics
 
 
-def train(config: ConfigDict, workdir: Path) -> Results:
+def train(config: ConfigDict, workdir: Path, base: Path | None = None) -> Results:
     """Trains an experiment to its end, going on from where its workdir stands.
 
     Running it again after it was stopped anywhere gives the same parameters, bit for bit, as a run
@@ -37,6 +38,8 @@ def train(config: ConfigDict, workdir: Path) -> Results:
         config: see `pals_jax.config.default`.
         workdir: receives experiment.json, tokenizer/, checkpoints/, best/, metrics.jsonl and
             tensorboard/.
+        base: the workdir of a run to whose tasks those of `config` are added; they stay as they
+            are, bit for bit.
 
     Returns:
         The dev results of the best checkpoint.
@@ -45,16 +48,17 @@ def train(config: ConfigDict, workdir: Path) -> Results:
         UserError: something in the configuration, the data or the workdir is wrong.
     """
     # ---------------------------------------------------------------- what is to be done
-    experiment = Experiment.from_config(config)
+    earlier = None if base is None else Run.load(base)
+    experiment = Experiment.from_config(config, earlier and earlier.experiment)
     experiment.check(workdir)
-    tasks, model = experiment.tasks, experiment.model()
+    tasks, model = experiment.trained, experiment.model()
+    num_tasks = len(experiment.tasks)
     counts = params.count(model)
     total_steps = config.epochs * config.steps_per_epoch
-    optimizer, schedule = make_optimizer(config.optimizer, len(tasks), total_steps)
+    optimizer, schedule = make_optimizer(config.optimizer, num_tasks, total_steps)
 
-    # ---------------------------------------------------------------- data
-    encoder = huggingface.resolve(config.encoder)
-    tokenizer = load_tokenizer(encoder)
+    # ---------------------------------------------------------------- weights and data
+    tokenizer, variables = _begin(experiment, earlier)
     _check_fit(experiment, tokenizer)
     train_splits = [experiment.read(task, "train", tokenizer) for task in tasks]
     eval_splits = {task.name: experiment.read_eval(task, tokenizer) for task in tasks}
@@ -68,13 +72,13 @@ def train(config: ConfigDict, workdir: Path) -> Results:
         group_size=config.batch_size // config.groups,
     )
 
-    # ---------------------------------------------------------------- weights and steps
-    variables = huggingface.load_variables(model, encoder, config.seed)
+    # ---------------------------------------------------------------- steps
     state = create_state(variables, config.trainable, optimizer)
     train_step = jax.jit(make_train_step(model, optimizer, config.seed), donate_argnums=0)
     evaluator = Evaluator(experiment)
     console = Console(stderr=True)
-    console.print(params.table(counts, config.method, tuple(task.name for task in tasks)))
+    names = tuple(task.name for task in experiment.tasks)
+    console.print(params.table(counts, config.method, names))
 
     # ---------------------------------------------------------------- go on from where we are
     experiment.save(workdir)
@@ -89,7 +93,8 @@ def train(config: ConfigDict, workdir: Path) -> Results:
     with MetricWriter(workdir, start) as writer, progress(total_steps, start, "step") as bar:
         window = Window()
         for step in range(start, total_steps):
-            batch = train_batch(train_splits, sampler.draw(step), config.data.max_length)
+            draw = sampler.draw(step)
+            batch = train_batch(train_splits, draw, experiment.layout, num_tasks - len(tasks))
             state, scalars = train_step(state, batch)
             window.add(scalars, config.batch_size)
             bar.update()
@@ -120,6 +125,36 @@ def train(config: ConfigDict, workdir: Path) -> Results:
     return results
 
 
+def train_separately(config: ConfigDict, workdir: Path) -> Results:
+    """Trains one model for each task alone, in `workdir/TASK`, and prints one table for all.
+
+    The rival of sharing (Stickland & Murray, table 1: "separate", 8 times the parameters). Each
+    task takes all the configuration's steps.
+
+    Returns:
+        The dev results of every task's best checkpoint.
+    """
+    results: Results = {}
+    for name in config.tasks:
+        alone = ConfigDict(config.to_dict())
+        alone.tasks = (name,)
+        results |= train(alone, workdir / name)
+    tasks = Experiment.from_config(config).tasks
+    Console(stderr=True).print(evaluate.table(tasks, results))
+    return results
+
+
+def _begin(
+    experiment: Experiment, earlier: Run | None
+) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
+    """The tokenizer, and the variables before the first step."""
+    if earlier is not None:
+        return earlier.tokenizer, earlier.extended(experiment)
+    config, encoder = experiment.config, huggingface.resolve(experiment.config.encoder)
+    tokenizer = load_tokenizer(encoder)
+    return tokenizer, huggingface.load_variables(experiment.model(), encoder, config.seed)
+
+
 def _check_fit(experiment: Experiment, tokenizer: PreTrainedTokenizerFast) -> None:
     """Refuses a tokenizer or a length that the encoder has no embeddings for."""
     architecture, max_length = experiment.architecture, experiment.config.data.max_length
@@ -128,10 +163,10 @@ def _check_fit(experiment: Experiment, tokenizer: PreTrainedTokenizerFast) -> No
             f"the tokenizer of {experiment.config.encoder} has {len(tokenizer)} tokens, its"
             f" embedding only {architecture.vocab_size}; use the tokenizer of the weights."
         )
-    if max_length > architecture.max_position_embeddings:
+    if max_length > architecture.max_length:
         raise UserError(
             f"configuration: data.max_length {max_length} is above the encoder's position table"
-            f" of {architecture.max_position_embeddings}; shorten it."
+            f" of {architecture.max_length}; shorten it."
         )
 
 

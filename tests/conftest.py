@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -82,6 +83,33 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.BertModel(config).save_pretrained(directory)
     (directory / "vocab.txt").write_text("\n".join(vocabulary))
     transformers.BertTokenizerFast.from_pretrained(directory).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random RoBERTa of two layers with a byte-level BPE tokenizer trained on `WORDS`."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    directory = tmp_path_factory.mktemp("roberta")
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    bpe.train_from_iterator([" ".join(WORDS)] * 2, 300, special_tokens=special)
+    bpe.save_model(str(directory))
+    tokenizer = transformers.RobertaTokenizerFast.from_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=40,
+        max_position_embeddings=34,  # of which two are never used
+        type_vocab_size=1,
+        initializer_range=0.2,
+    )
+    transformers.RobertaModel(config).save_pretrained(directory)
     return directory
 
 

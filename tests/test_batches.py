@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pals_jax.data.batches import eval_batches, padded_length, train_batch
+from pals_jax.data.batches import Layout, eval_batches, padded_length, train_batch
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tokenize import TokenizedSplit
 
@@ -26,7 +26,7 @@ def test_padded_lengths_are_four():
 def test_train_batch_holds_the_drawn_examples():
     splits = [make_split([4, 6, 5]), make_split([3, 9], first_id=500)]
     draw = Draw(np.array([1, 0], np.int32), np.array([[1, 0], [2, 1]]))
-    batch = train_batch(splits, draw, max_length=12)
+    batch = train_batch(splits, draw, Layout(12, pad_id=7))
     np.testing.assert_array_equal(batch["task_ids"], [1, 0])
     np.testing.assert_array_equal(batch["targets"], [1, 0, 2, 1])
     np.testing.assert_array_equal(batch["weights"], np.ones(4))
@@ -34,9 +34,16 @@ def test_train_batch_holds_the_drawn_examples():
     np.testing.assert_array_equal(batch["input_ids"][0], range(503, 512))
     np.testing.assert_array_equal(batch["input_ids"][2, :5], range(110, 115))
     np.testing.assert_array_equal(batch["token_type_ids"][1], [0, 1, 1] + [0] * 6)
-    np.testing.assert_array_equal(batch["input_ids"][batch["attention_mask"] == 0], 0)
+    np.testing.assert_array_equal(batch["input_ids"][batch["attention_mask"] == 0], 7)
     assert batch["input_ids"].dtype == np.int32
     assert batch["targets"].dtype == np.float32
+
+
+def test_an_encoder_with_one_token_type_gets_one():
+    draw = Draw(np.array([0], np.int32), np.array([[1, 0]]))
+    one, two = (train_batch([make_split([4, 6])], draw, Layout(12, 0, n)) for n in (1, 2))
+    assert one["token_type_ids"].max() == 0
+    assert two["token_type_ids"].max() == 1
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9])
@@ -44,7 +51,7 @@ def test_evaluation_sees_every_example_once(count):
     rng = np.random.default_rng(count)
     split = make_split(rng.integers(3, 40, count))
     seen = []
-    for batch, indices in eval_batches(split, task_id=2, batch_size=4, max_length=40):
+    for batch, indices in eval_batches(split, task_id=2, batch_size=4, layout=Layout(40)):
         assert batch["input_ids"].shape[0] == 4
         np.testing.assert_array_equal(batch["task_ids"], [2])
         np.testing.assert_array_equal(batch["weights"], np.arange(4) < len(indices))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import tiny
 
 from pals_jax.errors import UserError
@@ -153,9 +154,8 @@ def test_every_dropout_of_every_layer_has_a_mask_of_its_own() -> None:
     layers = variables["params"]["encoder"]["layers"]
     for block in ("attention", "ffn"):  # What either block puts out before its dropout is 1.
         layers[block]["output"]["bias"] = jnp.ones_like(layers[block]["output"]["bias"])
-    probe.seen.clear()  # of what the shapes of the variables were found with
-    with jax.disable_jit():
-        model.apply(variables, *ARRAYS, 0, rngs={"dropout": jax.random.key(0)})
+    model.apply(variables, *ARRAYS, 0, rngs={"dropout": jax.random.key(0)})
+    jax.effects_barrier()
 
     masks = [np.asarray(state) for state, _ in probe.seen]
     assert len(masks) == len(sites) * model.config.num_hidden_layers
@@ -184,8 +184,11 @@ def test_attention_is_that_of_jax() -> None:
     expected = jax.nn.dot_product_attention(
         *(jnp.swapaxes(x, 1, 2) for x in (query, key, value)), mask=jnp.asarray(mask)
     )
-    actual = dot_product_attention(query, key, value, mask)
+    actual, log_normaliser = dot_product_attention(query, key, value, mask)
     np.testing.assert_allclose(actual, jnp.swapaxes(expected, 1, 2), rtol=0, atol=1e-6)
+    scores = np.where(mask, query @ key.swapaxes(-1, -2) / np.sqrt(5), -np.inf)
+    expected = scipy.special.logsumexp(scores, axis=-1)
+    np.testing.assert_allclose(log_normaliser, expected, rtol=0, atol=1e-5)
 
 
 def test_padding_does_not_reach_real_positions() -> None:

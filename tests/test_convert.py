@@ -1,4 +1,4 @@
-"""Weights of Hugging Face encoders, against transformers' own PyTorch `BertModel`."""
+"""Weights of Hugging Face encoders, against transformers' own PyTorch models."""
 
 import json
 import logging
@@ -53,9 +53,10 @@ SMALLEST = {
 }
 
 
-def random_bert(folder: Path, sizes: dict[str, Any]) -> Path:
-    """A saved `BertModel` with every parameter, biases and layer norms too, on a scale of 1."""
-    model = transformers.BertModel(transformers.BertConfig(**sizes))
+def random_bert(folder: Path, sizes: dict[str, Any], kind: str = "bert", **options: Any) -> Path:
+    """A saved encoder with every parameter, biases and layer norms too, on a scale of 1."""
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    model = transformers.AutoModel.from_config(config, **options)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         mean = float(name.endswith("LayerNorm.weight"))
@@ -92,14 +93,17 @@ def edited(tmp_path: Path, smallest: Path) -> Callable[..., Path]:
 def check_parity(folder: Path, rows: int = 3, length: int | None = None) -> None:
     """Last hidden state and pooled output, with padding and token types, to 1e-5."""
     model, variables = from_huggingface(folder)
-    theirs = transformers.BertModel.from_pretrained(
+    theirs = transformers.AutoModel.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32
     ).eval()
     config, rng = model.config, np.random.default_rng(0)
-    length = length or config.max_position_embeddings
+    length = length or config.max_length
     mask = np.arange(length) < length - np.arange(rows)[:, None] * (length // 3)
+    input_ids = rng.integers(0, config.vocab_size, (rows, length))
+    if config.model_type == "roberta":  # which counts positions by what is not padding
+        input_ids[~mask] = config.pad_token_id
     arrays = {
-        "input_ids": rng.integers(0, config.vocab_size, (rows, length)),
+        "input_ids": input_ids,
         "token_type_ids": rng.integers(0, config.type_vocab_size, (rows, length)),
         "attention_mask": mask.astype(int),
     }
@@ -138,6 +142,26 @@ def test_random_models_of_odd_sizes(tmp_path: Path, sizes: dict[str, Any]) -> No
     check_parity(random_bert(tmp_path, sizes))
 
 
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta"])
+@pytest.mark.parametrize("sizes", [ODD, OTHER, SMALLEST])
+def test_random_robertas_of_odd_sizes(tmp_path: Path, sizes: dict[str, Any], kind: str) -> None:
+    folder = random_bert(tmp_path, sizes | {"pad_token_id": 2} if sizes is ODD else sizes, kind)
+    check_parity(folder)
+    assert huggingface.read_config(folder).model_type == "roberta"
+
+
+def test_a_roberta_without_pooler_or_pad_token(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = random_bert(tmp_path, SMALLEST, "roberta", add_pooling_layer=False)
+    config = json.loads((folder / "config.json").read_text())
+    del config["pad_token_id"]  # RoBERTa's own default is 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with caplog.at_level(logging.WARNING, logger="pals_jax"):
+        check_parity(folder)
+    assert "has no pooler; a new one is initialised" in caplog.text
+
+
 # Names and dtypes
 
 
@@ -155,6 +179,17 @@ def test_old_names_load(smallest: Path, edited: Callable[..., Path]) -> None:
 
     folder = edited(old)
     tiny.assert_same(*(from_huggingface(path)[1]["params"] for path in (folder, smallest)))
+
+
+def test_a_roberta_inside_a_masked_language_model(tmp_path: Path) -> None:
+    config = transformers.RobertaConfig(**SMALLEST)
+    masked = transformers.RobertaForMaskedLM(config)
+    masked.save_pretrained(tmp_path / "masked")
+    masked.roberta.save_pretrained(tmp_path / "bare")
+    nested, bare = (from_huggingface(tmp_path / name)[1] for name in ("masked", "bare"))
+    names = safetensors.numpy.load_file(tmp_path / "masked" / "model.safetensors")
+    assert {name.split(".")[0] for name in names} == {"roberta", "lm_head"}
+    tiny.assert_same(nested["params"], bare["params"])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -247,7 +282,8 @@ def test_config_that_is_no_object(edited: Callable[..., Path], text: str) -> Non
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "roberta"}, "describes a 'roberta' model; a BERT is needed"),
+        ({"model_type": "gpt2"}, "describes a 'gpt2' model; a BERT or RoBERTa is needed"),
+        ({"is_decoder": True}, "describes a decoder"),
         ({"position_embedding_type": "relative_key"}, "has 'relative_key' positions"),
         ({"hidden_act": "silu"}, "hidden_act 'silu'"),
         ({"num_attention_heads": 4}, "hidden_size 6 is not a multiple"),

@@ -16,10 +16,14 @@ import tiny
 
 from pals_jax.convert import from_bert_n_pals, to_bert_n_pals
 from pals_jax.errors import UserError
+from pals_jax.models import methods
 from pals_jax.optim import make_optimizer
 from pals_jax.step import create_state, make_train_step
 
-VARIANTS = ("shared", "pals", "low_rank")
+VARIANTS = (
+    *("shared", "pals", "low_rank", "houlsby", "houlsby_plus_pals"),
+    *("top_attn", "top_bert_layer", "lhuc"),
+)
 TASKS = (0, 1, 2)
 
 
@@ -110,10 +114,11 @@ def stored_name(name: str, variant: str) -> str:
     The original holds one V^E and one V^D for each task under many names: its file has their
     gradients once, as those of the first layer.
     """
-    if variant != "pals":
+    if variant not in ("pals", "houlsby_plus_pals"):
         return name
-    name = re.sub(r"mult_(aug_dense2?)\.(\d)", r"layer.0.multi_layers.\2.\1", name)
-    return re.sub(r"layer\.\d(\.multi_layers\.\d\.aug_dense)", r"layer.0\1", name)
+    block = "" if variant == "pals" else "output."
+    name = re.sub(r"mult_(aug_dense2?)\.(\d)", rf"layer.0.{block}multi_layers.\2.\1", name)
+    return re.sub(rf"layer\.\d(\.{block}multi_layers\.\d\.aug_dense)", r"layer.0\1", name)
 
 
 def test_trajectory(golden: SimpleNamespace) -> None:
@@ -147,13 +152,14 @@ def test_round_trip_is_exact(golden: SimpleNamespace) -> None:
         np.testing.assert_array_equal(tensor, golden.state_dict[name], err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "variant", ["houlsby", "houlsby_plus_pals", "top_attn", "top_bert_layer", "lhuc"]
-)
-def test_other_variants_are_refused(shared: Path, variant: str) -> None:
-    golden = load(shared, variant)
-    with pytest.raises(UserError, match="not held here"):
-        from_bert_n_pals(golden.config, golden.state_dict)
+def test_what_the_original_cannot_hold(shared: Path) -> None:
+    golden = load(shared, "shared")
+    with pytest.raises(UserError, match="houlsby and mult"):
+        from_bert_n_pals(golden.config | {"mult": True, "houlsby": True}, golden.state_dict)
+    for method in (methods.ia3(), methods.pals(6, 3, layers=(0,)), methods.layer_norms()):
+        model = tiny.model(method)
+        with pytest.raises(UserError, match=f"no place for '{method[0].name}'"):
+            to_bert_n_pals(model, tiny.variables(model))
 
 
 def test_every_ill_fitting_tensor_is_listed(shared: Path) -> None:

@@ -104,7 +104,7 @@ def test_parse_refuses(expression: str, message: str) -> None:
         methods.parse(expression)
 
 
-@pytest.mark.parametrize("layers", ['"top"', "12", "[12]", "[-1]", "[]", "[0.5]", '["a"]', "None"])
+@pytest.mark.parametrize("layers", ['"top"', "12", "[12]", "[-13]", "[]", "[0.5]", '["a"]', "None"])
 def test_layers_that_do_not_exist(layers: str) -> None:
     """What a layer list may hold is known only with the depth of the encoder."""
 

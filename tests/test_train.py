@@ -18,6 +18,10 @@ import safetensors.numpy
 
 from pals_jax.cli import main
 from pals_jax.config import load
+from pals_jax.data.batches import Layout
+from pals_jax.experiment import Experiment
+from pals_jax.models.tasks import take
+from pals_jax.run import Run
 from pals_jax.train import train
 
 CONFIG = Path(__file__).with_name("tiny_experiment.py")
@@ -172,6 +176,21 @@ def test_an_encoder_from_the_hub_in_the_old_names(small, tiny_encoder, monkeypat
     assert main(["evaluate", f"--workdir={small / 'run'}", "--json"]) == 0
 
 
+def test_a_roberta(small, tiny_roberta, capsys):
+    def run(length: int) -> int:
+        overrides = ("--config.method=shared", "--config.tasks=('colour',)", "--config.epochs=1")
+        length_override = f"--config.data.max_length={length}"
+        encoder = f"--config.encoder={tiny_roberta}"
+        return main(arguments(small, small / "run", encoder, length_override, *overrides))
+
+    assert run(33) == 2  # two of the 34 rows of its position table serve padding
+    assert "above the encoder's position table of 32" in capsys.readouterr().err
+    assert run(32) == 0
+    assert max(line.get("colour/dev/accuracy", 0) for line in lines(small / "run")) > 0.75
+    assert Experiment.load(small / "run").layout == Layout(32, pad_id=1, token_types=1)
+    assert main(["evaluate", f"--workdir={small / 'run'}", "--json"]) == 0
+
+
 def test_divergence_is_said(small, capsys):
     workdir = small / "run"
     assert main(arguments(small, workdir, "--config.optimizer.learning_rate=1e30")) == 2
@@ -196,3 +215,83 @@ def test_frozen_encoder_and_mixed_batches(small):
     assert moments == []
     assert any("opt_state" in key and "pal" in key for key in state)
     assert any("frozen" in key and "embeddings" in key for key in state)
+
+
+# Tasks added to a run, and tasks alone
+
+FROZEN = ("--config.trainable=('adapters/',)", "--config.epochs=1", "--config.steps_per_epoch=8")
+
+
+def test_a_task_is_added_without_touching_the_earlier_ones(small):
+    """Parameters, logits and optimiser state of the earlier tasks: the same, bit for bit."""
+    method = "--config.method=houlsby(size=6)"
+    old, new = small / "old", small / "new"
+    assert main(arguments(small, old, method, "--config.tasks=('colour','share')", *FROZEN)) == 0
+    add = arguments(small, new, method, "--config.tasks=('same',)", *FROZEN, f"--base={old}")
+    assert main(add) == 0
+
+    before, after = Run.load(old), Run.load(new)
+    assert [task.name for task in after.experiment.tasks] == ["colour", "share", "same"]
+    jax.tree.map(
+        np.testing.assert_array_equal, before.variables["params"], after.variables["params"]
+    )
+    kept = take(after.variables["adapters"], [0, 1], width=2)
+    jax.tree.map(np.testing.assert_array_equal, kept, dict(before.variables["adapters"]))
+    for name in ("colour", "share"):
+        logits = [
+            run.evaluator.logits(
+                run.variables,
+                run.task(name),
+                run.experiment.read(run.task(name), "dev", run.tokenizer),
+            )
+            for run in (before, after)
+        ]
+        np.testing.assert_array_equal(*logits)
+    _, state = checkpoint(new)
+    moments = [x for path, x in state.items() if "opt_state" in path and x.shape[:1] == (3,)]
+    assert len(moments) > 10
+    for leaf in moments:  # of the tasks that were not drawn: as they were made
+        assert not leaf[:2].any()
+    assert any(leaf[2].any() for leaf in moments)
+    # It is a run like any other: all its tasks can be evaluated and predicted.
+    assert set(after.evaluate()) == {"colour", "share", "same"}
+    assert main(add) == 0
+
+
+def test_what_a_base_refuses(small, capsys):
+    old = small / "old"
+    assert main(arguments(small, old, "--config.tasks=('colour',)", *FROZEN)) == 0
+    add = [f"--base={old}", "--config.tasks=('same',)"]
+    for changes, message in (
+        (add, "the encoder must stay as it is"),
+        ([*add, FROZEN[0], "--config.method=shared"], "all tasks of a model share a method"),
+        ([f"--base={old}", "--config.tasks=('colour',)", FROZEN[0]], "has a task 'colour' already"),
+        ([*add, FROZEN[0], f"--base={small}"], "not the workdir of a run"),
+    ):
+        assert main(arguments(small, small / "new", *changes)) == 2
+        assert message in capsys.readouterr().err
+    assert not (small / "new").exists()
+
+
+def test_tasks_can_be_removed_and_reordered(run):
+    """Each keeps its logits, bit for bit; the head becomes as narrow as what is left."""
+    loaded = Run.load(run)
+    model, variables = loaded.experiment.model(), loaded.variables
+    assert model.num_outputs == (2, 3, 1)
+    rows = take(variables["adapters"], [2, 0], width=2)
+    fewer = model.clone(num_outputs=(1, 2))
+    ids = np.arange(10, dtype=np.int32).reshape(2, 5)
+    arrays = ids, np.zeros_like(ids), np.ones_like(ids)
+    for new, old in ((0, 2), (1, 0)):
+        was = jax.jit(model.apply)(variables, *arrays, old)
+        now = jax.jit(fewer.apply)({**variables, "adapters": rows}, *arrays, new)
+        np.testing.assert_array_equal(now, was[:, :2])
+
+
+def test_each_task_alone(small, capsys):
+    assert main(arguments(small, small / "alone", "--separate", *FROZEN[1:])) == 0
+    for name in ("colour", "same", "share"):
+        alone = Run.load(small / "alone" / name)
+        assert [task.name for task in alone.experiment.tasks] == [name]
+    table = capsys.readouterr().err.split("dev scores")[-1]
+    assert all(name in table for name in ("colour", "same", "share"))

@@ -24,6 +24,31 @@ METHODS = {
     "pals": methods.pals(size=6, heads=3),
     "pals, V not shared": methods.pals(size=6, heads=3, shared=False),
     "low_rank": methods.low_rank(size=5),
+    "pals, serial": methods.pals(size=6, heads=3, serial=True),
+    "projected_ffn": methods.projected_ffn(size=5, depth=2),
+    "lhuc": methods.lhuc(),
+    "bert_n_pals_houlsby": methods.bert_n_pals_houlsby(size=5),
+    "houlsby_plus_pals": methods.houlsby_plus_pals(size=6, attention_size=4, heads=2),
+    "top_attention": methods.top_attention(size=6, blocks=2, heads=2),
+    "top_ffn": methods.top_ffn(size=6, blocks=2),
+    "top_layer": methods.top_layer(),
+    "top_dense": methods.top_dense(),
+    "pooler": methods.pooler(),
+    "houlsby": methods.houlsby(size=5),
+    "layer_norms": methods.layer_norms(),
+    "top_layers": methods.top_layers(2),
+    "prefix_tuning": methods.prefix_tuning(4, bottleneck=7),
+    "prefix_tuning, flat, ungated": methods.prefix_tuning(4, bottleneck=0, gated=False),
+    "prompt_tuning": methods.prompt_tuning(3),
+    "lora": methods.lora(2, 4.0, tuple(methods.LORA_SITES)),
+    "adapter": methods.adapter(5),
+    "pfeiffer": methods.pfeiffer(5),
+    "parallel": methods.parallel(5, site="attention"),
+    "scaled_parallel": methods.scaled_parallel(5, scale="learned"),
+    "multi_head_parallel": methods.multi_head_parallel(4),
+    "mam": methods.mam(3, 5),
+    "bitfit": methods.bitfit(),
+    "ia3": methods.ia3(),
 }
 
 
@@ -40,6 +65,11 @@ def config(**changes: Any) -> BertConfig:
         "attention_probs_dropout_prob": 0.0,
     }
     return BertConfig(**sizes | changes)
+
+
+def model(method: methods.Method, **changes: Any) -> MultiTaskModel:
+    """Three tasks with a method, on the tiny architecture save for `changes`."""
+    return MultiTaskModel(config(**changes), NUM_OUTPUTS, method)
 
 
 def variables(model: MultiTaskModel, seed: int = 0) -> Any:
@@ -79,17 +109,19 @@ def batch(task_ids: Any, seed: int = 0, rows: int = 4) -> dict[str, np.ndarray]:
 class Probe:
     """A form without parameters that adds nothing and keeps what it is shown.
 
-    Under `jax.disable_jit`, which makes the scan over layers a loop, `seen` holds real values.
+    `seen` holds for each call, in no certain order, x and the data of its dropout key, or None.
     """
 
     def __init__(self) -> None:
-        self.seen: list[tuple[Any, Context]] = []
+        self.seen: list[tuple[Any, Any]] = []
 
-    def parameters(self, hidden_size: int) -> dict[str, Any]:
+    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> dict[str, Any]:
         return {}
 
     def __call__(self, theta: Any, x: Any, context: Context) -> Any:
-        self.seen.append((x, context))
+        key = context.dropout_key
+        data = None if key is None else jax.random.key_data(key)
+        jax.debug.callback(lambda *seen: self.seen.append(seen), x, data)
         return jnp.zeros_like(x)
 
 

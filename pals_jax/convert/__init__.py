@@ -1,6 +1,19 @@
 """Checkpoints of other codes, in and out: a table of names for each format."""
 
+from pals_jax.convert.adapterhub import from_adapterhub, to_adapterhub
 from pals_jax.convert.bert_n_pals import from_bert_n_pals, to_bert_n_pals
 from pals_jax.convert.huggingface import from_huggingface
+from pals_jax.convert.peft import from_peft, to_peft
+from pals_jax.convert.unified_view import from_unified_view, to_unified_view
 
-__all__ = ["from_bert_n_pals", "from_huggingface", "to_bert_n_pals"]
+__all__ = [
+    "from_adapterhub",
+    "from_bert_n_pals",
+    "from_huggingface",
+    "from_peft",
+    "from_unified_view",
+    "to_adapterhub",
+    "to_bert_n_pals",
+    "to_peft",
+    "to_unified_view",
+]

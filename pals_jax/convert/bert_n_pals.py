@@ -1,4 +1,4 @@
-"""Checkpoints of Stickland & Murray's code (Bert-n-Pals): shared, PALs and low-rank."""
+"""Checkpoints of Stickland & Murray's code (Bert-n-Pals), in and out."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,11 +9,19 @@ from pals_jax.convert import tables
 from pals_jax.convert.tables import Slot
 from pals_jax.errors import UserError
 from pals_jax.models import methods
+from pals_jax.models.adapters import Adapter, Method
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.methods import Method
 from pals_jax.models.multitask import MultiTaskModel
 
-_LATER_FLAGS = ("houlsby", "top", "bert_lay_top", "lhuc")
+# Our parameters under the names of theirs.
+_PROJECTIONS = {"down": "aug_dense", "up": "aug_dense2"}
+_PROJECTIONS |= {name: f"attn.{name}" for name in ("query", "key", "value")}
+# Where a layer's adapters hang, by our site.
+_PLACES = {
+    "layer": "multi_layers",
+    "attention.output": "attention.output.multi_layers",
+    "ffn.output": "output.multi_layers",
+}
 
 
 def from_bert_n_pals(
@@ -22,12 +30,13 @@ def from_bert_n_pals(
     """The model and variables of an original checkpoint.
 
     Args:
-        config: the original `bert_config.json` with its flags (`mult`, `pals`, `hidden_size_aug`),
-            `num_tasks`, and `labels`: each task's number of classes, 1 for regression.
+        config: the original `bert_config.json` with its flags (`mult`, `pals`, `houlsby`, `top`,
+            `bert_lay_top`, `lhuc`, `hidden_size_aug`, `extra_dim`), and `labels`: each task's
+            number of classes, 1 for regression.
         state_dict: the original names ("bert.encoder.layer.0...", "classifier.0.weight").
 
     Raises:
-        UserError: a variant that is not held here, or tensors that do not fit; all are listed.
+        UserError: flags that mean no method, or tensors that do not fit; all are listed.
     """
     if missing := {"labels", "hidden_size_aug"} - set(config):
         raise UserError(f"the Bert-n-Pals config lacks {', '.join(sorted(missing))}.")
@@ -42,24 +51,31 @@ def to_bert_n_pals(model: MultiTaskModel, variables: Mapping[str, Any]) -> dict[
     """The tensors under their original names; also maps gradients, which have the same tree.
 
     Raises:
-        UserError: the original format has no place for adapters on some layers only.
+        UserError: the original format has no place for the method.
     """
-    depth = model.config.num_hidden_layers
-    if any(len(adapter.layer_indices(depth)) < depth for adapter in model.method):
-        raise UserError("Bert-n-Pals checkpoints hold adapters on all layers or none.")
     return tables.write(variables, bert_n_pals_slots(model))
 
 
 def _method(config: Mapping[str, Any]) -> Method:
-    later = [flag for flag in _LATER_FLAGS if config.get(flag)]
-    if later:
-        raise UserError(f"Bert-n-Pals checkpoints with {', '.join(later)} are not held here.")
-    if not config.get("mult"):
-        return methods.shared()
-    size = config["hidden_size_aug"]
-    if config.get("pals"):
-        return methods.pals(size=size)
-    return methods.low_rank(size=config.get("extra_dim") or size, activation="gelu")
+    flags = {name for name in ("mult", "houlsby", "top", "lhuc") if config.get(name)}
+    if len(flags) > 1:
+        raise UserError(f"a Bert-n-Pals config with {' and '.join(sorted(flags))} is no method.")
+    size, extra = config["hidden_size_aug"], config.get("extra_dim")
+    if "houlsby" in flags:
+        if config.get("pals"):
+            return methods.houlsby_plus_pals(size, attention_size=extra or size)
+        return methods.bert_n_pals_houlsby(size)
+    if "top" in flags:
+        if config.get("bert_lay_top"):
+            return methods.top_layer()
+        return methods.top_attention(size)
+    if "lhuc" in flags:
+        return methods.lhuc()
+    if "mult" in flags:
+        if config.get("pals"):
+            return methods.pals(size)
+        return methods.low_rank(extra or size, activation="gelu")
+    return methods.shared()
 
 
 def bert_n_pals_slots(model: MultiTaskModel) -> Iterator[Slot]:
@@ -73,32 +89,55 @@ def bert_n_pals_slots(model: MultiTaskModel) -> Iterator[Slot]:
 
     yield from tables.renamed(tables.bert(model.config), old_name)
     for task, outputs in enumerate(model.num_outputs):
-        head = ("adapters", "head")
-        columns = slice(outputs)
-        yield Slot(
-            f"classifier.{task}.weight", (*head, "kernel"), (task, slice(None), columns), True
+        yield from tables.head(f"classifier.{task}", task, outputs)
+        for spec in model.method:
+            yield from tables.renamed(_adapter_slots(model, spec, task), old_name)
+
+
+def _adapter_slots(model: MultiTaskModel, adapter: Any, task: int) -> Iterator[Slot]:
+    depth = model.config.num_hidden_layers
+    path = ("adapters", adapter.name)
+    if adapter == methods.lhuc()[0]:
+        for layer in range(depth):
+            name = f"encoder.layer.{layer}.multi_lhuc.{task}.lhuc"
+            yield Slot(name, (*path, "layers", "scale"), (task, layer))
+    elif isinstance(adapter, Adapter) and adapter.site == "top":
+        yield from _top_slots(adapter, task)
+    elif isinstance(adapter, Adapter) and adapter.site in _PLACES and adapter.layers == "all":
+        for layer in range(depth):
+            name = f"encoder.layer.{layer}.{_PLACES[adapter.site]}.{task}"
+            yield from _layer_slots(name, adapter, task, layer)
+        if adapter.shared:
+            down, up = f"encoder.mult_aug_dense.{task}", f"encoder.mult_aug_dense2.{task}"
+            yield from tables.dense(down, (*path, "shared", "down"), (task,))
+            yield from tables.dense(up, (*path, "shared", "up"), (task,))
+    else:
+        raise UserError(
+            f"a Bert-n-Pals checkpoint has no place for {adapter.name!r}; it holds the methods of"
+            " BERT and PALs, on all layers."
         )
-        yield Slot(f"classifier.{task}.bias", (*head, "bias"), (task, columns))
-        for adapter in model.method:
-            for place, layer in enumerate(adapter.layer_indices(model.config.num_hidden_layers)):
-                name = f"bert.encoder.layer.{layer}.multi_layers.{task}"
-                yield from _adapter_slots(name, adapter, task, place)
-            if adapter.shared:
-                path = ("adapters", adapter.name, "shared")
-                yield from tables.dense(
-                    f"bert.encoder.mult_aug_dense.{task}", (*path, "down"), (task,)
-                )
-                yield from tables.dense(
-                    f"bert.encoder.mult_aug_dense2.{task}", (*path, "up"), (task,)
-                )
 
 
-def _adapter_slots(name: str, adapter: methods.Adapter, task: int, place: int) -> Iterator[Slot]:
+def _layer_slots(name: str, adapter: Adapter, task: int, layer: int) -> Iterator[Slot]:
     """One task's adapter in one layer; the original stores shared matrices in every layer again."""
-    names = {"down": "aug_dense", "up": "aug_dense2"}
-    names |= {attention: f"attn.{attention}" for attention in ("query", "key", "value")}
     for projection in adapter.form.parameters(1, 1, BertConfig()):
         shared = projection in adapter.shared
         path = ("adapters", adapter.name, "shared" if shared else "layers", projection)
-        index = (task,) if shared else (task, place)
-        yield from tables.dense(f"{name}.{names[projection]}", path, index)
+        index = (task,) if shared else (task, layer)
+        yield from tables.dense(f"{name}.{_PROJECTIONS[projection]}", path, index)
+
+
+def _top_slots(adapter: Adapter, task: int) -> Iterator[Slot]:
+    path, layers = ("adapters", adapter.name, "shared"), f"encoder.multi_layers.{task}"
+    if adapter == methods.top_layer()[0]:
+        yield from tables.bert_layer(layers, (*path, "blocks"), (task, 0))
+        return
+    yield from tables.dense(f"encoder.mult_dense.{task}", (*path, "down"), (task,))
+    yield from tables.dense(f"encoder.mult_dense2.{task}", (*path, "up"), (task,))
+    for block in range(6):
+        name, index = f"{layers}.{block}", (task, block)
+        attention = (*path, "blocks", "attention")
+        for projection in ("query", "key", "value"):
+            yield from tables.dense(f"{name}.self.{projection}", (*attention, projection), index)
+        yield from tables.dense(f"{name}.output.dense", (*attention, "output"), index)
+        yield from tables.norm(f"{name}.output.LayerNorm", (*path, "blocks", "norm"), index)

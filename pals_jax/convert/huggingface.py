@@ -1,7 +1,6 @@
-"""Hugging Face BERT checkpoints: from a directory, a hub id, or a package that carries one."""
+"""Hugging Face BERT and RoBERTa: from a directory, a hub id, or a package that carries one."""
 
 import importlib.util
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +8,8 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
-import safetensors
-import safetensors.flax
 
-from pals_jax.convert import tables
+from pals_jax.convert import files, tables
 from pals_jax.errors import UserError
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.methods import Method
@@ -27,11 +24,26 @@ KNOWN = {
     "bert-large-uncased": BertConfig(
         hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
     ),
+    "roberta-base": BertConfig(
+        vocab_size=50265,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        pad_token_id=1,
+        model_type="roberta",
+    ),
 }
 
-_FILES = ["config.json", "model.safetensors", "tokenizer*", "vocab.txt", "special_tokens_map.json"]
+# The architecture of each `model_type`; XLM-RoBERTa is a RoBERTa with another vocabulary.
+_ARCHITECTURES = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta"}
+_PAD = {"bert": 0, "roberta": 1}  # where config.json does not say
+
+_FILES = [
+    *("config.json", "model.safetensors", "tokenizer*", "special_tokens_map.json"),
+    *("vocab.txt", "vocab.json", "merges.txt"),
+]
 # Pre-training heads and buffers, which no encoder needs.
-_MAY_IGNORE = r"cls\.|embeddings\.position_ids$"
+MAY_IGNORE = r"cls\.|lm_head\.|embeddings\.position_ids$"
 _POOLER, _NOTHING = r"pooler\.", "$^"
 
 _log = logging.getLogger(__name__)
@@ -90,7 +102,8 @@ def from_huggingface(
         The model, and its variables {"params", "adapters"} with float32 leaves.
 
     Raises:
-        UserError: no such encoder, not a BERT, a damaged file, or tensors that do not fit.
+        UserError: no such encoder, neither a BERT nor a RoBERTa, a damaged file, or tensors that
+            do not fit.
     """
     path = resolve(directory)
     model = MultiTaskModel(read_config(path), tuple(tasks), adapters, dtype, remat)
@@ -110,7 +123,7 @@ def load_variables(model: MultiTaskModel, path: Path, seed: int) -> dict[str, An
         source=str(path / "model.safetensors"),
         seed=seed,
         may_lack=_NOTHING if has_pooler else _POOLER,
-        may_ignore=_MAY_IGNORE,
+        may_ignore=MAY_IGNORE,
     )
 
 
@@ -123,33 +136,34 @@ def architecture(name: str | Path) -> BertConfig:
 def read_config(directory: Path) -> BertConfig:
     """The architecture in `config.json`."""
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object.")
-    if config.get("model_type") != "bert":
-        raise UserError(f"{path} describes a {config.get('model_type')!r} model; a BERT is needed.")
+    config = files.read_json(path)
+    model_type = config.get("model_type")
+    if model_type not in _ARCHITECTURES:
+        raise UserError(f"{path} describes a {model_type!r} model; a BERT or RoBERTa is needed.")
+    if config.get("is_decoder"):
+        raise UserError(f"{path} describes a decoder, which sees no later words; use an encoder.")
     positions = config.get("position_embedding_type", "absolute")
     if positions != "absolute":
         raise UserError(f"{path} has {positions!r} positions; only absolute ones are held here.")
-    return BertConfig.from_mapping(config)
+    architecture = _ARCHITECTURES[model_type]
+    given = {name: value for name, value in config.items() if value is not None}
+    return BertConfig.from_mapping(
+        {"pad_token_id": _PAD[architecture]} | given | {"model_type": architecture}
+    )
 
 
 def read_tensors(directory: Path) -> Mapping[str, np.ndarray]:
-    """The tensors of `model.safetensors` under the current names of `BertModel`."""
-    path = directory / "model.safetensors"
-    try:
-        tensors = safetensors.flax.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}.") from error
-    return {_current_name(name): np.asarray(tensor) for name, tensor in tensors.items()}
+    """The tensors of `model.safetensors` under the current names of `BertModel`.
+
+    Those of `RobertaModel` are the same.
+    """
+    tensors = files.read_tensors(directory / "model.safetensors")
+    return {_current_name(name): tensor for name, tensor in tensors.items()}
 
 
 def _current_name(name: str) -> str:
-    """Older checkpoints nest the encoder under "bert." and call layer norms gamma and beta."""
-    name = name.removeprefix("bert.")
+    """Some checkpoints nest the encoder; older ones call layer norms gamma and beta."""
+    name = name.removeprefix("bert.").removeprefix("roberta.")
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
         "LayerNorm.beta", "LayerNorm.bias"
     )

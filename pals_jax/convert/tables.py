@@ -55,18 +55,29 @@ def bert(config: BertConfig) -> Iterator[Slot]:
     for ours, theirs in (("word", "word"), ("position", "position"), ("token_type", "token_type")):
         yield Slot(f"embeddings.{theirs}_embeddings.weight", (*embeddings, ours, "embedding"))
     yield from norm("embeddings.LayerNorm", (*embeddings, "norm"))
-    layers = (*root, "layers")
     for i in range(config.num_hidden_layers):
-        layer = f"encoder.layer.{i}"
-        for name in ("query", "key", "value"):
-            yield from dense(f"{layer}.attention.self.{name}", (*layers, "attention", name), (i,))
-        output = f"{layer}.attention.output"
-        yield from dense(f"{output}.dense", (*layers, "attention", "output"), (i,))
-        yield from norm(f"{output}.LayerNorm", (*layers, "attention_norm"), (i,))
-        yield from dense(f"{layer}.intermediate.dense", (*layers, "ffn", "intermediate"), (i,))
-        yield from dense(f"{layer}.output.dense", (*layers, "ffn", "output"), (i,))
-        yield from norm(f"{layer}.output.LayerNorm", (*layers, "ffn_norm"), (i,))
+        yield from bert_layer(f"encoder.layer.{i}", (*root, "layers"), (i,))
     yield from dense("pooler.dense", (*root, "pooler", "dense"))
+
+
+def bert_layer(name: str, path: Path, index: tuple[int | slice, ...]) -> Iterator[Slot]:
+    """One layer under the names of Hugging Face's `BertLayer`."""
+    for projection in ("query", "key", "value"):
+        theirs = f"{name}.attention.self.{projection}"
+        yield from dense(theirs, (*path, "attention", projection), index)
+    output = f"{name}.attention.output"
+    yield from dense(f"{output}.dense", (*path, "attention", "output"), index)
+    yield from norm(f"{output}.LayerNorm", (*path, "attention_norm"), index)
+    yield from dense(f"{name}.intermediate.dense", (*path, "ffn", "intermediate"), index)
+    yield from dense(f"{name}.output.dense", (*path, "ffn", "output"), index)
+    yield from norm(f"{name}.output.LayerNorm", (*path, "ffn_norm"), index)
+
+
+def head(name: str, task: int, outputs: int) -> Iterator[Slot]:
+    """A task's head, a `torch.nn.Linear` with its own number of outputs."""
+    columns, path = slice(outputs), ("adapters", "head")
+    yield Slot(f"{name}.weight", (*path, "kernel"), (task, slice(None), columns), True)
+    yield Slot(f"{name}.bias", (*path, "bias"), (task, columns))
 
 
 def renamed(slots: Iterable[Slot], rename: Callable[[str], str]) -> Iterator[Slot]:

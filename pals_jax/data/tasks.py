@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +36,11 @@ class Task:
     eval_splits: tuple[str, ...] = ("dev",)
     test_splits: tuple[str, ...] = ("test",)
     head: str | None = None
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "Task":
+        """The inverse of `dataclasses.asdict` and JSON, which knows no tuples."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
     @property
     def is_regression(self) -> bool:

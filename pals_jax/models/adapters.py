@@ -174,6 +174,14 @@ class Owned:
             }
         )
 
+    def leaves(self, encoder: Theta, depth: int) -> set[tuple[str, int]]:
+        """The (path, layer) that it is a copy of; outside the layers, layer is -1."""
+        return {
+            ("/".join(path), layer)
+            for path in flatten_dict(self.take(encoder, depth))
+            for layer in (self.layer_indices(depth) if path[0] == "layers" else (-1,))
+        }
+
     def copies(self, encoder: Theta, depth: int, num_tasks: int) -> Theta:
         """Initial values: for each of the T tasks a copy, leaves [T, ...]."""
         return jax.tree.map(
@@ -182,6 +190,32 @@ class Owned:
 
 
 Method = tuple[Adapter | Owned, ...]
+
+
+def check(method: Method, encoder: Theta, depth: int) -> None:
+    """Sees that the parts of a method do not collide.
+
+    Raises:
+        UserError: two have one name, two replace or gate one state, or two own one parameter.
+    """
+    names = ["head", *(spec.name for spec in method)]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"the method has two parts named {repeated[0]!r}; they would collide.")
+    taken: dict[Any, str] = {}
+    for spec in method:
+        if isinstance(spec, Owned):
+            places: set[Any] = spec.leaves(encoder, depth)
+        elif spec.compose in ("replace", "gate"):
+            places = {(spec.site, layer) for layer in spec.layer_indices(depth) or (-1,)}
+        else:
+            continue
+        for place in sorted(places):
+            if place in taken:
+                raise UserError(
+                    f"{taken[place]!r} and {spec.name!r} collide at {place[0]}: only one of them"
+                    " can have it; leave one out of the method."
+                )
+            taken[place] = spec.name
 
 
 class Stack(NamedTuple):

@@ -49,10 +49,8 @@ class MultiTaskModel(nn.Module):
     remat: bool = False
 
     def setup(self) -> None:
-        names = [spec.name for spec in self.method] + ["head"]
-        if len(set(names)) < len(names):
-            raise UserError(f"adapters need names of their own, and not 'head': {names[:-1]}.")
         self.encoder = self.param("encoder", self._init_encoder)
+        adapters_lib.check(self.method, self.encoder, self.config.num_hidden_layers)
         head = {k: Stack(v) for k, v in dense(self.config.hidden_size, self._width).items()}
         self.thetas = {
             spec.name: self.variable("adapters", spec.name, self._init, spec)

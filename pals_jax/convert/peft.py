@@ -1,0 +1,230 @@
+"""LoRA as Hugging Face's PEFT saves it for sequence classification, in and out.
+
+A directory holds `adapter_config.json` and `adapter_model.safetensors` (or `.bin`), without the
+encoder. Which projections of which layers have LoRA is read off the tensors' names.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pals_jax.convert import files, stacking, tables
+from pals_jax.convert.stacking import Part
+from pals_jax.convert.tables import Slot
+from pals_jax.errors import UserError
+from pals_jax.models import methods
+from pals_jax.models.adapters import Adapter, Method
+from pals_jax.models.bert import BertConfig
+from pals_jax.models.forms import Bottleneck
+from pals_jax.models.multitask import MultiTaskModel
+
+_SAFETENSORS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+_MODULES = {  # by site
+    "attention.query": "attention.self.query",
+    "attention.key": "attention.self.key",
+    "attention.value": "attention.self.value",
+    "attention.projection": "attention.output.dense",
+    "ffn.intermediate": "intermediate.dense",
+    "ffn.projection": "output.dense",
+}
+# Options that are taken over, or do not change what is computed. With any other, known today or
+# not, the adapter would be something else than LoRA, so it must be off.
+_OPTIONS = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save", "task_type"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias"),
+    *("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"),
+    *("init_lora_weights", "eva_config", "qalora_group_size", "megatron_core"),
+    "ensure_weight_tying",
+}
+# Those that may be on, but not with any value. Other initialisations change the encoder, too.
+_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": (None, "SEQ_CLS", "FEATURE_EXTRACTION"),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+}
+_HEADS = {"classifier", "score"}  # what PEFT saves a sequence classifier's head as
+
+
+def from_peft(
+    base_dir: str | Path, adapters: Mapping[str, str | Path]
+) -> tuple[MultiTaskModel, dict[str, Any]]:
+    """A model with one task for each adapter, in their order, around one encoder.
+
+    A classifier that was saved with the LoRA becomes the task's head; on RoBERTa its first layer
+    becomes a pooler of the task's own. Without one, the head is new and has two outputs.
+
+    Args:
+        base_dir: the encoder that the adapters were trained on; a directory, the id of a repository
+            on the hub, or whatever else `from_huggingface` takes.
+        adapters: by name of the task, a directory with `adapter_config.json` and
+            `adapter_model.safetensors` or `adapter_model.bin`; the latter needs PyTorch.
+
+    Returns:
+        The model, and its variables {"params", "adapters"} with float32 leaves.
+
+    Raises:
+        UserError: options that are not held here, adapters that differ in rank or targets, a
+            damaged file, or tensors that do not fit; all are listed.
+    """
+    return stacking.stack(base_dir, adapters, _read_part)
+
+
+def to_peft(
+    model: MultiTaskModel, variables: Mapping[str, Any], task: int, directory: str | Path
+) -> None:
+    """Writes one task's LoRA and head as PEFT reads them for a sequence classifier.
+
+    Args:
+        model: the model.
+        variables: its variables.
+        task: the index of the task.
+        directory: where to; made if need be.
+
+    Raises:
+        UserError: there is no such task, or PEFT's LoRA has no place for the method.
+    """
+    stacking.check_task(model, task)
+    loras, depth = _loras(model), model.config.num_hidden_layers
+    form, scale = loras[0].form, loras[0].scale
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "r": form.size,
+        "lora_alpha": round(scale * form.size, 9),  # so that alpha / r is the scale again
+        "lora_dropout": form.dropout,
+        # In full, as "output.dense" alone would also be the end of "attention.output.dense".
+        "target_modules": [
+            _module(adapter, layer) for adapter in loras for layer in adapter.layer_indices(depth)
+        ],
+        "modules_to_save": ["classifier"],
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+    def nested(name: str) -> str:
+        encoder = "" if name.startswith("classifier.") else f"{model.config.model_type}."
+        return f"base_model.model.{encoder}{name}"
+
+    tensors = tables.write(variables, tables.renamed(peft_slots(model, task), nested))
+    files.write_adapter(Path(directory), config, _SAFETENSORS, tensors)
+
+
+def _read_part(directory: Path, encoder: BertConfig) -> Part:
+    path = directory / "adapter_config.json"
+    config = files.read_json(path)
+    tensors = {
+        re.sub(r"^base_model\.model\.(?:bert\.|roberta\.)?", "", name): tensor
+        for name, tensor in files.find_tensors(directory, _SAFETENSORS, _PICKLE).items()
+    }
+    try:
+        _check(config)
+        method = _method(config, tensors, encoder)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    head = "classifier.out_proj" if encoder.model_type == "roberta" else "classifier"
+    if f"{head}.weight" not in tensors:
+        return Part(directory, method, tensors, _lora_slots)
+    num_outputs = len(tensors[f"{head}.weight"])
+    own = methods.pooler() if encoder.model_type == "roberta" else ()
+    return Part(directory, method + own, tensors, peft_slots, num_outputs)
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Refuses what would make the adapter something else than LoRA."""
+    for option, value in config.items():
+        if option not in _OPTIONS and value:
+            raise UserError(f"PEFT's {option}={value!r} is not held here; train without it.")
+    for option, values in _VALUES.items():
+        value = config.get(option, values[0])
+        if value not in values:
+            names = ", ".join(map(repr, values))
+            raise UserError(f"PEFT's {option}={value!r} is not held here, only {names}.")
+    if other := set(config.get("modules_to_save") or ()) - _HEADS:
+        raise UserError(
+            f"PEFT's modules_to_save={sorted(other)} is not held here, only the classifier."
+        )
+
+
+def _method(config: Mapping[str, Any], names: Collection[str], encoder: BertConfig) -> Method:
+    """LoRA on the projections that have tensors of that name."""
+    try:
+        rank, alpha, dropout = (config[name] for name in ("r", "lora_alpha", "lora_dropout"))
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        loras: Any = methods.lora(rank, alpha, tuple(methods.LORA_SITES), dropout)
+    except KeyError as error:
+        raise UserError(f"the adapter's configuration lacks {error}.") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"the adapter's configuration makes no sense: {error}.") from error
+    found = []
+    depth = encoder.num_hidden_layers
+    for adapter in loras:
+        layers = [i for i in range(depth) if f"{_module(adapter, i)}.lora_A.weight" in names]
+        which = "all" if len(layers) == depth else tuple(layers)
+        if layers:
+            found.append(dataclasses.replace(adapter, scale=scale, layers=which))
+    if not found:
+        raise UserError("there is no LoRA on any layer of the encoder in this directory.")
+    return tuple(found)
+
+
+def _loras(model: MultiTaskModel) -> list[Any]:
+    """The method's adapters, if they are LoRA of one rank and scale, as one directory holds it."""
+    loras: list[Any] = []
+    others: list[Any] = []
+    for spec in model.method:
+        if spec == methods.pooler()[0] and model.config.model_type == "roberta":
+            continue  # a part of its classifier
+        (loras if _is_lora(spec) else others).append(spec)
+    agree = len({(spec.form, spec.scale) for spec in loras}) == 1
+    if others or not agree or len({spec.site for spec in loras}) < len(loras):
+        names = ", ".join(spec.name for spec in others or model.method) or "no adapter"
+        raise UserError(
+            f"a PEFT directory has no place for {names}; it holds LoRA of one rank and scale on"
+            " projections of the layers, and the task's head."
+        )
+    return loras
+
+
+def _is_lora(spec: Any) -> bool:
+    match spec:
+        case Adapter(
+            form=Bottleneck(activation="identity", bias=False, norm=False),
+            reads="block_input",
+            compose="add",
+            scale=int() | float(),
+        ):
+            return spec.site in _MODULES
+    return False
+
+
+# ------------------------------------------------ their names
+
+
+def peft_slots(model: MultiTaskModel, task: int) -> Iterator[Slot]:
+    """The table of names of one task's LoRA and head, without what they are nested in."""
+    yield from _lora_slots(model, task)
+    if model.config.model_type == "bert":
+        yield from tables.head("classifier", task, model.num_outputs[task])
+        return
+    # A RoBERTa classifier is a pooler and a head; ours may be the encoder's or the task's own.
+    own = methods.pooler()[0] in model.method
+    ours: tuple[str, ...] = ("adapters", "pooler") if own else ("params", "encoder")
+    yield from tables.dense("classifier.dense", (*ours, "pooler", "dense"), (task,) if own else ())
+    yield from tables.head("classifier.out_proj", task, model.num_outputs[task])
+
+
+def _lora_slots(model: MultiTaskModel, task: int) -> Iterator[Slot]:
+    for adapter in _loras(model):
+        path = ("adapters", adapter.name, "layers")
+        for place, layer in enumerate(adapter.layer_indices(model.config.num_hidden_layers)):
+            name, index = _module(adapter, layer), (task, place)
+            yield Slot(f"{name}.lora_A.weight", (*path, "down", "kernel"), index, transpose=True)
+            yield Slot(f"{name}.lora_B.weight", (*path, "up", "kernel"), index, transpose=True)
+
+
+def _module(adapter: Adapter, layer: int) -> str:
+    return f"encoder.layer.{layer}.{_MODULES[adapter.site]}"

@@ -1,0 +1,295 @@
+"""Checkpoints of He et al.'s code ("Towards a unified view") on RoBERTa, in and out.
+
+Two parts: the encoder, with what belongs to the task in tensors called ef_..., and the prefix
+module. In the tables here the latter's names begin with "prefix/", and the last projection of its
+network, with the keys and values of all layers, is cut into theirs ("control_trans.2[0]").
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from pals_jax.convert import tables
+from pals_jax.convert.tables import Slot, Tensors
+from pals_jax.errors import UserError
+from pals_jax.models import methods
+from pals_jax.models.adapters import Adapter, Method, Owned
+from pals_jax.models.bert import BertConfig
+from pals_jax.models.forms import Bottleneck, Prefix
+from pals_jax.models.multitask import MultiTaskModel
+
+
+class Place(NamedTuple):
+    """Where an adapter stands, what it reads, and its name within a layer of theirs."""
+
+    site: str
+    reads: Literal["block_input", "state", "normalised"]
+    name: str
+
+
+# By attn_option; the sequential one comes before dropout. Both have a layer norm first.
+_ATTENTION_ADAPTERS = {
+    "parallel": Place("attention.heads", "block_input", "attention.self.ef_attn_adapter"),
+    "sequential": Place("attention.projection", "state", "attention.output.ef_attn_adapter"),
+}
+# By ffn_option.
+_FFN_ADAPTERS = {
+    "parallel": Place("ffn.output", "block_input", "ef_ffn_adapter"),
+    "sequential": Place("ffn.output", "state", "output.ef_ffn_adapter"),
+    "pfeiffer": Place("ffn.output", "normalised", "output.ef_ffn_adapter"),
+}
+# By attn_option: what turns scores into weights, and the composition.
+_PREFIXES: Mapping[str, tuple[str, Literal["gate", "add"]]] = {
+    "concat": ("softmax", "gate"),
+    "cross_attn_noln": ("softmax", "add"),
+    "cross_attn_relu": ("relu", "add"),
+}
+# By site.
+_LORA_NAMES = {
+    "attention.query": "attention.self.query",
+    "attention.value": "attention.self.value",
+    "ffn.intermediate": "intermediate.dense",
+    "ffn.projection": "output.dense",
+}
+
+_PREFIX = "prefix/"
+_LAST = f"{_PREFIX}control_trans.2"  # keys, then values, of the first layer, then the second ...
+_SHARED = ("embedding", "down")  # of the prefix's network: one for all layers
+_OPTIONS = {
+    *("attn_mode", "attn_option", "attn_composition", "attn_bn", "mid_dim"),
+    *("ffn_mode", "ffn_option", "ffn_bn", "ffn_adapter_layernorm_option"),
+    *("ffn_adapter_init_option", "ffn_adapter_scalar", "lora_alpha", "lora_dropout"),
+}
+
+
+def from_unified_view(
+    config: Mapping[str, Any], state_dict: Tensors, prefix_state: Tensors
+) -> tuple[MultiTaskModel, dict[str, Any]]:
+    """The model and variables, of one task, of an original checkpoint.
+
+    What the original has but does not use is passed over: prefixes for an encoder-decoder, the
+    layer norm of the multi-head parallel adapter, the second copy of a parallel adapter. Dropout
+    inside adapters and of prefixes is not taken over; LoRA's is.
+
+    Args:
+        config: RoBERTa's `config.json` with the authors' options (`attn_mode`, `attn_option`,
+            `attn_bn`, `ffn_mode`, ...), and perhaps `labels`: a list with the task's number of
+            classes, 1 for regression; 2 if absent.
+        state_dict: of the encoder ("encoder.layer.0...", "pooler.dense.weight"); LoRA unmerged. The
+            head is new.
+        prefix_state: of the prefix module ("wte.weight", "control_trans.0.weight", or
+            "decoder_self_attn_key.0.weight"); empty where there is none.
+
+    Raises:
+        UserError: options that are not held here, or tensors that do not fit; all are listed.
+    """
+    if missing := _OPTIONS - set(config):
+        raise UserError(f"the unified-view config lacks {', '.join(sorted(missing))}.")
+    labels = tuple(config.get("labels", (2,)))
+    if len(labels) != 1:
+        raise UserError(f"a unified-view checkpoint is one task's, but labels has {len(labels)}.")
+    architecture = BertConfig.from_mapping(
+        {"pad_token_id": 1} | dict(config) | {"model_type": "roberta"}
+    )
+    model = MultiTaskModel(architecture, labels, _at_attention(config) + _at_ffn(config))
+    named = {f"{_PREFIX}{name}": tensor for name, tensor in prefix_state.items()}
+    return model, tables.read(
+        model,
+        unified_view_slots(model),
+        {**state_dict, **_cut(named, architecture.num_hidden_layers)},
+        source="the unified-view checkpoint",
+        may_ignore=_left_overs(config),
+    )
+
+
+def to_unified_view(
+    model: MultiTaskModel, variables: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The encoder's and the prefix module's tensors under their original names.
+
+    Left out are the head, and what the original would not use.
+
+    Raises:
+        UserError: the original format has no place for the model.
+    """
+    if model.config.model_type != "roberta" or len(model.num_outputs) > 1:
+        raise UserError("a unified-view checkpoint holds one task on a RoBERTa, nothing else.")
+    for block in ("attention", "ffn"):
+        here = [x for x in model.method if isinstance(x, Adapter) and x.site.startswith(block)]
+        # LoRA changes two projections; anything else is one adapter.
+        if len(here) > max(1, len({x.site for x in here} & set(_LORA_NAMES))):
+            raise _no_place(here[-1])
+    tensors = tables.write(variables, unified_view_slots(model))
+    prefix = {name: x for name, x in tensors.items() if name.startswith(_PREFIX)}
+    state_dict = {name: x for name, x in tensors.items() if name not in prefix}
+    return state_dict, {name.removeprefix(_PREFIX): x for name, x in _join(prefix).items()}
+
+
+# ------------------------------------------------ their options as methods
+
+
+def _at_attention(config: Mapping[str, Any]) -> Method:
+    mode, option, size = config["attn_mode"], config["attn_option"], config["attn_bn"]
+    if mode == "none":
+        return ()
+    if config["attn_composition"] != "add":  # the original fails, too
+        raise _not_held(attn_composition=config["attn_composition"])
+    if mode == "lora":
+        return _lora(config, size, ("query", "value"))
+    if mode == "adapter" and option in _ATTENTION_ADAPTERS:
+        site, reads, _ = _ATTENTION_ADAPTERS[option]
+        return (Adapter("attention_adapter", site, Bottleneck(size, "relu", norm=True), reads),)
+    if mode in ("prefix", "prefix_nomlp") and option in _PREFIXES:
+        if option != "concat" and config.get("layer_norm_after"):
+            raise _not_held(layer_norm_after=True)
+        activation, compose = _PREFIXES[option]
+        form = Prefix(size, config["mid_dim"] if mode == "prefix" else 0, activation)
+        shared = _SHARED if form.bottleneck else ()
+        return (Adapter("prefix", "attention.heads", form, shared=shared, compose=compose),)
+    raise _not_held(attn_mode=mode, attn_option=option)
+
+
+def _at_ffn(config: Mapping[str, Any]) -> Method:
+    mode, option, size = config["ffn_mode"], config["ffn_option"], config["ffn_bn"]
+    if mode == "none":
+        return ()
+    if mode == "lora":
+        return _lora(config, size, ("ffn_in", "ffn_out"))
+    if mode == "adapter" and option in _FFN_ADAPTERS:
+        norm, scale = config["ffn_adapter_layernorm_option"], config["ffn_adapter_scalar"]
+        if norm not in ("none", "in"):
+            raise _not_held(ffn_adapter_layernorm_option=norm)
+        init = config["ffn_adapter_init_option"]
+        form = Bottleneck(size, "relu", init, norm=norm == "in")
+        site, reads, _ = _FFN_ADAPTERS[option]
+        return (Adapter("ffn_adapter", site, form, reads, scale=_scale(scale)),)
+    raise _not_held(ffn_mode=mode, ffn_option=option)
+
+
+def _lora(config: Mapping[str, Any], rank: int, targets: tuple[str, ...]) -> Method:
+    return methods.lora(rank, config["lora_alpha"], targets, config["lora_dropout"])
+
+
+def _scale(scalar: Any) -> float | Literal["learned"]:
+    """Theirs is a string: a number, or "learnable_scalar"."""
+    if scalar == "learnable_scalar":
+        return "learned"
+    try:
+        return float(scalar)
+    except (TypeError, ValueError):
+        raise _not_held(ffn_adapter_scalar=scalar) from None
+
+
+def _not_held(**options: Any) -> UserError:
+    named = " and ".join(f"{name} {value!r}" for name, value in options.items())
+    return UserError(f"unified-view checkpoints with {named} are not held here.")
+
+
+# ------------------------------------------------ their names
+
+
+def unified_view_slots(model: MultiTaskModel) -> Iterator[Slot]:
+    """The table of names: the encoder as Hugging Face names it, then what belongs to the task."""
+    yield from tables.bert(model.config)
+    for spec in model.method:
+        for layer in range(model.config.num_hidden_layers):
+            yield from _layer_slots(f"encoder.layer.{layer}", spec, layer)
+        if isinstance(spec, Adapter) and spec.shared:
+            path = ("adapters", spec.name, "shared")
+            yield Slot(f"{_PREFIX}wte.weight", (*path, "embedding"), (0,))
+            yield from tables.dense(f"{_PREFIX}control_trans.0", (*path, "down"), (0,))
+
+
+def _layer_slots(name: str, spec: Adapter | Owned, layer: int) -> Iterator[Slot]:
+    """One layer's part of a spec, where their options can say it."""
+    path, index = ("adapters", spec.name, "layers"), (0, layer)
+    match spec:
+        case Adapter(form=Prefix(bottleneck=0), layers="all", shared=(), scale=1.0):
+            for part in ("key", "value"):
+                theirs = f"{_PREFIX}decoder_self_attn_{part}.{layer}.weight"
+                yield Slot(theirs, (*path, part), index)
+        case Adapter(form=Prefix(), layers="all", shared=("embedding", "down"), scale=1.0):
+            yield from tables.dense(f"{_LAST}[{layer}]", (*path, "up"), index)
+        case Adapter(form=Bottleneck() as form, layers="all", shared=(), compose="add"):
+            if _is_lora(spec, form):
+                yield from _lora_slots(f"{name}.{_LORA_NAMES[spec.site]}", path, index)
+            else:
+                yield from _adapter_slots(f"{name}.{_place(spec, form).name}", spec, form, layer)
+        case _:
+            raise _no_place(spec)
+
+
+def _is_lora(adapter: Adapter, form: Bottleneck) -> bool:
+    at = adapter.site in _LORA_NAMES and adapter.reads == "block_input"
+    bare = Bottleneck(form.size, init=form.init, bias=False, dropout=form.dropout)
+    return at and form == bare and adapter.scale != "learned"
+
+
+def _lora_slots(name: str, path: tables.Path, index: tuple[int, int]) -> Iterator[Slot]:
+    yield Slot(f"{name}.ef_lora_A", (*path, "down", "kernel"), index, transpose=True)
+    yield Slot(f"{name}.ef_lora_B", (*path, "up", "kernel"), index, transpose=True)
+
+
+def _place(adapter: Adapter, form: Bottleneck) -> Place:
+    """That of an adapter proper; those at attention have a layer norm and no scale."""
+    places = list(_FFN_ADAPTERS.values())
+    if form.norm and adapter.scale == 1.0:
+        places += _ATTENTION_ADAPTERS.values()
+    if form.activation == "relu" and form.bias:
+        for place in places:
+            if (place.site, place.reads) == (adapter.site, adapter.reads):
+                return place
+    raise _no_place(adapter)
+
+
+def _adapter_slots(name: str, adapter: Adapter, form: Bottleneck, layer: int) -> Iterator[Slot]:
+    """One layer's adapter proper, their `Adapter_Layer`."""
+    path, index = ("adapters", adapter.name, "layers"), (0, layer)
+    yield from tables.dense(f"{name}.down_proj", (*path, "down"), index)
+    yield from tables.dense(f"{name}.up_proj", (*path, "up"), index)
+    if form.norm:
+        yield from tables.norm(f"{name}.adapter_layer_norm_before", (*path, "norm"), index)
+    if adapter.scale == "learned":  # theirs has one element, ours is a scalar
+        yield Slot(f"{name}.scale", (*path, "scale"), (0, slice(layer, layer + 1)))
+
+
+def _no_place(spec: Adapter | Owned) -> UserError:
+    return UserError(
+        f"a unified-view checkpoint has no place for {spec.name!r}; it holds one kind of change at"
+        " attention and one at the feed-forward block, on all layers, as the authors' options say."
+    )
+
+
+def _left_overs(config: Mapping[str, Any]) -> str:
+    """Pattern of what the original stores beside what it uses."""
+    names = [r"embeddings\.position_ids$"]  # a buffer
+    if config["attn_mode"] == "prefix":
+        names.append(rf"{_PREFIX}(wte|control_trans)(_enc|2)\.")
+    if config["attn_mode"] == "prefix_nomlp":
+        names.append(rf"{_PREFIX}(encoder_attn|decoder_cross_attn)_(key|value)\.")
+    if "prefix" in config["attn_mode"] and config["attn_option"] == "cross_attn_relu":
+        names.append(r"encoder\.layer\.\d+\.attention\.self\.ef_transform_layer_norm\.")
+    if config["ffn_mode"] == "adapter" and config["ffn_option"] == "parallel":
+        names.append(r"encoder\.layer\.\d+\.output\.ef_ffn_adapter\.")
+    return "|".join(names)
+
+
+def _cut(prefix: Tensors, depth: int) -> dict[str, np.ndarray]:
+    """The prefix module's tensors with the last projection's as one for each layer."""
+    tensors = dict(prefix)
+    for kind in ("weight", "bias"):
+        if f"{_LAST}.{kind}" in tensors:
+            rows = np.array_split(tensors.pop(f"{_LAST}.{kind}"), depth)
+            tensors |= {f"{_LAST}[{layer}].{kind}": x for layer, x in enumerate(rows)}
+    return tensors
+
+
+def _join(prefix: Tensors) -> dict[str, np.ndarray]:
+    """The inverse of `_cut`."""
+    tensors = {name: x for name, x in prefix.items() if not name.startswith(_LAST)}
+    for kind in ("weight", "bias"):
+        rows = [x for name, x in prefix.items() if name.startswith(_LAST) and name.endswith(kind)]
+        if rows:
+            tensors[f"{_LAST}.{kind}"] = np.concatenate(rows)
+    return tensors

@@ -1,0 +1,126 @@
+"""Adapters that are a change of the encoder's own weights, written into these weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from pals_jax.errors import UserError
+from pals_jax.models.adapters import Adapter, Method, Owned
+from pals_jax.models.forms import Bottleneck, Scale
+from pals_jax.models.multitask import MultiTaskModel
+
+_Path = tuple[str, ...]
+
+# Of each site that a projection's output or input is, the projection.
+_OUTPUTS: Mapping[str, _Path] = {
+    "attention.query": ("layers", "attention", "query"),
+    "attention.key": ("layers", "attention", "key"),
+    "attention.value": ("layers", "attention", "value"),
+    "attention.projection": ("layers", "attention", "output"),
+    "ffn.intermediate": ("layers", "ffn", "intermediate"),
+    "ffn.projection": ("layers", "ffn", "output"),
+}
+_INPUTS: Mapping[str, _Path] = {
+    "attention.heads": ("layers", "attention", "output"),
+    "ffn.hidden": ("layers", "ffn", "output"),
+}
+_PROJECTIONS = {**_OUTPUTS, **_INPUTS}
+
+
+def merged(
+    model: MultiTaskModel, variables: Mapping[str, Any], task: int
+) -> tuple[MultiTaskModel, dict[str, Any]]:
+    """The model of one task alone, with what belongs to it merged into its encoder.
+
+    Merged is what is exact without dropout: a low-rank change of a projection without activation
+    (LoRA: W + s W_down W_up), factors of a projection's output or input (IA3), and copies of the
+    encoder's parameters, which take their place. All else stays in the method as it is.
+
+    Args:
+        model: the model of T tasks.
+        variables: its variables.
+        task: the index of the task.
+
+    Returns:
+        The model with T = 1 and what is left of the method, and its variables, float32.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    num_tasks, depth = len(model.num_outputs), model.config.num_hidden_layers
+    if task not in range(num_tasks):
+        raise UserError(f"there is no task {task}; the model's tasks are 0 to {num_tasks - 1}.")
+    encoder = flatten_dict(jax.tree.map(np.array, dict(variables["params"]["encoder"])))
+    rows = jax.tree.map(lambda x: np.array(x[task]), dict(variables["adapters"]))
+    for owned in model.method:
+        if isinstance(owned, Owned):
+            _own(encoder, owned, rows[owned.name], depth)
+    weights, rest = _split(model.method)
+    # Factors of a projection's input come last: they also change what is added to its kernel.
+    for adapter in sorted(weights, key=lambda adapter: adapter.site in _INPUTS):
+        theta = {**rows[adapter.name].get("shared", {}), **rows[adapter.name].get("layers", {})}
+        layers = list(adapter.layer_indices(depth))
+        merge = _add if adapter.compose == "add" else _multiply
+        merge(encoder, adapter, theta, layers)
+    outputs = model.num_outputs[task]
+    head = {name: leaf[..., :outputs] for name, leaf in rows["head"].items()}
+    left = {adapter.name: rows[adapter.name] for adapter in rest} | {"head": head}
+    return model.clone(num_outputs=(outputs,), method=rest), {
+        "params": {"encoder": unflatten_dict(encoder)},
+        "adapters": jax.tree.map(lambda x: x[None], left),
+    }
+
+
+def _split(method: Method) -> tuple[tuple[Adapter, ...], tuple[Adapter, ...]]:
+    """The adapters that can be merged, and the rest, which also reserves its projections."""
+    adapters = tuple(spec for spec in method if isinstance(spec, Adapter))
+    reserved = {_PROJECTIONS.get(a.site) for a in adapters if not _is_weight_change(a)} - {None}
+    weights = tuple(
+        a for a in adapters if _is_weight_change(a) and _PROJECTIONS[a.site] not in reserved
+    )
+    return weights, tuple(a for a in adapters if a not in weights)
+
+
+def _is_weight_change(adapter: Adapter) -> bool:
+    if adapter.compose == "multiply":
+        return adapter.form == Scale() and adapter.site in _PROJECTIONS
+    return (
+        adapter.compose == "add"
+        and adapter.site in _OUTPUTS
+        and adapter.reads == "block_input"
+        and isinstance(adapter.form, Bottleneck)
+        and adapter.form.activation == "identity"
+        and not adapter.form.norm
+    )
+
+
+def _own(encoder: dict[_Path, np.ndarray], owned: Owned, mine: Any, depth: int) -> None:
+    layers = list(owned.layer_indices(depth))
+    for path, leaf in flatten_dict(mine).items():
+        encoder[path][layers if path[0] == "layers" else ...] = leaf
+
+
+def _add(encoder: dict[_Path, np.ndarray], adapter: Adapter, theta: Any, layers: list[int]) -> None:
+    """x W + b + s ((x V + c) U + d) = x (W + s V U) + (b + s (c U + d))."""
+    path = _OUTPUTS[adapter.site]
+    scale = theta["scale"][:, None, None] if adapter.scale == "learned" else adapter.scale
+    down, up = theta["down"], theta["up"]
+    encoder[*path, "kernel"][layers] += scale * (down["kernel"] @ up["kernel"])
+    if "bias" in down:
+        bias = scale * (down["bias"][..., None, :] @ up["kernel"] + up["bias"][..., None, :])
+        encoder[*path, "bias"][layers] += bias[..., 0, :]
+
+
+def _multiply(
+    encoder: dict[_Path, np.ndarray], adapter: Adapter, theta: Any, layers: list[int]
+) -> None:
+    """(x W + b) l = x (W l) + b l, with l on the columns of W; (x l) W, with l on its rows."""
+    path, factor = _PROJECTIONS[adapter.site], theta["scale"]
+    if adapter.site in _INPUTS:
+        encoder[*path, "kernel"][layers] *= factor[..., :, None]
+    else:
+        encoder[*path, "kernel"][layers] *= factor[..., None, :]
+        encoder[*path, "bias"][layers] *= factor

@@ -1,0 +1,133 @@
+"""One task as one file: what it adds to a base, and all that is needed to use it there.
+
+A safetensors file with the task's rows of the `adapters` collection (adapters, copies of encoder
+parameters, head), and as metadata the task, its method, the base's architecture, and fingerprints
+of the base's weights and of its tokenizer. Any set of them, of one method, makes a model.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+from transformers import PreTrainedTokenizerFast
+
+from pals_jax.data.tasks import Task
+from pals_jax.errors import UserError
+from pals_jax.models import methods
+from pals_jax.models.bert import BertConfig
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.tasks import append, take
+
+_FORMAT = "pals_jax task, version 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What a task is added to.
+
+    Attributes:
+        architecture: of the encoder.
+        params: its weights, the `params` collection.
+        tokenizer: its tokenizer.
+    """
+
+    architecture: BertConfig
+    params: Any
+    tokenizer: PreTrainedTokenizerFast
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the weights (names, shapes, float32 bytes) and of the tokenizer."""
+        weights = hashlib.sha256()
+        for path, leaf in sorted(flatten_dict(self.params, sep="/").items()):
+            weights.update(f"{path} {leaf.shape}".encode())
+            weights.update(np.asarray(leaf, np.float32).tobytes())
+        tokenizer = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
+        return {"base": weights.hexdigest(), "tokenizer": tokenizer.hexdigest()}
+
+
+def save(
+    path: Path, base: Base, task: Task, method: str, adapters: Mapping[str, Any], index: int
+) -> None:
+    """Writes one task of a model.
+
+    Args:
+        path: the file.
+        base: what the model is built on.
+        task: the task.
+        method: the expression that `methods.parse` reads.
+        adapters: the `adapters` collection, leaves [T, ...].
+        index: the task's row in it.
+    """
+    rows = flatten_dict(take(adapters, [index], task.num_outputs), sep="/")
+    metadata = {
+        "format": _FORMAT,
+        "task": json.dumps(dataclasses.asdict(task)),
+        "method": method,
+        "architecture": json.dumps(dataclasses.asdict(base.architecture)),
+        **base.fingerprints(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    tensors = {name: np.ascontiguousarray(x[0]) for name, x in rows.items()}
+    safetensors.numpy.save_file(tensors, part, metadata=metadata)
+    part.rename(path)
+
+
+def load(
+    paths: Sequence[Path], base: Base
+) -> tuple[MultiTaskModel, dict[str, Any], tuple[Task, ...], str]:
+    """The model of several task files on one base.
+
+    Returns:
+        The model, its variables, the tasks in the order of `paths`, and their method.
+
+    Raises:
+        UserError: no task file, a damaged one, one of another base, tokenizer or method, or two of
+            one name.
+    """
+    read = [_read(path) for path in paths]
+    for path, (_, metadata) in zip(paths, read, strict=True):
+        for what, mine in base.fingerprints().items():
+            if metadata[what] != mine:
+                raise UserError(
+                    f"{path} was trained on another {what}; load it onto the one it was made with."
+                )
+        if metadata["method"] != read[0][1]["method"]:
+            raise UserError(
+                f"{path} has the method {metadata['method']}, {paths[0]} has"
+                f" {read[0][1]['method']}; tasks of one model share a method."
+            )
+    tasks = tuple(Task.from_json(json.loads(metadata["task"])) for _, metadata in read)
+    names = [task.name for task in tasks]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two of the files hold a task named {repeated[0]!r}; leave one out.")
+    method = read[0][1]["method"]
+    model = MultiTaskModel(
+        base.architecture, tuple(task.num_outputs for task in tasks), methods.parse(method)
+    )
+    adapters: Any = None
+    for tensors, _ in read:
+        row = unflatten_dict({k: jnp.asarray(x)[None] for k, x in tensors.items()}, sep="/")
+        adapters = row if adapters is None else append(adapters, row)
+    return model, {"params": base.params, "adapters": adapters}, tasks, method
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot read the task file {path}: {error}.") from error
+    if metadata.get("format") != _FORMAT:
+        raise UserError(f"{path} is no task file of this version; write it with pals-jax convert.")
+    return tensors, metadata
+
