@@ -10,13 +10,24 @@ from pals_jax import params
 from pals_jax.models import methods
 from pals_jax.models.adapters import Adapter, Owned
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.forms import Form
+from pals_jax.models.forms import Form, Prompt, Scale
 from pals_jax.models.multitask import MultiTaskModel
 
 COLUMNS = (
     *("method", "site", "form", "input", "composition"),
     *("one for all layers", "layers", "parameters of a task"),
 )
+_INPUTS = {
+    "block_input": "the block's input (parallel)",
+    "state": "the state (serial)",
+    "normalised": "the state behind its layer norm",
+}
+_COMPOSITIONS = {
+    "gate": "(1 - λ) h + λ dh",
+    "multiply": "h * dh",
+    "replace": "dh",
+    "concat": "[h; dh]",
+}
 
 
 def rows() -> list[dict[str, str]]:
@@ -48,7 +59,8 @@ def table() -> Table:
 def markdown() -> str:
     """For the documentation."""
     lines = [COLUMNS, ("---",) * len(COLUMNS), *(tuple(row.values()) for row in rows())]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    rows_ = ([cell.replace("|", "\\|") for cell in cells] for cells in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows_)
 
 
 def _options(method: Any) -> str:
@@ -60,12 +72,11 @@ def _options(method: Any) -> str:
 def _cells(part: Adapter | Owned) -> tuple[str, ...]:
     layers = part.layers if isinstance(part.layers, str) else ", ".join(map(str, part.layers))
     if isinstance(part, Owned):
-        return (f"`{part.pattern}`", "own copy", "", "replace", "", layers)
-    reads = part.reads.replace("_", " ")
+        return (part.pattern, "own copy", "", "replace", "", layers)
     return (
         part.site,
         _form(part.form),
-        "the block's input" if part.reads == "block_input" else reads,
+        "" if isinstance(part.form, Scale | Prompt) else _INPUTS[part.reads],
         _composition(part),
         ", ".join(part.shared),
         layers if part.layer_indices(2) else "",
@@ -73,16 +84,11 @@ def _cells(part: Adapter | Owned) -> tuple[str, ...]:
 
 
 def _composition(adapter: Adapter) -> str:
-    if adapter.compose == "add":
-        return {1.0: "h + dh", "learned": "h + s dh"}.get(
-            adapter.scale, f"h + {adapter.scale:g} dh"
-        )
-    return {
-        "gate": "(1 - λ) h + λ dh",
-        "multiply": "h * dh",
-        "replace": "dh",
-        "concat": "[h; dh]",
-    }[adapter.compose]
+    if adapter.compose != "add":
+        return _COMPOSITIONS[adapter.compose]
+    if adapter.scale == "learned":
+        return "h + s dh"
+    return "h + dh" if adapter.scale == 1.0 else f"h + {adapter.scale:g} dh"
 
 
 def _form(form: Form) -> str:

@@ -6,9 +6,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pals_jax import __version__
 from pals_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from pals_jax.run import Run
 
 _CONFIG_HELP = "a file of configs/, with its argument; override any key with --config.KEY=VALUE"
 
@@ -64,12 +68,37 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--markdown", action="store_true", help="as Markdown, to stdout")
     evaluate = commands.add_parser("evaluate", help="score the best checkpoint on the dev sets")
     evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument(
+        "--ablate",
+        action="store_true",
+        help="what is lost without the adapters of each span of layers; draws DIR/ablation.png",
+    )
     predict = commands.add_parser("predict", help="predict with the best checkpoint")
     predict.set_defaults(run=_predict)
 
+    convert = commands.add_parser(
+        "convert",
+        help="write a task of a run for another code or as one file, or make a run of such files",
+    )
+    convert.set_defaults(run=_convert)
+    convert.add_argument("--task", metavar="NAME", help="the task to write")
+    convert.add_argument(
+        "--to",
+        metavar="FORMAT",
+        default="task",
+        help="task (the default), huggingface (merged), adapterhub or peft",
+    )
+    convert.add_argument("--out", type=Path, metavar="PATH", help="where to write the task")
+    convert.add_argument(
+        "--files", type=Path, nargs="+", metavar="FILE", help="task files to make a run of"
+    )
+    convert.add_argument(
+        "--base", metavar="BASE", help="with --files: the run or the encoder they were trained on"
+    )
+
     for command in (train, params):
         command.add_argument("--config", required=True, metavar="FILE[:ARG]", help=_CONFIG_HELP)
-    for command in (train, evaluate, predict):
+    for command in (train, evaluate, predict, convert):
         command.add_argument(
             "--workdir", required=True, type=Path, metavar="DIR", help="the directory of the run"
         )
@@ -135,11 +164,26 @@ def _evaluate(args: argparse.Namespace) -> None:
     from pals_jax.run import Run
 
     run = Run.load(args.workdir)
+    if args.ablate:
+        _ablate(run, args)
+        return
     results = run.evaluate()
     if args.json:
         print(json.dumps({"step": run.step, "results": results}))
     else:
         _print(evaluate.table(run.experiment.tasks, results))
+
+
+def _ablate(run: "Run", args: argparse.Namespace) -> None:
+    from pals_jax import ablation
+
+    changes = ablation.ablate(run)
+    path = args.workdir / "ablation.png"
+    ablation.plot(changes, path)
+    if args.json:
+        print(json.dumps({name: change.tolist() for name, change in changes.items()}))
+    else:
+        print(f"drew {path}", file=sys.stderr)
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -154,6 +198,18 @@ def _predict(args: argparse.Namespace) -> None:
     task = run.task(args.task)
     texts = predict.read_texts(task, args.input)
     predict.write_records(predict.predict(run, task, texts), args.json, sys.stdout)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from pals_jax import exchange
+    from pals_jax.run import Run
+
+    if args.files and args.base:
+        exchange.assemble(args.base, args.files, args.workdir)
+    elif args.task and args.out and not args.files:
+        exchange.export(Run.load(args.workdir), args.task, args.to, args.out)
+    else:
+        raise UserError("convert takes --task and --out to write a task, or --files and --base.")
 
 
 def _print(table: object) -> None:

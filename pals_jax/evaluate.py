@@ -32,14 +32,23 @@ class Evaluator:
         """`step.make_eval_step`, jitted: one compilation for each padded length."""
         return jax.jit(make_eval_step(self.experiment.model()))
 
-    def logits(self, variables: Any, task: Task, split: TokenizedSplit) -> np.ndarray:
-        """Logits float32 [N, C_task] of every example, in the split's order."""
+    def logits(
+        self,
+        variables: Any,
+        task: Task,
+        split: TokenizedSplit,
+        active: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Logits float32 [examples, C_task] of every example, in the split's order.
+
+        With `active`, bool [N], only the layers where it is True have their adapters.
+        """
         config = self.experiment.config
         task_id = self.experiment.tasks.index(task)
         out = np.empty((len(split), task.num_outputs), np.float32)
         batches = eval_batches(split, task_id, config.eval_batch_size, self.experiment.layout)
         for batch, indices in batches:
-            rows = np.asarray(self.eval_step(variables, batch))
+            rows = np.asarray(self.eval_step(variables, batch, active))
             out[indices] = rows[: len(indices), : task.num_outputs]
         if not np.isfinite(out).all():
             raise UserError(
@@ -48,12 +57,14 @@ class Evaluator:
             )
         return out
 
-    def evaluate(self, variables: Any, splits: Splits) -> Results:
+    def evaluate(self, variables: Any, splits: Splits, active: np.ndarray | None = None) -> Results:
         """The metrics of every task of `splits` on each split, over the whole split at once."""
         return {
             task.name: {
                 name: metrics.compute(
-                    task.metrics, decide(task, self.logits(variables, task, split)), split.targets
+                    task.metrics,
+                    decide(task, self.logits(variables, task, split, active)),
+                    split.targets,
                 )
                 for name, split in splits[task.name].items()
             }

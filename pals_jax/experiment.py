@@ -26,7 +26,7 @@ from pals_jax.models import methods
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
 
-_FILE = "experiment.json"
+FILE = "experiment.json"
 # What may differ when a run goes on: where things lie, not what they are.
 _MAY_DIFFER = (
     r"config\.(encoder|data\.dir|data\.cache_dir|eval_batch_size|checkpoint_every"
@@ -131,7 +131,7 @@ class Experiment:
         Raises:
             UserError: there is one; it names the keys that differ.
         """
-        path = workdir / _FILE
+        path = workdir / FILE
         if not path.exists():
             return
         saved, mine = (_flat(x._to_json()) for x in (Experiment.load(workdir), self))
@@ -149,9 +149,9 @@ class Experiment:
     def save(self, workdir: Path) -> None:
         """Writes it to the workdir, which is made if need be."""
         workdir.mkdir(parents=True, exist_ok=True)
-        part = workdir / f"{_FILE}.part"
+        part = workdir / f"{FILE}.part"
         part.write_text(json.dumps(self._to_json(), indent=1))
-        part.rename(workdir / _FILE)
+        part.rename(workdir / FILE)
 
     @classmethod
     def load(cls, workdir: Path) -> "Experiment":
@@ -160,14 +160,14 @@ class Experiment:
         Raises:
             UserError: none is there, or its file is damaged.
         """
-        path = workdir / _FILE
+        path = workdir / FILE
         try:
             saved = json.loads(path.read_text())
             config = config_lib.from_json(saved["config"])
             tasks = tuple(Task.from_json(task) for task in saved["tasks"])
             return cls(config, tasks, BertConfig(**saved["architecture"]))
         except FileNotFoundError:
-            raise UserError(f"{workdir} is not the workdir of a run: it has no {_FILE}.") from None
+            raise UserError(f"{workdir} is not the workdir of a run: it has no {FILE}.") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}).") from error
 

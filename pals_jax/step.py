@@ -132,11 +132,14 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(model: MultiTaskModel) -> Callable[[Tree, Batch], Array]:
-    """The pure evaluation step: variables and a batch to logits, float32 [B, C]."""
+def make_eval_step(model: MultiTaskModel) -> Callable[..., Array]:
+    """The pure evaluation step: variables and a batch to logits, float32 [B, C].
 
-    def eval_step(variables: Tree, batch: Batch) -> Array:
-        return _logits(model, variables, batch)
+    A third argument, bool [N], says which layers keep their adapters; None: all.
+    """
+
+    def eval_step(variables: Tree, batch: Batch, active: Array | None = None) -> Array:
+        return _logits(model, variables, batch, active=active)
 
     return eval_step
 

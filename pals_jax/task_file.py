@@ -54,7 +54,13 @@ class Base:
 
 
 def save(
-    path: Path, base: Base, task: Task, method: str, adapters: Mapping[str, Any], index: int
+    path: Path,
+    base: Base,
+    task: Task,
+    method: str,
+    max_length: int,
+    adapters: Mapping[str, Any],
+    index: int,
 ) -> None:
     """Writes one task of a model.
 
@@ -63,6 +69,7 @@ def save(
         base: what the model is built on.
         task: the task.
         method: the expression that `methods.parse` reads.
+        max_length: the tokens at which its texts were cut.
         adapters: the `adapters` collection, leaves [T, ...].
         index: the task's row in it.
     """
@@ -71,6 +78,7 @@ def save(
         "format": _FORMAT,
         "task": json.dumps(dataclasses.asdict(task)),
         "method": method,
+        "max_length": str(max_length),
         "architecture": json.dumps(dataclasses.asdict(base.architecture)),
         **base.fingerprints(),
     }
@@ -81,13 +89,27 @@ def save(
     part.rename(path)
 
 
-def load(
-    paths: Sequence[Path], base: Base
-) -> tuple[MultiTaskModel, dict[str, Any], tuple[Task, ...], str]:
-    """The model of several task files on one base.
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Several task files on one base.
 
-    Returns:
-        The model, its variables, the tasks in the order of `paths`, and their method.
+    Attributes:
+        model: their model.
+        variables: its variables.
+        tasks: in the order of the files.
+        method: the expression of their method.
+        max_length: the largest of theirs.
+    """
+
+    model: MultiTaskModel
+    variables: dict[str, Any]
+    tasks: tuple[Task, ...]
+    method: str
+    max_length: int
+
+
+def load(paths: Sequence[Path], base: Base) -> Loaded:
+    """The model of several task files on one base.
 
     Raises:
         UserError: no task file, a damaged one, one of another base, tokenizer or method, or two of
@@ -117,7 +139,8 @@ def load(
     for tensors, _ in read:
         row = unflatten_dict({k: jnp.asarray(x)[None] for k, x in tensors.items()}, sep="/")
         adapters = row if adapters is None else append(adapters, row)
-    return model, {"params": base.params, "adapters": adapters}, tasks, method
+    max_length = max(int(metadata["max_length"]) for _, metadata in read)
+    return Loaded(model, {"params": base.params, "adapters": adapters}, tasks, method, max_length)
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -130,4 +153,3 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if metadata.get("format") != _FORMAT:
         raise UserError(f"{path} is no task file of this version; write it with pals-jax convert.")
     return tensors, metadata
-

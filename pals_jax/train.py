@@ -49,7 +49,7 @@ def train(config: ConfigDict, workdir: Path, base: Path | None = None) -> Result
     """
     # ---------------------------------------------------------------- what is to be done
     earlier = None if base is None else Run.load(base)
-    experiment = Experiment.from_config(config, earlier and earlier.experiment)
+    experiment = Experiment.from_config(config, earlier.experiment if earlier else None)
     experiment.check(workdir)
     tasks, model = experiment.trained, experiment.model()
     num_tasks = len(experiment.tasks)

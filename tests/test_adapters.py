@@ -1,5 +1,6 @@
 """Adapters against a plain NumPy encoder, and the task axis against one task at a time."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +32,10 @@ def dense(p: Any, x: np.ndarray) -> np.ndarray:
 def norm(p: Any, x: np.ndarray) -> np.ndarray:
     x = x - x.mean(-1, keepdims=True)
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-12) * p["scale"] + p["bias"]
+
+
+def behind(p: Any, residual: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda y: norm(p, residual + y)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
@@ -91,12 +96,12 @@ def reference(model: MultiTaskModel, variables: Any, task: int) -> np.ndarray:
         z = attend(query, key, value, mask, config.num_attention_heads)
         z = at("attention.heads", z, h)
         y = at("attention.projection", dense(attention["output"], z), z)
-        y = at("attention.output", y, h, lambda y: norm(p["attention_norm"], h + y))
+        y = at("attention.output", y, h, behind(p["attention_norm"], h))
         a = norm(p["attention_norm"], h + y)
         z = gelu(at("ffn.intermediate", dense(ffn["intermediate"], a), a))
         z = at("ffn.hidden", z, a)
         y = at("ffn.projection", dense(ffn["output"], z), z)
-        y = at("ffn.output", y, a, lambda y: norm(p["ffn_norm"], a + y))
+        y = at("ffn.output", y, a, behind(p["ffn_norm"], a))
         h = at("layer.output", norm(p["ffn_norm"], at("layer", a + y, h)), h)
     layer = None
     return at("top", h, h)
@@ -160,7 +165,9 @@ def test_projected_attention_drops_attention_weights() -> None:
     np.testing.assert_array_equal(on, again)
     assert not np.allclose(on, off, atol=1e-2)
     assert not np.allclose(on, other, atol=1e-2)
-    np.testing.assert_array_equal(off, adapted(theta, x, Context(tiny.config(), mask, jax.random.key(0))))
+    np.testing.assert_array_equal(
+        off, adapted(theta, x, Context(tiny.config(), mask, jax.random.key(0)))
+    )
 
 
 def test_every_adapter_of_every_layer_has_a_dropout_key_of_its_own() -> None:

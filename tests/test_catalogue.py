@@ -143,9 +143,9 @@ def test_untrained_methods_are_nearly_the_identity(minilm: Any, name: str) -> No
     hidden = []
     for adapters in ((), method):
         model, variables = from_huggingface(minilm, adapters=adapters, tasks=(2, 3))
-        hidden.append(jax.jit(model.apply, static_argnames="method")(
-            variables, *arrays, 1, method="encode"
-        ))
+        hidden.append(
+            jax.jit(model.apply, static_argnames="method")(variables, *arrays, 1, method="encode")
+        )
     change = float(jnp.abs(hidden[1] - hidden[0]).max())
     assert change < (1e-3 if name == "houlsby" else 1e-5)
 
@@ -177,7 +177,7 @@ def test_parts_that_collide(expression: str, message: str) -> None:
 
 
 def test_two_that_replace_or_gate_one_state_collide() -> None:
-    twice = methods.top_layer() + (dataclasses.replace(methods.top_dense()[0], name="other"),)
+    twice = (*methods.top_layer(), dataclasses.replace(methods.top_dense()[0], name="other"))
     with pytest.raises(UserError, match="'top' and 'other' collide at top"):
         tiny.variables(tiny.model(twice))
     prefix = methods.prefix_tuning(2, 0)[0]

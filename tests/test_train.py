@@ -295,3 +295,25 @@ def test_each_task_alone(small, capsys):
         assert [task.name for task in alone.experiment.tasks] == [name]
     table = capsys.readouterr().err.split("dev scores")[-1]
     assert all(name in table for name in ("colour", "same", "share"))
+
+
+def test_ablation(small, capsys):
+    """The heat map: nothing below the diagonal, and the sum of all layers at its far corner."""
+    run = small / "run"
+    few = ("--config.epochs=1", "--config.steps_per_epoch=40")
+    assert main(arguments(small, run, "--config.method=houlsby(size=6)", *few)) == 0
+    capsys.readouterr()
+    assert main(["evaluate", f"--workdir={run}", "--ablate", "--json"]) == 0
+    changes = {k: np.array(v) for k, v in json.loads(capsys.readouterr().out).items()}
+    assert changes.keys() == {"colour", "same", "share"}
+    for change in changes.values():
+        np.testing.assert_array_equal(np.isnan(change), [[False, False], [True, False]])
+    assert any(change[0, 1] != 0 for change in changes.values())
+    assert (run / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ablation_of_what_carries_nothing(small, capsys):
+    run = small / "run"
+    assert main(arguments(small, run, "--config.method=shared", *FROZEN[1:])) == 0
+    assert main(["evaluate", f"--workdir={run}", "--ablate"]) == 2
+    assert "carry no adapters" in capsys.readouterr().err

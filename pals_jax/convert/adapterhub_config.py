@@ -138,7 +138,10 @@ def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _layers(config: Mapping[str, Any], depth: int) -> Layers:
     out = config.get("leave_out") or ()
-    return tuple(layer for layer in range(depth) if layer not in out) if out else "all"
+    layers = tuple(layer for layer in range(depth) if layer not in out)
+    if not layers:
+        raise UserError(f"leave_out={out} leaves none of the encoder's {depth} layers.")
+    return layers if out else "all"
 
 
 def _check(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:

@@ -31,7 +31,10 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"cannot read {path}: tensors come as {', '.join(readers)}.")
     try:
         return readers[path.suffix](path)
-    except (OSError, ValueError, safetensors.SafetensorError, zipfile.BadZipFile) as error:
+    except (
+        *(OSError, EOFError, ValueError),
+        *(safetensors.SafetensorError, zipfile.BadZipFile),
+    ) as error:
         raise UserError(f"cannot read {path}: {error}.") from error
 
 
@@ -71,8 +74,8 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def _pickle(path: Path) -> dict[str, np.ndarray]:
@@ -85,7 +88,8 @@ def _pickle(path: Path) -> dict[str, np.ndarray]:
         ) from error
     try:
         # Other unpickling runs whatever code the file names.
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise UserError(
             f"{path} is refused: it is damaged, or holds something else than tensors, such as code;"

@@ -61,17 +61,14 @@ def stack(
     parts = {task: read_part(Path(path), config) for task, path in directories.items()}
     num_outputs = tuple(part.num_outputs for part in parts.values())
     model = MultiTaskModel(config, num_outputs, _common_method(parts))
-    encoder = huggingface.load_variables(model, base, seed=0)["params"]
-    slots: list[Slot] = []
-    tensors: dict[str, np.ndarray] = {}
+    slots = list(tables.bert(config))
+    tensors = tables.write(huggingface.from_huggingface(base)[1], slots)
     for task, part in enumerate(parts.values()):
         where = f"{part.source}: "  # so that an error says whose tensor it is
         slots += tables.renamed(part.slots(model, task), where.__add__)
         tensors |= {where + name: tensor for name, tensor in part.tensors.items()}
-    own = tables.read(model, slots, tensors, source="an adapter", may_lack=f".*: (?:{may_lack})")[
-        "adapters"
-    ]
-    return model, {"params": encoder, "adapters": own}
+    may_lack = f".*: (?:{may_lack})"
+    return model, tables.read(model, slots, tensors, source="an adapter", may_lack=may_lack)
 
 
 def check_task(model: MultiTaskModel, task: int) -> None:

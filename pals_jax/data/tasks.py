@@ -40,7 +40,10 @@ class Task:
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Task":
         """The inverse of `dataclasses.asdict` and JSON, which knows no tuples."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()
+        }
+        return cls(**fields)
 
     @property
     def is_regression(self) -> bool:

@@ -87,8 +87,9 @@ class Blocks:
     def _config(self, config: BertConfig) -> BertConfig:
         if self.size:
             # Feed-forward blocks of twice the width meet the budget of attention blocks (1.10x).
-            sizes = {"hidden_size": self.size, "intermediate_size": 2 * self.size}
-            config = dataclasses.replace(config, **sizes)
+            config = dataclasses.replace(
+                config, hidden_size=self.size, intermediate_size=2 * self.size
+            )
         if self.heads:
             config = dataclasses.replace(config, num_attention_heads=self.heads)
         return config

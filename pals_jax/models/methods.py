@@ -78,7 +78,9 @@ def _beside_layer(
 
 def lhuc(layers: Layers = "all") -> Method:
     """Learning hidden unit contributions: each layer's output times 2 sigmoid(w)."""
-    return (Adapter("lhuc", "layer.output", Scale(sigmoid=True), layers=layers, compose="multiply"),)
+    return (
+        Adapter("lhuc", "layer.output", Scale(sigmoid=True), layers=layers, compose="multiply"),
+    )
 
 
 def bert_n_pals_houlsby(size: int = 50) -> Method:
@@ -212,9 +214,7 @@ def lora(
         raise UserError(f"LoRA has no target {wrong[0]!r}; targets are {', '.join(LORA_SITES)}.")
     form = Bottleneck(rank, init="lora", bias=False, dropout=dropout)
     scale = alpha / rank
-    return tuple(
-        Adapter(f"lora_{name}", LORA_SITES[name], form, scale=scale) for name in targets
-    )
+    return tuple(Adapter(f"lora_{name}", LORA_SITES[name], form, scale=scale) for name in targets)
 
 
 def adapter(size: int = 64, activation: str = "relu") -> Method:

@@ -10,7 +10,7 @@ Dimension letters: see `pals_jax.models.layers`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -132,7 +132,8 @@ class MultiTaskModel(nn.Module):
         def encode(thetas: Any, task: Array, rngs: Any, *tokens: Array) -> Array:
             adapters = TaskAdapters(self.method, thetas, self.config, active)
             params = adapters.own_outside(self.encoder)
-            return self._modules().apply({"params": params}, *tokens, adapters, rngs=rngs)
+            hidden = self._modules().apply({"params": params}, *tokens, adapters, rngs=rngs)
+            return cast(Array, hidden)
 
         return self._by_group(encode, task_ids, input_ids, token_type_ids, attention_mask)
 
@@ -142,7 +143,8 @@ class MultiTaskModel(nn.Module):
         def pool(thetas: Any, task: Array, rngs: Any, hidden: Array) -> Array:
             adapters = TaskAdapters(self.method, thetas, self.config)
             params = adapters.own_outside(self.encoder)
-            return self._modules().apply({"params": params}, hidden, rngs=rngs, method="pool")
+            pooled = self._modules().apply({"params": params}, hidden, rngs=rngs, method="pool")
+            return cast(Array, pooled)
 
         return self._by_group(pool, task_ids, hidden)
 

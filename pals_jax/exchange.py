@@ -1,0 +1,123 @@
+"""Tasks out of a run, into other codes or one file each; and task files back onto a base."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pals_jax import config as config_lib
+from pals_jax import convert, task_file
+from pals_jax.checkpoint import Checkpoints
+from pals_jax.convert import huggingface
+from pals_jax.data.tokenize import load_tokenizer
+from pals_jax.errors import UserError
+from pals_jax.experiment import FILE, Experiment
+from pals_jax.logging import say
+from pals_jax.models.merge import merged
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.run import TOKENIZER, Run
+from pals_jax.task_file import Base
+
+
+def export(run: Run, name: str, to: str, out: Path) -> None:
+    """Writes one task of a run in the format `to`, a key of `FORMATS`.
+
+    Raises:
+        UserError: no such task or format, something is in the way, or the format has no place for
+            the run's method.
+    """
+    task = run.task(name)
+    if to not in FORMATS:
+        raise UserError(f"there is no format {to!r}; formats are {', '.join(FORMATS)}.")
+    if out.exists():
+        raise UserError(f"{out} exists; choose another place to write to.")
+    FORMATS[to](run, run.experiment.tasks.index(task), out)
+    say(f"wrote {name} to {out}")
+
+
+def _task_file(run: Run, task: int, out: Path) -> None:
+    experiment = run.experiment
+    base = Base(experiment.architecture, run.variables["params"], run.tokenizer)
+    task_file.save(
+        out,
+        base,
+        experiment.tasks[task],
+        experiment.config.method,
+        experiment.config.data.max_length,
+        run.variables["adapters"],
+        task,
+    )
+
+
+def _huggingface(run: Run, task: int, out: Path) -> None:
+    """With LoRA and the like merged; says by how much that moves a logit."""
+    model, labels = run.experiment.model(), run.experiment.tasks[task].labels
+    convert.to_sequence_classification(model, run.variables, task, out, labels or None)
+    run.tokenizer.save_pretrained(out)
+    change = largest_logit_change(model, run.variables, task)
+    say(f"merging changes no logit by more than {change:.1e} (on 8 random texts)")
+
+
+def _adapterhub(run: Run, task: int, out: Path) -> None:
+    convert.to_adapterhub(run.experiment.model(), run.variables, task, out)
+
+
+def _peft(run: Run, task: int, out: Path) -> None:
+    convert.to_peft(run.experiment.model(), run.variables, task, out)
+
+
+FORMATS: Mapping[str, Callable[[Run, int, Path], None]] = {
+    "task": _task_file,
+    "huggingface": _huggingface,
+    "adapterhub": _adapterhub,
+    "peft": _peft,
+}
+
+
+def largest_logit_change(model: MultiTaskModel, variables: Any, task: int) -> float:
+    """By how much `merged` moves the logits of a task, at most, on 8 random token rows."""
+    length = min(32, model.config.max_length)
+    ids = np.random.default_rng(0).integers(
+        model.config.pad_token_id + 1, model.config.vocab_size, (8, length), dtype=np.int32
+    )
+    arrays = ids, np.zeros_like(ids), np.ones_like(ids)
+    alone, own = merged(model, variables, task)
+    before = jax.jit(model.apply)(variables, *arrays, task)[:, : model.num_outputs[task]]
+    return float(jnp.abs(jax.jit(alone.apply)(own, *arrays, 0) - before).max())
+
+
+def assemble(base: str, files: Sequence[Path], workdir: Path) -> None:
+    """Makes a run, to predict with, of task files on the base that they were trained on.
+
+    Args:
+        base: the workdir of a run, or an encoder (see `huggingface.resolve`).
+        files: task files of one method.
+        workdir: of the new run; must not hold one.
+
+    Raises:
+        UserError: a file that does not fit the base or the others.
+    """
+    if (workdir / FILE).exists():
+        raise UserError(f"{workdir} holds a run already; choose another workdir.")
+    found = _base(base)
+    loaded = task_file.load(files, found)
+    config = config_lib.default()
+    config.encoder, config.method = base, loaded.method
+    config.tasks = tuple(task.name for task in loaded.tasks)
+    config.data.max_length = loaded.max_length
+    Experiment(config, loaded.tasks, found.architecture).save(workdir)
+    found.tokenizer.save_pretrained(workdir / TOKENIZER)
+    Checkpoints(workdir).save_best(0, loaded.variables, score=0.0)
+    say(f"{workdir} answers {', '.join(config.tasks)}")
+
+
+def _base(name: str) -> Base:
+    if (Path(name) / FILE).exists():
+        run = Run.load(Path(name))
+        return Base(run.experiment.architecture, run.variables["params"], run.tokenizer)
+    path = huggingface.resolve(name)
+    model, variables = huggingface.from_huggingface(path)
+    return Base(model.config, variables["params"], load_tokenizer(path))
