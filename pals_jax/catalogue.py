@@ -50,9 +50,12 @@ def table() -> Table:
     """For a person."""
     rich = Table(title="methods, at their default options", title_justify="left")
     for column in COLUMNS:
-        rich.add_column(column, justify="right" if column == COLUMNS[-1] else "left")
+        right, name = column == COLUMNS[-1], column == COLUMNS[0]
+        justify: Any = "right" if right else "left"
+        rich.add_column(column, justify=justify, overflow="fold", no_wrap=right or name)
     for row in rows():
-        rich.add_row(*row.values())
+        method, *cells = row.values()
+        rich.add_row(method.split("(")[0], *cells)  # a terminal has no room for the options
     return rich
 
 

@@ -1,8 +1,14 @@
 """Methods as values: expressions, refusals, and the published parameter counts."""
 
+import json
+from pathlib import Path
+
 import jax
 import pytest
 
+from pals_jax import catalogue, params
+from pals_jax.cli import main
+from pals_jax.convert import huggingface
 from pals_jax.errors import UserError
 from pals_jax.models import methods
 from pals_jax.models.adapters import Adapter
@@ -26,6 +32,14 @@ def count(tree: object) -> int:
         ('pals(size=276, layers="first_half")', 1_801_116, 1.13),
         ("pals(size=84, shared=False)", 1_815_552, 1.13),
         ("low_rank(size=100)", 1_853_616, 1.13),
+        ("bert_n_pals_houlsby(size=50)", 1_862_832, 1.14),
+        ("top_attention(size=204, blocks=6)", 1_320_444, 1.10),
+        ("top_ffn(size=204, blocks=6)", 1_319_220, 1.10),
+        ("top_layer", 7_087_872, 1.52),
+        ("lhuc", 9_216, 1.0007),
+        ("houlsby(size=8)", 351_936, 1 + 8 * 0.0032),
+        ("houlsby(size=64)", 2_417_664, 1 + 8 * 0.0221),
+        ("houlsby(size=256)", 9_500_160, 1 + 8 * 0.0868),
     ],
 )
 def test_parameter_counts_are_the_published_ones(
@@ -41,6 +55,42 @@ def test_parameter_counts_are_the_published_ones(
     assert (base + count(adapters)) / base == pytest.approx(multiple, abs=0.006)
 
 
+def per_task(expression: str, config: BertConfig) -> int:
+    return params.count(MultiTaskModel(config, (2,), methods.parse(expression))).per_task
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        # He et al., section 3: prefix 2ld, adapters 2rd, LoRA 4rd at attention, 10rd at ffn.
+        ("prefix_tuning(length=7, bottleneck=0)", 2 * 7 * 768),
+        ("multi_head_parallel(size=7)", 2 * 7 * 768),
+        ("parallel(size=7)", 2 * 7 * 768 + 7 + 768),
+        ("pfeiffer(size=7)", 2 * 7 * 768 + 7 + 768),
+        ("lora(rank=7)", 4 * 7 * 768),
+        ("lora(rank=7, targets=('ffn_in', 'ffn_out'))", 10 * 7 * 768),
+        ("ia3", 2 * 768 + 3072),
+        ("layer_norms", 2 * 2 * 768 + 2 * 768 / 12),
+    ],
+)
+def test_parameters_of_a_layer(expression: str, expected: float) -> None:
+    assert per_task(expression, BertConfig()) == 12 * expected
+
+
+def test_published_shares() -> None:
+    """Of MAM on RoBERTa-base (He et al., table 2), of adapters on BERT-large (Houlsby et al.)."""
+    roberta, large = huggingface.KNOWN["roberta-base"], huggingface.KNOWN["bert-large-uncased"]
+    mam = methods.parse("mam(prefix=16, size=16)")
+    assert params.count(MultiTaskModel(roberta, (2,), mam)).multiple == pytest.approx(
+        1.005, abs=5e-4
+    )
+    counts = params.count(MultiTaskModel(large, (2,) * 9, methods.houlsby(64)))
+    assert counts.multiple == pytest.approx(1.2, abs=0.05)
+    # "2.1% trained per task" is a share of the layers and the pooler, without the embeddings.
+    embeddings = (30522 + 512 + 2 + 2) * 1024
+    assert counts.per_task / (counts.encoder - embeddings) == pytest.approx(0.021, abs=5e-4)
+
+
 @pytest.mark.parametrize(
     ("expression", "method"),
     [
@@ -54,6 +104,11 @@ def test_parameter_counts_are_the_published_ones(
             methods.pals(layers="final_half", shared=False),
         ),
         ("low_rank(size=7, activation='gelu')", methods.low_rank(7, "gelu")),
+        ("pals(size=6) + pooler", (*methods.pals(6), *methods.pooler())),
+        (
+            "lora(targets=['key']) + lhuc() + pooler()",
+            (*methods.lora(targets=("key",)), *methods.lhuc(), *methods.pooler()),
+        ),
     ],
 )
 def test_parse(expression: str, method: methods.Method) -> None:
@@ -96,6 +151,11 @@ UNREADABLE = "cannot read the method"
         ("low_rank(size=0)", "whole number from 1, not 0"),
         ("low_rank(size=2.5)", "whole number from 1, not 2.5"),
         ("low_rank(size='big')", "whole number from 1, not 'big'"),
+        ("pals - pooler", UNREADABLE),
+        ("lora(targets=('querry',))", "no target 'querry'; targets are query, key, value"),
+        ("parallel(site='top')", "site is ffn or attention, not 'top'"),
+        ("scaled_parallel(scale='big')", "number or 'learned', not 'big'"),
+        ("projected_ffn(depth=3)", "are 1 or 2, not 3"),
         ("low_rank(activation='elu')", "unknown activation 'elu'; known are identity, gelu"),
     ],
 )
@@ -113,3 +173,24 @@ def test_layers_that_do_not_exist(layers: str) -> None:
 
     with pytest.raises(UserError, match="layers="):
         indices()
+
+
+# The catalogue
+
+
+def test_the_documentation_shows_the_table_of_the_code() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    table = page.split("<!-- pals-jax methods --markdown -->\n")[1].split("\n<!-- end -->")[0]
+    assert table == catalogue.markdown()
+
+
+def test_the_command_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    names = [row["method"].split("(")[0] for row in rows if row["method"]]
+    assert names == list(methods.METHODS)
+    assert all(tuple(row) == catalogue.COLUMNS for row in rows)
+    assert main(["methods", "--markdown"]) == 0
+    assert capsys.readouterr().out.strip() == catalogue.markdown()
+    assert main(["methods"]) == 0
+    assert "houlsby" in capsys.readouterr().err

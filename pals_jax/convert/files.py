@@ -1,6 +1,5 @@
 """The files that foreign checkpoints consist of."""
 
-import importlib
 import json
 import pickle
 import zipfile
@@ -80,7 +79,7 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
 
 def _pickle(path: Path) -> dict[str, np.ndarray]:
     try:
-        torch = importlib.import_module("torch")  # needed for nothing else
+        import torch  # needed for nothing else
     except ImportError as error:
         raise UserError(
             f"{path} is a pickle, which only PyTorch reads; pip install torch, or convert it to"
