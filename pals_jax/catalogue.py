@@ -15,12 +15,12 @@ from pals_jax.models.multitask import MultiTaskModel
 
 COLUMNS = (
     *("method", "site", "form", "input", "composition"),
-    *("one for all layers", "layers", "parameters of a task"),
+    *("shared by layers", "layers", "parameters"),
 )
 _INPUTS = {
-    "block_input": "the block's input (parallel)",
-    "state": "the state (serial)",
-    "normalised": "the state behind its layer norm",
+    "block_input": "block's input",
+    "state": "state",
+    "normalised": "LN(state)",
 }
 _COMPOSITIONS = {
     "gate": "(1 - λ) h + λ dh",
@@ -33,7 +33,8 @@ _COMPOSITIONS = {
 def rows() -> list[dict[str, str]]:
     """One row for each part of each method at its default options, under `COLUMNS`.
 
-    The last column counts a whole method, on BERT-base, biases in, heads out.
+    The last column counts what a task adds with the whole method, on BERT-base, biases in, heads
+    out.
     """
     table = []
     for name, method in methods.METHODS.items():
@@ -50,9 +51,7 @@ def table() -> Table:
     """For a person."""
     rich = Table(title="methods, at their default options", title_justify="left")
     for column in COLUMNS:
-        right, name = column == COLUMNS[-1], column == COLUMNS[0]
-        justify: Any = "right" if right else "left"
-        rich.add_column(column, justify=justify, overflow="fold", no_wrap=right or name)
+        rich.add_column(column, justify="right" if column == COLUMNS[-1] else "left", no_wrap=True)
     for row in rows():
         method, *cells = row.values()
         rich.add_row(method.split("(")[0], *cells)  # a terminal has no room for the options

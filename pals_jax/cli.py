@@ -156,7 +156,7 @@ def _methods(args: argparse.Namespace) -> None:
     elif args.markdown:
         print(catalogue.markdown())
     else:
-        _print(catalogue.table())
+        _print(catalogue.table(), width=200)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -212,8 +212,8 @@ def _convert(args: argparse.Namespace) -> None:
         raise UserError("convert takes --task and --out to write a task, or --files and --base.")
 
 
-def _print(table: object) -> None:
+def _print(table: object, width: int | None = None) -> None:
     """For a person, on stderr: stdout is for machines."""
     from rich.console import Console
 
-    Console(stderr=True).print(table)
+    Console(stderr=True, width=width).print(table)

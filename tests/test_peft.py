@@ -21,8 +21,6 @@ from pals_jax.models.forms import Bottleneck
 from pals_jax.models.multitask import MultiTaskModel
 
 peft = pytest.importorskip("peft")
-# peft asks transformers for what has another name by now.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 SIZES = {
     "vocab_size": 31,
