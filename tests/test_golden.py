@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import torch
 
-from pals_jax.convert import from_bert_n_pals, to_bert_n_pals
+from pals_jax.convert import from_bert_n_pals, read_tensors, to_bert_n_pals
 from pals_jax.errors import UserError
 from pals_jax.models import methods
 from pals_jax.optim import make_optimizer
@@ -53,6 +54,19 @@ def batch(golden: SimpleNamespace, task: int) -> dict[str, np.ndarray]:
         "targets": arrays[f"task{task}/labels"].astype(np.float32),
         "weights": np.ones(len(arrays["input_ids"]), np.float32),
     }
+
+
+def test_checkpoint_files(shared: Path, tmp_path: Path) -> None:
+    """As PyTorch writes them, and as NumPy does."""
+    golden = load(shared, "pals")
+    np.savez(tmp_path / "model.npz", **golden.state_dict)
+    state = {name: torch.tensor(x) for name, x in golden.state_dict.items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    expected = from_bert_n_pals(golden.config, golden.state_dict)[1]
+    for name in ("model.npz", "pytorch_model.bin"):
+        tiny.assert_same(
+            from_bert_n_pals(golden.config, read_tensors(tmp_path / name))[1], expected
+        )
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -2,6 +2,7 @@
 
 from pals_jax.convert.adapterhub import from_adapterhub, to_adapterhub
 from pals_jax.convert.bert_n_pals import from_bert_n_pals, to_bert_n_pals
+from pals_jax.convert.files import read_tensors
 from pals_jax.convert.huggingface import from_huggingface
 from pals_jax.convert.peft import from_peft, to_peft
 from pals_jax.convert.sequence_classification import (
@@ -20,6 +21,7 @@ __all__ = [
     "from_sequence_classification",
     "from_tf_bert",
     "from_unified_view",
+    "read_tensors",
     "read_tf_checkpoint",
     "to_adapterhub",
     "to_bert_n_pals",
