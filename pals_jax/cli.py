@@ -42,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()  # no shell does it behind "--workdir="
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pals-jax", description="One encoder, many tasks.")
     parser.add_argument("--version", action="version", version=f"pals-jax {__version__}")
@@ -52,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     how = train.add_mutually_exclusive_group()
     how.add_argument(
         "--base",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="add the tasks to those of this run, whose encoder and tasks stay as they are",
     )
@@ -88,9 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         default="task",
         help="task (the default), huggingface (merged), adapterhub or peft",
     )
-    convert.add_argument("--out", type=Path, metavar="PATH", help="where to write the task")
+    convert.add_argument("--out", type=_path, metavar="PATH", help="where to write the task")
     convert.add_argument(
-        "--files", type=Path, nargs="+", metavar="FILE", help="task files to make a run of"
+        "--files", type=_path, nargs="+", metavar="FILE", help="task files to make a run of"
     )
     convert.add_argument(
         "--base", metavar="BASE", help="with --files: the run or the encoder they were trained on"
@@ -100,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--config", required=True, metavar="FILE[:ARG]", help=_CONFIG_HELP)
     for command in (train, evaluate, predict, convert):
         command.add_argument(
-            "--workdir", required=True, type=Path, metavar="DIR", help="the directory of the run"
+            "--workdir", required=True, type=_path, metavar="DIR", help="the directory of the run"
         )
     for command in (params, methods, evaluate, predict):
         command.add_argument("--json", action="store_true", help="machine-readable, to stdout")
@@ -108,11 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     what = predict.add_mutually_exclusive_group(required=True)
     what.add_argument("--task", metavar="NAME", help="the task to answer")
     what.add_argument(
-        "--submission", type=Path, metavar="DIR", help="write the files for GLUE's server there"
+        "--submission", type=_path, metavar="DIR", help="write the files for GLUE's server there"
     )
     predict.add_argument(
         "--input",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="a TSV, CSV or JSONL file with the task's text columns; by default stdin, one example"
         " a line: its texts separated by a tab, or a JSON object",

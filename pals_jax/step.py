@@ -123,7 +123,9 @@ def make_train_step(
             return jnp.sum(losses * batch["weights"]) / jnp.sum(batch["weights"])
 
         loss, grads = jax.value_and_grad(loss_fn)(state.trainable)
-        drawn = jnp.zeros(num_tasks, bool).at[batch["task_ids"]].set(True)
+        # A group whose rows are all left out does not count as drawn.
+        present = (batch["weights"].reshape(batch["task_ids"].shape[0], -1) > 0).any(axis=1)
+        drawn = jnp.zeros(num_tasks, bool).at[batch["task_ids"]].max(present)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, drawn=drawn)
         trainable = optax.apply_updates(state.trainable, updates)
         state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)

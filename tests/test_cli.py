@@ -245,6 +245,11 @@ def test_stdin_that_does_not_fit(small, capsys, monkeypatch):
         refused(capsys, ["predict", f"--workdir={workdir}", "--task=same"], *parts)
 
 
+def test_a_workdir_below_home(small, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(small))
+    refused(capsys, ["evaluate", "--workdir=~/nowhere"], f"{small}/nowhere is not the workdir")
+
+
 def test_messages_are_one_line(small, capsys):
     sentence = refused(
         capsys,

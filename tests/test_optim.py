@@ -95,6 +95,20 @@ def test_idle_tasks_stay_bit_for_bit() -> None:
     tiny.assert_same(*(tiny.rows(history[i][0]["adapters"], 2) for i in (0, -1)))
 
 
+def test_a_task_whose_rows_are_all_left_out_is_idle() -> None:
+    """As the filling of an uneven last batch is."""
+    step, state = tiny.pals_training()
+    for _ in range(2):  # At step 0 the learning rate is 0.
+        state, _ = step(state, tiny.batch([1, 1, 2, 2]))
+    weights = np.array([1, 1, 0, 0], np.float32)
+    after, _ = step(state, tiny.batch([1, 1, 2, 2]) | {"weights": weights})
+    rows = [tiny.rows(x.variables["adapters"], 2) for x in (state, after)]
+    tiny.assert_same(*rows)
+    moments = [tiny.rows(x.opt_state[0][1].tasks, 2) for x in (state, after)]
+    tiny.assert_same(*moments)
+    assert all(tiny.moved(*(tiny.rows(x.variables["adapters"]["pal"], 1) for x in (state, after))))
+
+
 def test_each_task_counts_its_own_steps() -> None:
     _, state = run([[0], [1], [0, 1], [0]])[-1]
     counts = [x for x in jax.tree.leaves(state) if x.dtype == np.int32]
