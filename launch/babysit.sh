@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# babysit.sh: brings a run to its end. Creates the TPU if it is not there, sets it up and starts the
+# run; after a preemption does all of that again; when the run fails, starts it again. It ends when
+# the run ends with 0, at once when it ends with 2 (a wrong input), and after too many failures.
+# It may be stopped at any time and called again: a run that is going on is only watched. It never
+# deletes a TPU that works, and says at the end what is left.
+#
+#   launch/babysit.sh --name=pals --project=my-project --zone=europe-west4-a [OPTION...] -- \
+#     train --config=configs/pals_glue.py --workdir=/mnt/bucket/glue
+#
+#   --kind=KIND, --spot, --queued  as for create.sh
+#   --failures=N                   give up at the Nth failure that is not a preemption; 3 by default
+#   --poll=SECONDS                 how often to look; 60 by default
+
+set -euo pipefail
+options=(kind spot queued failures poll)
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse "$@"
+choose_kind
+failures=${failures:-3} poll=${poll:-60}
+matches failures '^[1-9][0-9]*$' 'a number from 1'
+matches poll '^[0-9]+(\.[0-9]+)?$' 'a number of seconds'
+[[ ${arguments[0]-} == train && " ${arguments[*]}" == *" --workdir="* ]] ||
+  die "nothing to babysit: write -- train --config=FILE --workdir=DIR, or see --help."
+[[ " ${arguments[*]}" == *" --workdir=/"* ]] ||
+  say "the workdir is on the TPU's own disk: a run that is preempted starts over (see README.md)."
+
+tpu=(--name="$name" --project="$project" --zone="$zone" ${dry_run:+--dry-run})
+create() { "$here/create.sh" "${tpu[@]}" --kind="$kind" ${spot:+--spot} ${queued:+--queued}; }
+setup() { "$here/setup.sh" "${tpu[@]}"; }
+start() { "$here/run.sh" "${tpu[@]}" -- "${arguments[@]}"; }
+remove() { "$here/delete.sh" "${tpu[@]}"; }
+
+if [[ $dry_run ]]; then # one round, on a TPU that is not there yet
+  create && setup && start && run_state >/dev/null
+  exit
+fi
+
+ended() {
+  status=$?
+  ((status < 128)) || say "interrupted; the run, if there is one, goes on."
+  left || true
+  exit "$status"
+}
+trap ended EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+# A signal is heard during `wait`, but not during `sleep`, which must not hold our output open then.
+pause() {
+  sleep "$poll" >/dev/null 2>&1 3>&- &
+  wait $!
+}
+
+failed=0
+fail() {
+  failed=$((failed + 1))
+  say "$1 (failure $failed of $failures)."
+  ((failed < failures)) || { say "giving up."; exit 1; }
+  pause
+}
+
+# Returns when the TPU is ready, created anew if it is not there or was taken away.
+ensure() {
+  local request vm
+  while true; do
+    if ! request=$(state queued-resources) || ! vm=$(state tpu-vm); then
+      fail "Google Cloud does not say how $name is"
+      continue
+    fi
+    case "$request $vm" in
+      *" READY") return ;;
+      "ABSENT ABSENT") create || fail "$name could not be created" ;;
+      *" PREEMPTED" | *" TERMINATED" | "SUSPENDED "* | "ACTIVE ABSENT")
+        say "$name was preempted; it is created again."
+        remove || fail "what was left of $name could not be deleted" ;;
+      "FAILED "*)
+        remove || true
+        fail "the request for $name failed" ;;
+      *" STOPPED") say "$name is stopped: start it or delete it."; exit 1 ;;
+      *) pause ;; # on its way from one state to another
+    esac
+  done
+}
+
+# Returns when the run is over, with its state in `result`; `lost` if the TPU does not answer.
+watch() {
+  local silent=0
+  while true; do
+    if result=$(run_state); then
+      silent=0
+      [[ $result == running ]] || return 0
+    else
+      silent=$((silent + 1)) result=lost
+      if ((silent >= 3)) || [[ $(state tpu-vm) != READY ]]; then return 0; fi
+    fi
+    pause
+  done
+}
+
+while true; do
+  ensure
+  if [[ $(run_state 2>/dev/null) == running ]]; then
+    say "a run is going on; watching it."
+  elif ! setup || ! start; then
+    pause
+    [[ $(state tpu-vm) != READY ]] || fail "the run could not be started"
+    continue
+  fi
+  watch
+  case $result in
+    0) say "the run is complete."; exit 0 ;;
+    2) say "the run was given a wrong input; see $(this logs)"; exit 2 ;;
+  esac
+  # A preemption ends the run first and shows in the TPU's state a little later.
+  pause
+  [[ $(state tpu-vm) == READY ]] || continue
+  on_tpu all kill || true # workers that wait for one that failed
+  fail "the run ended with $result; see $(this logs)"
+done

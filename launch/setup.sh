@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# setup.sh: installs this project on every worker of a TPU, with a Python of its own. Run it again
+# after a change: it brings the installation up to date and leaves runs and copied files alone.
+#
+#   launch/setup.sh --name=pals --project=my-project --zone=europe-west4-a
+
+set -euo pipefail
+options=()
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse "$@"
+no_arguments
+
+repository=$(dirname "$here")
+archive=$repository/build/$name.tgz
+if [[ ! $dry_run ]]; then
+  mkdir -p "$repository/build"
+  tar -czf "$archive" -C "$repository" --exclude=__pycache__ \
+    pyproject.toml README.md LICENSE pals_jax configs launch
+fi
+cloud tpu-vm scp "$archive" "$name:pals_jax.tgz" --worker=all
+# A module that was removed here must not live on there.
+unpack='mkdir -p pals_jax && rm -rf pals_jax/pals_jax pals_jax/build'
+unpack+=' && tar -xzf pals_jax.tgz -C pals_jax && bash pals_jax/launch/on_tpu.sh install'
+cloud tpu-vm ssh "$name" --worker=all --command="$unpack"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# stop.sh: stops a TPU that was created on demand, and with it the run; its disk is kept, and paid
+# for. Pods, spot TPUs and those from the queue can only be deleted.
+#
+#   launch/stop.sh --name=pals --project=my-project --zone=europe-west4-a
+
+set -euo pipefail
+options=()
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse "$@"
+no_arguments
+cloud tpu-vm stop "$name" || { say "$name was not stopped."; left || true; exit 1; }
+[[ $dry_run ]] && exit
+say "to start it again: $(dry_run=1 cloud tpu-vm start "$name" 3>&1)"
+left || true
