@@ -45,6 +45,7 @@ quote() {
 help() {
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
   cat <<END
+
 Which TPU:
   --name=NAME        the name of the TPU (and of its request in the queue)
   --project=PROJECT  the id of the Google Cloud project that pays
@@ -120,9 +121,8 @@ state() {
   local field=state output
   [[ $1 == queued-resources ]] && field=state.state
   output=$(cloud "$1" describe "$name" --format="value($field)" 2>&1) || {
-    [[ $output == *NOT_FOUND* ]] && echo ABSENT && return
-    say "$output"
-    return 1
+    [[ $output == *NOT_FOUND* ]] || { say "$output"; return 1; }
+    output=ABSENT
   }
   # gcloud may add remarks of its own; the state is a line of capitals.
   grep -m1 -x '[A-Z_]\+' <<<"${output:-UNKNOWN}" || { say "$output"; return 1; }
@@ -141,9 +141,9 @@ on_tpu() {
 run_state() {
   local output states
   output=$(on_tpu all state) || return 1
-  states=$(sed -n 's/^run: //p' <<<"$output" | sort -un)
-  if grep -m1 -v -x -E '0|running|none' <<<"$states"; then return; fi
-  if grep -m1 -x running <<<"$states"; then return; fi
+  states=$(sed -n 's/^run: //p' <<<"$output" | sort -u)
+  if grep -m1 -v -x -E '0|running|none' <<<"$states"; then return 0; fi
+  if grep -m1 -x running <<<"$states"; then return 0; fi
   if [[ $states == 0 ]]; then echo 0; else echo none; fi
 }
 
@@ -154,6 +154,8 @@ this() {
   quote "$here/$script.sh" --name="$name" --project="$project" --zone="$zone" "$@"
 }
 
+say_absent() { say "there is no TPU and no request named $name in $zone: nothing is paid for."; }
+
 # left: says what there is of the TPU, and how to stop paying for it. Fails if there is anything.
 left() {
   local group found status=0
@@ -163,6 +165,6 @@ left() {
     say "$group $name is $found: you may be paying for it until you run: $(this delete)"
     status=1
   done
-  ((status)) || say "there is no TPU and no request named $name in $zone: nothing is paid for."
+  ((status)) || say_absent
   return $status
 }

@@ -12,7 +12,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 ((${#arguments[@]})) || die "nothing to copy: name the files, or see --help."
 # Whether the far shell sees this name depends on the version of scp, so it has nothing to quote.
-[[ $to ]] && matches to '^[A-Za-z0-9_][A-Za-z0-9_./-]*$' 'a relative path of letters, digits and ._-/'
+[[ ! $to ]] ||
+  matches to '^[A-Za-z0-9_][A-Za-z0-9_./-]*$' 'a relative path of letters, digits and ._-/'
 
 sources=()
 for path in "${arguments[@]}"; do

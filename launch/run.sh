@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# run.sh: starts a pals-jax command on every worker of a TPU and returns; it goes on when you log out.
-# There is one run at a time. Its output goes to run.log and its exit status to run.exit.
+# run.sh: starts a pals-jax command on every worker of a TPU and returns; the run goes on alone, one
+# at a time. Its output goes to run.log, its exit status to run.exit.
 #
 #   launch/run.sh --name=pals --project=my-project --zone=europe-west4-a -- \
 #     train --config=configs/pals_glue.py --workdir=runs/glue

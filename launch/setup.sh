@@ -15,6 +15,7 @@ repository=$(dirname "$here")
 archive=$repository/build/$name.tgz
 if [[ ! $dry_run ]]; then
   mkdir -p "$repository/build"
+  trap 'rm -f "$archive"' EXIT
   tar -czf "$archive" -C "$repository" --exclude=__pycache__ \
     pyproject.toml README.md LICENSE pals_jax configs launch
 fi

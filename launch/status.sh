@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# status.sh: prints what there is of a TPU, and what became of its run: running, its exit status, or
-# none if there is none.
+# status.sh: prints what there is of a TPU, and what became of its run: running, its exit status,
+# none if there is none, or unknown if the TPU does not answer or is not set up.
 #
 #   launch/status.sh --name=pals --project=my-project --zone=europe-west4-a
 
@@ -14,7 +14,11 @@ no_arguments
 request=$(state queued-resources)
 vm=$(state tpu-vm)
 run=none
-[[ $vm == READY || $dry_run ]] && run=$(run_state)
+if [[ $vm == READY || $dry_run ]]; then run=$(run_state) || run=unknown; fi
 [[ $dry_run ]] && exit
 printf 'request %s\ntpu %s\nrun %s\n' "$request" "$vm" "$run"
-left || true
+if [[ "$request $vm" == "ABSENT ABSENT" ]]; then
+  say_absent
+else
+  say "to stop paying: $(this delete)"
+fi

@@ -47,6 +47,14 @@ def ablate(run: Run) -> dict[str, np.ndarray]:
     return changes
 
 
+def to_json(changes: Mapping[str, np.ndarray]) -> dict[str, list[list[float | None]]]:
+    """The same with None for NaN, which JSON has not."""
+    return {
+        name: [[None if np.isnan(x) else float(x) for x in row] for row in change]
+        for name, change in changes.items()
+    }
+
+
 def plot(changes: Mapping[str, np.ndarray], path: Path) -> None:
     """One heat map for each task."""
     figure = Figure(figsize=(4 * len(changes), 4), layout="constrained")

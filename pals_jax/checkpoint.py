@@ -32,7 +32,7 @@ class Checkpoints:
     def save_best(self, step: int, variables: Tree, score: float) -> None:
         """Keeps `variables` if no earlier score is as high."""
         best = self._best.best_step()
-        if best is None or score > self._best.metrics(best)["score"]:
+        if best is None or (step > best and score > self._best.metrics(best)["score"]):
             args = ocp.args.StandardSave(variables)
             self._best.save(step, args=args, metrics={"score": float(score)})
             _seal(self._best, step)

@@ -89,7 +89,6 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--to",
         metavar="FORMAT",
-        default="task",
         help="task (the default), huggingface (merged), adapterhub or peft",
     )
     convert.add_argument("--out", type=_path, metavar="PATH", help="where to write the task")
@@ -185,7 +184,7 @@ def _ablate(run: "Run", args: argparse.Namespace) -> None:
     path = args.workdir / "ablation.png"
     ablation.plot(changes, path)
     if args.json:
-        print(json.dumps({name: change.tolist() for name, change in changes.items()}))
+        print(json.dumps(ablation.to_json(changes)))
     else:
         print(f"drew {path}", file=sys.stderr)
 
@@ -208,10 +207,11 @@ def _convert(args: argparse.Namespace) -> None:
     from pals_jax import exchange
     from pals_jax.run import Run
 
-    if args.files and args.base:
-        exchange.assemble(args.base, args.files, args.workdir)
-    elif args.task and args.out and not args.files:
-        exchange.export(Run.load(args.workdir), args.task, args.to, args.out)
+    one, many = (args.task, args.out), (args.files, args.base)
+    if all(many) and not any((*one, args.to)):
+        exchange.assemble(str(_path(args.base)), args.files, args.workdir)
+    elif all(one) and not any(many):
+        exchange.export(Run.load(args.workdir), args.task, args.to or "task", args.out)
     else:
         raise UserError("convert takes --task and --out to write a task, or --files and --base.")
 

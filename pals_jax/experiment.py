@@ -180,10 +180,25 @@ class Experiment:
 
 
 def _check_base(config: ConfigDict, base: Experiment) -> None:
-    if any(not rule.startswith("adapters/") for rule in config.trainable):
+    if tuple(config.trainable) != ("adapters/",):
         raise UserError(
             "configuration: with --base the encoder must stay as it is, or the earlier tasks would"
             " change; set trainable to ('adapters/',)."
+        )
+    for key, mine, theirs in (
+        ("dtype", config.dtype, base.config.dtype),
+        ("data.max_length", config.data.max_length, base.config.data.max_length),
+    ):
+        if mine != theirs:
+            raise UserError(
+                f"configuration: {key} is {mine}, that of the base run {theirs}; another one would"
+                " change the answers of the earlier tasks."
+            )
+    of_glue = [task.name for task in base.tasks if task.name not in base.config.data.own]
+    if of_glue and config.data.source != base.config.data.source:
+        raise UserError(
+            f"configuration: data.source is {config.data.source}, that of the base run"
+            f" {base.config.data.source}, which its tasks {', '.join(of_glue)} are read from."
         )
     if methods.parse(config.method) != methods.parse(base.config.method):
         raise UserError(

@@ -147,7 +147,7 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
 
 
 def decays(params: Tree) -> Tree:
-    """Which leaves weight decay applies to: all but biases and layer norms."""
+    """Which leaves weight decay applies to: all but biases, layer norms and factors around 1."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key not in ("bias", "scale"), params
     )

@@ -12,21 +12,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import PreTrainedTokenizerFast
 
+from pals_jax.convert.files import write_tensors
 from pals_jax.data.tasks import Task
 from pals_jax.errors import UserError
 from pals_jax.models import methods
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel
-from pals_jax.models.tasks import append, take
+from pals_jax.models.multitask import MultiTaskModel, init_variables
+from pals_jax.models.tasks import append
 
 _FORMAT = "pals_jax task, version 1"
+_KEYS = {"task", "method", "max_length", "architecture", "base", "tokenizer"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,9 @@ def save(
         adapters: the `adapters` collection, leaves [T, ...].
         index: the task's row in it.
     """
-    rows = flatten_dict(take(adapters, [index], task.num_outputs), sep="/")
+    rows = flatten_dict(jax.tree.map(lambda x: x[index], dict(adapters)), sep="/")
+    for leaf in ("head/kernel", "head/bias"):
+        rows[leaf] = rows[leaf][..., : task.num_outputs]
     metadata = {
         "format": _FORMAT,
         "task": json.dumps(dataclasses.asdict(task)),
@@ -83,10 +87,7 @@ def save(
         **base.fingerprints(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    tensors = {name: np.ascontiguousarray(x[0]) for name, x in rows.items()}
-    safetensors.numpy.save_file(tensors, part, metadata=metadata)
-    part.rename(path)
+    write_tensors(path, {name: np.asarray(x) for name, x in rows.items()}, metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,7 @@ def load(paths: Sequence[Path], base: Base) -> Loaded:
                 raise UserError(
                     f"{path} was trained on another {what}; load it onto the one it was made with."
                 )
-        if metadata["method"] != read[0][1]["method"]:
+        if methods.parse(metadata["method"]) != methods.parse(read[0][1]["method"]):
             raise UserError(
                 f"{path} has the method {metadata['method']}, {paths[0]} has"
                 f" {read[0][1]['method']}; tasks of one model share a method."
@@ -136,7 +137,8 @@ def load(paths: Sequence[Path], base: Base) -> Loaded:
         base.architecture, tuple(task.num_outputs for task in tasks), methods.parse(method)
     )
     adapters: Any = None
-    for tensors, _ in read:
+    for path, task, (tensors, _) in zip(paths, tasks, read, strict=True):
+        _check_tensors(path, model.clone(num_outputs=(task.num_outputs,)), tensors)
         row = unflatten_dict({k: jnp.asarray(x)[None] for k, x in tensors.items()}, sep="/")
         adapters = row if adapters is None else append(adapters, row)
     max_length = max(int(metadata["max_length"]) for _, metadata in read)
@@ -150,6 +152,18 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read the task file {path}: {error}.") from error
-    if metadata.get("format") != _FORMAT:
+    if metadata.get("format") != _FORMAT or _KEYS - set(metadata):
         raise UserError(f"{path} is no task file of this version; write it with pals-jax convert.")
     return tensors, metadata
+
+
+def _check_tensors(path: Path, model: MultiTaskModel, tensors: Mapping[str, np.ndarray]) -> None:
+    """Refuses what is not just the row of one task."""
+    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))["adapters"]
+    wanted = {name: x.shape[1:] for name, x in flatten_dict(shapes, sep="/").items()}
+    found = {name: x.shape for name, x in tensors.items()}
+    if wrong := sorted(k for k in wanted | found if wanted.get(k) != found.get(k)):
+        raise UserError(
+            f"{path} does not fit its method: missing, unknown or of another shape are"
+            f" {', '.join(wrong)}; write it again with pals-jax convert."
+        )

@@ -1,5 +1,6 @@
 """Training: read this page from top to bottom to know what a run does."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def train(config: ConfigDict, workdir: Path, base: Path | None = None) -> Result
 
 
 def train_separately(config: ConfigDict, workdir: Path) -> Results:
-    """Trains one model for each task alone, in `workdir/TASK`, and prints one table for all.
+    """Trains one model for each task alone, in `workdir/TASK`; one table and file for all.
 
     The rival of sharing (Stickland & Murray, table 1: "separate", 8 times the parameters). Each
     task takes all the configuration's steps.
@@ -134,13 +135,14 @@ def train_separately(config: ConfigDict, workdir: Path) -> Results:
     Returns:
         The dev results of every task's best checkpoint.
     """
+    tasks = Experiment.from_config(config).tasks  # refuses what is wrong before any is trained
     results: Results = {}
     for name in config.tasks:
         alone = ConfigDict(config.to_dict())
         alone.tasks = (name,)
         results |= train(alone, workdir / name)
-    tasks = Experiment.from_config(config).tasks
     Console(stderr=True).print(evaluate.table(tasks, results))
+    (workdir / "results.json").write_text(json.dumps(results, indent=1))
     return results
 
 

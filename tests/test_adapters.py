@@ -231,6 +231,12 @@ def test_spans(layers: list[Any], expected: list[tuple[int, int]]) -> None:
 def test_adapter_refuses() -> None:
     with pytest.raises(UserError, match=r"no site 'attention' .* sites are .*ffn.output"):
         Adapter("a", "attention", Bottleneck(2))
+    with pytest.raises(UserError, match="Bottleneck has no gate"):
+        Adapter("a", "layer", Bottleneck(2), compose="gate")
+    with pytest.raises(UserError, match="no layer norm behind attention.query"):
+        Adapter("a", "attention.query", Bottleneck(2), reads="normalised")
+    with pytest.raises(UserError, match="at the embeddings only, not at layer"):
+        Adapter("a", "layer", Bottleneck(2), compose="concat")
     model = tiny.model((Adapter("a", "layer", Bottleneck(2), shared=("query",)),))
     with pytest.raises(UserError, match=r"shares \['query'\].*\['down', 'up'\]"):
         tiny.variables(model)

@@ -146,7 +146,8 @@ def test_trajectory(golden: SimpleNamespace) -> None:
     theirs = under("train/param/", golden.arrays)
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
-        np.testing.assert_allclose(ours[name], expected, rtol=0, atol=1e-5, err_msg=name)
+        # Closer than the 1e-5 that is asked for: weight decay alone moves some by no more.
+        np.testing.assert_allclose(ours[name], expected, rtol=0, atol=2e-6, err_msg=name)
     # The bound means something: the six steps moved the parameters by far more than it.
     change = max(np.abs(expected - golden.state_dict[k]).max() for k, expected in theirs.items())
     assert change > 100 * 1e-5
@@ -170,7 +171,21 @@ def test_what_the_original_cannot_hold(shared: Path) -> None:
     golden = load(shared, "shared")
     with pytest.raises(UserError, match="houlsby and mult"):
         from_bert_n_pals(golden.config | {"mult": True, "houlsby": True}, golden.state_dict)
-    for method in (methods.ia3(), methods.pals(6, 3, layers=(0,)), methods.layer_norms()):
+    for method in (
+        methods.ia3(),
+        methods.pals(6, 6, layers=(0,)),
+        methods.pals(6, 3),
+        methods.pals(6, serial=True),
+        methods.low_rank(5),
+        methods.scaled_parallel(5),
+        methods.pfeiffer(5),
+        methods.projected_ffn(5),
+        methods.top_ffn(6),
+        methods.top_dense(),
+        methods.top_layer(2),
+        methods.top_attention(6, blocks=3, heads=6),
+        methods.layer_norms(),
+    ):
         model = tiny.model(method)
         with pytest.raises(UserError, match=f"no place for '{method[0].name}'"):
             to_bert_n_pals(model, tiny.variables(model))

@@ -142,8 +142,8 @@ UNREADABLE = "cannot read the method"
         ("pals(size=6, size=12)", UNREADABLE),
         ("pals(**{'size': 6})", UNREADABLE),
         ("palls(size=6)", "unknown method 'palls'; known are shared, pals, low_rank"),
-        ("pals(width=6)", "unexpected keyword argument 'width'"),
-        ("shared(size=6)", "unexpected keyword argument 'size'"),
+        ("pals(width=6)", "pals has no option 'width'; its options are size, heads"),
+        ("shared(size=6)", "shared has no option 'size'; its options are none"),
         ("pals(size=100)", "size 100 .* not a multiple of its 6 heads"),
         ("pals(heads=0)", "0 heads"),
         ("pals(heads=2.0)", "2.0 heads"),
@@ -152,7 +152,22 @@ UNREADABLE = "cannot read the method"
         ("low_rank(size=2.5)", "whole number from 1, not 2.5"),
         ("low_rank(size='big')", "whole number from 1, not 'big'"),
         ("pals - pooler", UNREADABLE),
-        ("lora(targets=('querry',))", "no target 'querry'; targets are query, key, value"),
+        ("lora(targets=('querry',))", r"a list of query, key, value.* not \('querry',\)"),
+        ("lora(targets='query')", "a list of .* not 'query'"),
+        ("lora(targets=())", r"a list of .* not \(\)"),
+        ("lora(rank=0)", "whole number from 1, not 0"),
+        ("lora(alpha='x')", "alpha of lora is a number, not 'x'"),
+        ("lora(dropout=2.0)", "dropout is a share from 0 to 1, not 2.0"),
+        ("lora(dropout='x')", "dropout of lora is a number, not 'x'"),
+        ("houlsby(norms='no')", "norms of houlsby is True or False, not 'no'"),
+        ("prefix_tuning(bottleneck=-5)", "whole number from 0, not -5"),
+        ("prefix_tuning(length=2.5)", "whole number from 1, not 2.5"),
+        ("top_attention(blocks='x')", "whole number from 1, not 'x'"),
+        ("top_attention(size=100)", "size 100 of the blocks .* 12 heads"),
+        ("top_layer(count=0)", "whole number from 1, not 0"),
+        ("top_layers(count=2.5)", "whole number of layers from 1, not 2.5"),
+        ("mam(scale=1e999)", "number or 'learned', not inf"),
+        ("pals(heads='6')", "'6' heads"),
         ("parallel(site='top')", "site is ffn or attention, not 'top'"),
         ("scaled_parallel(scale='big')", "number or 'learned', not 'big'"),
         ("projected_ffn(depth=3)", "are 1 or 2, not 3"),
@@ -164,7 +179,9 @@ def test_parse_refuses(expression: str, message: str) -> None:
         methods.parse(expression)
 
 
-@pytest.mark.parametrize("layers", ['"top"', "12", "[12]", "[-13]", "[]", "[0.5]", '["a"]', "None"])
+@pytest.mark.parametrize(
+    "layers", ['"top"', "12", "[12]", "[-13]", "[]", "[0.5]", '["a"]', "[[0]]", "None"]
+)
 def test_layers_that_do_not_exist(layers: str) -> None:
     """What a layer list may hold is known only with the depth of the encoder."""
 

@@ -19,6 +19,7 @@ import safetensors.numpy
 from pals_jax.cli import main
 from pals_jax.config import load
 from pals_jax.data.batches import Layout
+from pals_jax.errors import UserError
 from pals_jax.experiment import Experiment
 from pals_jax.models.tasks import take
 from pals_jax.run import Run
@@ -235,7 +236,7 @@ def test_a_task_is_added_without_touching_the_earlier_ones(small):
     jax.tree.map(
         np.testing.assert_array_equal, before.variables["params"], after.variables["params"]
     )
-    kept = take(after.variables["adapters"], [0, 1], width=2)
+    kept = take(after.variables["adapters"], after.experiment.model().num_outputs, [0, 1])
     jax.tree.map(np.testing.assert_array_equal, kept, dict(before.variables["adapters"]))
     for name in ("colour", "share"):
         logits = [
@@ -264,6 +265,9 @@ def test_what_a_base_refuses(small, capsys):
     add = [f"--base={old}", "--config.tasks=('same',)"]
     for changes, message in (
         (add, "the encoder must stay as it is"),
+        ([*add, "--config.trainable=('adapters/|params/',)"], "must stay as it is"),
+        ([*add, FROZEN[0], "--config.dtype=bfloat16"], "dtype is bfloat16"),
+        ([*add, FROZEN[0], "--config.data.max_length=8"], "data.max_length is 8"),
         ([*add, FROZEN[0], "--config.method=shared"], "all tasks of a model share a method"),
         ([f"--base={old}", "--config.tasks=('colour',)", FROZEN[0]], "has a task 'colour' already"),
         ([*add, FROZEN[0], f"--base={small}"], "not the workdir of a run"),
@@ -278,7 +282,9 @@ def test_tasks_can_be_removed_and_reordered(run):
     loaded = Run.load(run)
     model, variables = loaded.experiment.model(), loaded.variables
     assert model.num_outputs == (2, 3, 1)
-    rows = take(variables["adapters"], [2, 0], width=2)
+    rows = take(variables["adapters"], model.num_outputs, [2, 0])
+    with pytest.raises(UserError, match="task id 3 is out of range"):
+        take(variables["adapters"], model.num_outputs, [3])
     fewer = model.clone(num_outputs=(1, 2))
     ids = np.arange(10, dtype=np.int32).reshape(2, 5)
     arrays = ids, np.zeros_like(ids), np.ones_like(ids)
@@ -293,7 +299,12 @@ def test_each_task_alone(small, capsys):
     for name in ("colour", "same", "share"):
         alone = Run.load(small / "alone" / name)
         assert [task.name for task in alone.experiment.tasks] == [name]
-    table = capsys.readouterr().err.split("dev scores")[-1]
+    assert set(json.loads((small / "alone" / "results.json").read_text())) == {
+        *("colour", "same", "share")
+    }
+    assert main(arguments(small, small / "x", "--separate", "--config.tasks=('same','nope')")) == 2
+    assert not (small / "x").exists()
+    table = capsys.readouterr().err.split("dev scores")[3]
     assert all(name in table for name in ("colour", "same", "share"))
 
 
@@ -304,7 +315,7 @@ def test_ablation(small, capsys):
     assert main(arguments(small, run, "--config.method=houlsby(size=6)", *few)) == 0
     capsys.readouterr()
     assert main(["evaluate", f"--workdir={run}", "--ablate", "--json"]) == 0
-    changes = {k: np.array(v) for k, v in json.loads(capsys.readouterr().out).items()}
+    changes = {k: np.array(v, float) for k, v in json.loads(capsys.readouterr().out).items()}
     assert changes.keys() == {"colour", "same", "share"}
     for change in changes.values():
         np.testing.assert_array_equal(np.isnan(change), [[False, False], [True, False]])

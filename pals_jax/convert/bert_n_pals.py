@@ -53,7 +53,37 @@ def to_bert_n_pals(model: MultiTaskModel, variables: Mapping[str, Any]) -> dict[
     Raises:
         UserError: the original format has no place for the method.
     """
+    if not _is_theirs(model.method):
+        raise UserError(
+            "a Bert-n-Pals checkpoint has no place for"
+            f" {', '.join(repr(spec.name) for spec in model.method)} as they are here; it holds"
+            " shared, pals, low_rank with gelu, lhuc, bert_n_pals_houlsby, houlsby_plus_pals,"
+            " top_attention and top_layer with their default options but the sizes."
+        )
     return tables.write(variables, bert_n_pals_slots(model))
+
+
+def _is_theirs(method: Method) -> bool:
+    """Whether a config of theirs means this method."""
+    sizes = [getattr(getattr(spec, "form", None), "size", None) for spec in method]
+    first, last = (sizes[0] or 1, sizes[-1] or 1) if sizes else (1, 1)
+    flags: list[dict[str, Any]] = [
+        {},
+        {"mult": True},
+        {"mult": True, "pals": True},
+        {"houlsby": True},
+        {"houlsby": True, "pals": True},
+        {"top": True},
+        {"top": True, "bert_lay_top": True},
+        {"lhuc": True},
+    ]
+    for config in flags:
+        try:
+            if _method({**config, "hidden_size_aug": last, "extra_dim": first}) == method:
+                return True
+        except UserError:  # the size does not fit the heads of that one
+            continue
+    return False
 
 
 def _method(config: Mapping[str, Any]) -> Method:
@@ -90,20 +120,21 @@ def bert_n_pals_slots(model: MultiTaskModel) -> Iterator[Slot]:
     yield from tables.renamed(tables.bert(model.config), old_name)
     for task, outputs in enumerate(model.num_outputs):
         yield from tables.head(f"classifier.{task}", task, outputs)
-        for spec in model.method:
-            yield from tables.renamed(_adapter_slots(model, spec, task), old_name)
+        for adapter in model.method:
+            assert isinstance(adapter, Adapter)  # it owns no copies
+            yield from tables.renamed(_adapter_slots(model, adapter, task), old_name)
 
 
-def _adapter_slots(model: MultiTaskModel, adapter: Any, task: int) -> Iterator[Slot]:
+def _adapter_slots(model: MultiTaskModel, adapter: Adapter, task: int) -> Iterator[Slot]:
     depth = model.config.num_hidden_layers
     path = ("adapters", adapter.name)
     if adapter == methods.lhuc()[0]:
         for layer in range(depth):
             name = f"encoder.layer.{layer}.multi_lhuc.{task}.lhuc"
-            yield Slot(name, (*path, "layers", "scale"), (task, layer))
-    elif isinstance(adapter, Adapter) and adapter.site == "top":
+            yield Slot(name, (*path, "layers", "weight"), (task, layer))
+    elif adapter.site == "top":
         yield from _top_slots(adapter, task)
-    elif isinstance(adapter, Adapter) and adapter.site in _PLACES and adapter.layers == "all":
+    else:
         for layer in range(depth):
             name = f"encoder.layer.{layer}.{_PLACES[adapter.site]}.{task}"
             yield from _layer_slots(name, adapter, task, layer)
@@ -111,11 +142,6 @@ def _adapter_slots(model: MultiTaskModel, adapter: Any, task: int) -> Iterator[S
             down, up = f"encoder.mult_aug_dense.{task}", f"encoder.mult_aug_dense2.{task}"
             yield from tables.dense(down, (*path, "shared", "down"), (task,))
             yield from tables.dense(up, (*path, "shared", "up"), (task,))
-    else:
-        raise UserError(
-            f"a Bert-n-Pals checkpoint has no place for {adapter.name!r}; it holds the methods of"
-            " BERT and PALs, on all layers."
-        )
 
 
 def _layer_slots(name: str, adapter: Adapter, task: int, layer: int) -> Iterator[Slot]:

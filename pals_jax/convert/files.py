@@ -61,10 +61,26 @@ def write_adapter(
 ) -> None:
     """Writes `adapter_config.json`, and the tensors as safetensors to the file `weights`."""
     directory.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    safetensors.numpy.save_file(contiguous, directory / weights, metadata={"format": "pt"})
+    write_tensors(directory / weights, tensors, {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True)
     (directory / "adapter_config.json").write_text(text + "\n")
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    part = path.with_name(path.name + ".part")
+    try:
+        safetensors.numpy.save_file(contiguous, part, metadata=dict(metadata))
+        part.rename(path)
+    except safetensors.SafetensorError as error:  # which is no OSError, even for a full disk
+        raise UserError(f"cannot write {path}: {error}.") from error
 
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:

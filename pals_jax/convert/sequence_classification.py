@@ -6,9 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.numpy
-
 from pals_jax.convert import files, huggingface, tables
 from pals_jax.convert.tables import Slot
 from pals_jax.errors import UserError
@@ -91,12 +88,9 @@ def to_sequence_classification(
         sequence_classification_slots(model.config, num_outputs),
         lambda name: name if name.startswith("classifier.") else f"{config['model_type']}.{name}",
     )
-    tensors = {
-        name: np.ascontiguousarray(tensor)
-        for name, tensor in tables.write(variables, nested).items()
-    }
     directory.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    tensors = tables.write(variables, nested)
+    files.write_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2))
 
 

@@ -114,6 +114,7 @@ def read(
     """
     shapes = flatten_dict(jax.eval_shape(lambda: init_variables(model, jax.random.key(0))))
     leaves = {path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items()}
+    given = {path: np.zeros(leaf.shape, bool) for path, leaf in shapes.items()}
     filled: dict[tuple[Path, str], np.ndarray] = {}
     problems = []
     names = set()
@@ -134,12 +135,20 @@ def read(
         if not np.array_equal(before, tensor):
             problems.append(f"{slot.name} differs from another copy of the same matrix")
         leaves[slot.path][slot.index] = tensor
+        given[slot.path][slot.index] = True
     unused = sorted(name for name in set(tensors) - names if not re.match(may_ignore, name))
     problems += [f"unused {name}" for name in unused]
     if problems:
         raise UserError(f"{source} does not fit the model: {'; '.join(problems)}.")
-    new = leaves.keys() - {path for path, _ in filled}
-    variables = jax.tree.map(jnp.asarray, leaves) | _initial(model, new, seed)
+    for task, outputs in enumerate(model.num_outputs):  # what a head is padded with stays zero
+        for leaf in ("kernel", "bias"):
+            given["adapters", "head", leaf][task, ..., outputs:] = True
+    new = [path for path, mask in given.items() if not mask.all()]
+    variables = jax.tree.map(jnp.asarray, leaves)
+    variables |= {
+        path: jnp.where(given[path], variables[path], x)
+        for path, x in _initial(model, new, seed).items()
+    }
     return unflatten_dict(variables | _owned(model, variables, new))
 
 

@@ -18,6 +18,7 @@ Dimension letters: see `pals_jax.models.layers`.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -56,7 +57,8 @@ def layer_indices(layers: Layers, depth: int) -> tuple[int, ...]:
                 f"layers={layers!r} is not known; it is {', '.join(named)}, or a list of indices."
             )
         return tuple(named[layers])
-    if not isinstance(layers, tuple) or not layers or set(layers) - set(range(-depth, depth)):
+    whole = isinstance(layers, tuple) and all(type(index) is int for index in layers)
+    if not whole or not layers or set(layers) - set(range(-depth, depth)):
         raise UserError(
             f"layers={layers} names no layer or one that does not exist;"
             f" the encoder's {depth} layers are 0 to {depth - 1}, or from the top -1 to -{depth}."
@@ -99,8 +101,16 @@ class Adapter:
             raise UserError(
                 f"an adapter is composed by {', '.join(COMPOSITIONS)}, not {self.compose!r}."
             )
-        if self.scale != "learned" and not isinstance(self.scale, (int, float)):
+        if self.scale != "learned" and not (
+            isinstance(self.scale, (int, float)) and math.isfinite(self.scale)
+        ):
             raise UserError(f"an adapter's scale is a number or 'learned', not {self.scale!r}.")
+        if self.compose == "gate" and not hasattr(self.form, "gate"):
+            raise UserError(f"{type(self.form).__name__} has no gate to be composed by.")
+        if self.reads == "normalised" and self.site not in ("attention.output", "ffn.output"):
+            raise UserError(f"there is no layer norm behind {self.site} for {self.name!r} to read.")
+        if self.compose == "concat" and self.site != "embeddings":
+            raise UserError(f"positions can be added at the embeddings only, not at {self.site}.")
 
     def layer_indices(self, depth: int) -> tuple[int, ...]:
         """The layers that carry it; none where the site is below or above the layers."""

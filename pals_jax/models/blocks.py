@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pals_jax.errors import UserError
 from pals_jax.models.bert import Attention, BertConfig, BertLayer, Block, FeedForward
-from pals_jax.models.forms import BERT_INIT, Context, Param, Theta, dense, project
+from pals_jax.models.forms import BERT_INIT, Context, Param, Theta, check_size, dense, project
 
 _INITS = {
     "kernel": BERT_INIT,
@@ -55,6 +56,16 @@ class Blocks:
     count: int
     size: int = 0
     heads: int = 0
+
+    def __post_init__(self) -> None:
+        check_size(self.count)
+        check_size(self.size, least=0)
+        check_size(self.heads, least=0)
+        if self.size and self.size % (self.heads or 1):
+            raise UserError(
+                f"size {self.size} of the blocks is not a multiple of their {self.heads} heads;"
+                " choose a size that is, or another number of heads."
+            )
 
     def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
         config = self._config(config)

@@ -133,9 +133,11 @@ class Bottleneck:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_size(self.size)
+        check_size(self.size)
         _check_known("activation", self.activation, ACTIVATIONS)
         _check_known("init", self.init, INITS)
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"an adapter's dropout is a share from 0 to 1, not {self.dropout!r}.")
 
     def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
         down, up = INITS[self.init]
@@ -163,12 +165,12 @@ class ProjectedAttention:
     activation: str = "gelu"
 
     def __post_init__(self) -> None:
-        _check_size(self.size)
+        check_size(self.size)
         _check_known("activation", self.activation, ACTIVATIONS)
-        if not isinstance(self.heads, int) or self.heads < 1 or self.size % self.heads:
+        if type(self.heads) is not int or self.heads < 1 or self.size % self.heads:
             raise UserError(
                 f"size {self.size} of the projected attention is not a multiple of its"
-                f" {self.heads} heads; choose a size that is, or another number of heads."
+                f" {self.heads!r} heads; choose a size that is, or another number of heads."
             )
 
     def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
@@ -200,7 +202,7 @@ class ProjectedFeedForward:
     activation: str = "gelu"
 
     def __post_init__(self) -> None:
-        _check_size(self.size)
+        check_size(self.size)
         _check_known("activation", self.activation, ACTIVATIONS)
         if self.depth not in (1, 2):
             raise UserError(f"the projected feed-forward layers are 1 or 2, not {self.depth!r}.")
@@ -219,17 +221,25 @@ class ProjectedFeedForward:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """One factor for each feature of the state: l (IA3), or 2 sigmoid(w) (LHUC); 1 at first."""
+    """One factor for each feature of the state: l (IA3), or 2 sigmoid(w) (LHUC); 1 at first.
+
+    Weight decay draws w to where the factor is 1; l, which it would draw to 0, is a "scale" and
+    spared like those of layer norms.
+    """
 
     sigmoid: bool = False
 
     def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
         del inputs
-        return {"scale": Param((outputs,), _zeros if self.sigmoid else _ones)}
+        return {
+            "weight" if self.sigmoid else "scale": Param(
+                (outputs,), _zeros if self.sigmoid else _ones
+            )
+        }
 
     def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
-        scale = theta["scale"]
-        return (2.0 * jax.nn.sigmoid(scale) if self.sigmoid else scale).astype(x.dtype)
+        scale = 2.0 * jax.nn.sigmoid(theta["weight"]) if self.sigmoid else theta["scale"]
+        return scale.astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +258,8 @@ class Prefix:
     activation: str = "softmax"
 
     def __post_init__(self) -> None:
-        _check_size(self.length)
+        check_size(self.length)
+        check_size(self.bottleneck, least=0)
         _check_known("activation", self.activation, ("softmax", "relu"))
 
     def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
@@ -301,7 +312,7 @@ class Prompt:
     length: int
 
     def __post_init__(self) -> None:
-        _check_size(self.length)
+        check_size(self.length)
 
     def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
         del inputs
@@ -329,11 +340,12 @@ class Dense:
         return ACTIVATIONS[self.activation](project(theta["dense"], x))
 
 
-def _check_size(size: int) -> None:
-    if not isinstance(size, int) or size < 1:
-        raise UserError(f"an adapter's size must be a whole number from 1, not {size!r}.")
+def check_size(size: int, least: int = 1) -> None:
+    """Refuses what is no whole number from `least`."""
+    if not isinstance(size, int) or isinstance(size, bool) or size < least:
+        raise UserError(f"an adapter's size must be a whole number from {least}, not {size!r}.")
 
 
 def _check_known(what: str, name: str, known: Any) -> None:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UserError(f"unknown {what} {name!r}; known are {', '.join(known)}.")

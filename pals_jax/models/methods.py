@@ -4,6 +4,7 @@ They can be put side by side with +, as `houlsby(size=64) + pooler()`.
 """
 
 import ast
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -159,6 +160,8 @@ def layer_norms() -> Method:
 
 def top_layers(count: int = 1) -> Method:
     """The top layers and the pooler of each task's own: fine-tuning only these (section 3.3)."""
+    if type(count) is not int or count < 1:
+        raise UserError(f"top_layers owns a whole number of layers from 1, not {count!r}.")
     layers = tuple(range(-count, 0))
     return (Owned("top_layers", "layers/|pooler/", layers),)
 
@@ -210,8 +213,8 @@ def lora(
         targets: any of query, key, value, output, ffn_in, ffn_out.
         dropout: of the projection's input.
     """
-    if wrong := [name for name in targets if name not in LORA_SITES]:
-        raise UserError(f"LoRA has no target {wrong[0]!r}; targets are {', '.join(LORA_SITES)}.")
+    if not isinstance(targets, tuple) or not targets or set(targets) - set(LORA_SITES):
+        raise UserError(f"LoRA's targets are a list of {', '.join(LORA_SITES)}, not {targets!r}.")
     form = Bottleneck(rank, init="lora", bias=False, dropout=dropout)
     scale = alpha / rank
     return tuple(Adapter(f"lora_{name}", LORA_SITES[name], form, scale=scale) for name in targets)
@@ -316,11 +319,25 @@ def parse(text: str) -> Method:
     for name, options in calls:
         if name not in METHODS:
             raise UserError(f"unknown method {name!r}; known are {', '.join(METHODS)}.")
-        try:
-            method += METHODS[name](**options)
-        except TypeError as error:
-            raise UserError(f"method {text!r}: {error}.") from None
+        _check_options(name, options)
+        method += METHODS[name](**options)
     return method
+
+
+def _check_options(name: str, options: Mapping[str, object]) -> None:
+    """Refuses options that the method has not, and values that are of another kind than its own."""
+    known = inspect.signature(METHODS[name]).parameters
+    for option, value in options.items():
+        if option not in known:
+            has = ", ".join(known) or "none"
+            raise UserError(f"the method {name} has no option {option!r}; its options are {has}.")
+        default, annotation = known[option].default, str(known[option].annotation)
+        number = isinstance(default, float) and "learned" not in annotation
+        if isinstance(default, bool) != isinstance(value, bool) or (
+            number and not isinstance(value, int | float)
+        ):
+            kind = "True or False" if isinstance(default, bool) else "a number"
+            raise UserError(f"the option {option} of {name} is {kind}, not {value!r}.")
 
 
 def _terms(node: ast.expr) -> list[ast.expr]:

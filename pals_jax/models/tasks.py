@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pals_jax.errors import UserError
 from pals_jax.models.adapters import Method
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
@@ -18,16 +19,23 @@ from pals_jax.models.multitask import MultiTaskModel
 Adapters = Mapping[str, Any]
 
 
-def take(adapters: Adapters, tasks: Sequence[int], width: int) -> dict[str, Any]:
-    """The rows of `tasks`, in that order, with heads of `width` outputs; bit for bit.
+def take(adapters: Adapters, num_outputs: Sequence[int], tasks: Sequence[int]) -> dict[str, Any]:
+    """The rows of `tasks`, in that order, with heads as wide as these need; bit for bit.
 
     Args:
         adapters: leaves [T, ...].
+        num_outputs: of each of the T tasks.
         tasks: indices; some may be left out, and the order may be another.
-        width: the largest number of outputs of these tasks.
+
+    Raises:
+        UserError: there is no such task.
     """
+    if wrong := [task for task in tasks if not 0 <= task < len(num_outputs)]:
+        raise UserError(
+            f"task id {wrong[0]} is out of range; the tasks are 0 to {len(num_outputs) - 1}."
+        )
     rows = jax.tree.map(lambda x: x[jnp.array(tasks)], dict(adapters))
-    return rows | {"head": _widened(rows["head"], width)}
+    return rows | {"head": _widened(rows["head"], max(num_outputs[task] for task in tasks))}
 
 
 def append(first: Adapters, second: Adapters) -> dict[str, Any]:
