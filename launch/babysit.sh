@@ -63,7 +63,7 @@ fail() {
 
 # Returns when the TPU is ready, created anew if it is not there or was taken away.
 ensure() {
-  local request vm
+  local request vm seen=
   while true; do
     if ! request=$(state queued-resources) || ! vm=$(state tpu-vm); then
       fail "Google Cloud does not say how $name is"
@@ -79,7 +79,10 @@ ensure() {
         remove || true
         fail "the request for $name failed" ;;
       *" STOPPED") say "$name is stopped: start it or delete it."; exit 1 ;;
-      *) pause ;; # on its way from one state to another
+      *) # on its way from one state to another
+        [[ $seen == "$request $vm" ]] || say "waiting: request $request, TPU $vm."
+        seen="$request $vm"
+        pause ;;
     esac
   done
 }

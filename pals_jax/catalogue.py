@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from typing import Any
 
 from rich.table import Table
@@ -28,6 +29,7 @@ _COMPOSITIONS = {
     "replace": "dh",
     "concat": "[h; dh]",
 }
+_OF_A_LAYER = ("ffn_norm/scale", "ffn_norm/bias", "ffn/output/kernel")
 
 
 def rows() -> list[dict[str, str]]:
@@ -74,7 +76,8 @@ def _options(method: Any) -> str:
 def _cells(part: Adapter | Owned) -> tuple[str, ...]:
     layers = part.layers if isinstance(part.layers, str) else ", ".join(map(str, part.layers))
     if isinstance(part, Owned):
-        return (part.pattern, "own copy", "", "replace", "", layers)
+        in_layers = any(re.match(part.pattern, f"layers/{name}") for name in _OF_A_LAYER)
+        return (part.pattern, "own copy", "", "replace", "", layers if in_layers else "")
     return (
         part.site,
         _form(part.form),

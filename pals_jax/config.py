@@ -20,7 +20,7 @@ def default() -> ConfigDict:
 
     # The shared encoder: a directory, a packaged encoder's name, or an id on the hub.
     config.encoder = "bert-base-uncased"
-    # What each task adds: a call of a function in pals_jax.models.methods.
+    # What each task adds: functions of pals_jax.models.methods, with + between (docs/methods.md).
     config.method = "pals(size=204)"
     # Patterns of what is trained; ("adapters/",) freezes the encoder.
     config.trainable = ("params/", "adapters/")

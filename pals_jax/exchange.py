@@ -16,7 +16,8 @@ from pals_jax.data.tokenize import load_tokenizer
 from pals_jax.errors import UserError
 from pals_jax.experiment import FILE, Experiment
 from pals_jax.logging import say
-from pals_jax.models.merge import merged
+from pals_jax.models import methods
+from pals_jax.models.merge import flat_prefixes, merged
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.run import TOKENIZER, Run
 from pals_jax.task_file import Base
@@ -41,13 +42,14 @@ def export(run: Run, name: str, to: str, out: Path) -> None:
 def _task_file(run: Run, task: int, out: Path) -> None:
     experiment = run.experiment
     base = Base(experiment.architecture, run.variables["params"], run.tokenizer)
+    _, adapters = flat_prefixes(experiment.model().method, run.variables["adapters"])
     task_file.save(
         out,
         base,
         experiment.tasks[task],
-        experiment.config.method,
+        methods.flat(experiment.config.method),
         experiment.config.data.max_length,
-        run.variables["adapters"],
+        adapters,
         task,
     )
 

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from pals_jax.errors import UserError
+from pals_jax.models.adapters import overlay
 from pals_jax.models.multitask import MultiTaskModel
 
 Tree = Any
@@ -37,7 +38,7 @@ class TrainState(struct.PyTreeNode):
     @property
     def variables(self) -> Tree:
         """{"params", "adapters"}, whole again."""
-        return merge(self.trainable, self.frozen)
+        return overlay(self.frozen, self.trainable)
 
 
 def partition(variables: Tree, rules: Sequence[str]) -> tuple[Tree, Tree]:
@@ -66,11 +67,6 @@ def partition(variables: Tree, rules: Sequence[str]) -> tuple[Tree, Tree]:
         unflatten_dict({path: x for path, x in leaves.items() if chosen[path]}, sep="/"),
         unflatten_dict({path: x for path, x in leaves.items() if not chosen[path]}, sep="/"),
     )
-
-
-def merge(trainable: Tree, frozen: Tree) -> Tree:
-    """The inverse of `partition`."""
-    return unflatten_dict(flatten_dict(trainable) | flatten_dict(frozen))
 
 
 def example_losses(logits: Array, targets: Array, is_regression: Array) -> Array:
@@ -115,7 +111,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
 
         def loss_fn(trainable: Tree) -> Array:
-            variables = merge(trainable, state.frozen)
+            variables = overlay(state.frozen, trainable)
             logits = _logits(model, variables, batch, rngs={"dropout": key})
             rows_per_group = logits.shape[0] // batch["task_ids"].shape[0]
             regression = jnp.repeat(jnp.asarray(is_regression)[batch["task_ids"]], rows_per_group)

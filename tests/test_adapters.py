@@ -233,7 +233,7 @@ def test_adapter_refuses() -> None:
         Adapter("a", "attention", Bottleneck(2))
     with pytest.raises(UserError, match="Bottleneck has no gate"):
         Adapter("a", "layer", Bottleneck(2), compose="gate")
-    with pytest.raises(UserError, match="no layer norm behind attention.query"):
+    with pytest.raises(UserError, match="no layer norm behind"):
         Adapter("a", "attention.query", Bottleneck(2), reads="normalised")
     with pytest.raises(UserError, match="at the embeddings only, not at layer"):
         Adapter("a", "layer", Bottleneck(2), compose="concat")

@@ -82,6 +82,21 @@ def test_a_task_file_holds_the_task_and_nothing_else(small, run):
     assert len(metadata["base"]) == len(metadata["tokenizer"]) == 64
 
 
+def test_a_prefix_is_saved_flat(small):
+    """Without the network behind it, as the paper counts it: 2 l d in each of two layers."""
+    run = train(small, "run", "--config.method=prefix_tuning(length=3, bottleneck=7) + pooler")
+    path = small / "colour.safetensors"
+    assert convert(run, "colour", path) == 0
+    assert sum(x.size for x in safetensors.numpy.load_file(path).values()) == (
+        2 * 2 * 3 * 24 + (24 + 1) * 24 + (24 + 1) * 2
+    )
+    assert assemble(small / "new", small / "encoder", path) == 0
+    old, new = Run.load(run), Run.load(small / "new")
+    expected = dev_logits(old, "colour", old.experiment)
+    actual = dev_logits(new, "colour", old.experiment)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+
+
 def test_task_files_that_do_not_fit(small, run, capsys):
     colour, other = small / "colour.safetensors", small / "other.safetensors"
     assert convert(run, "colour", colour) == 0
@@ -98,6 +113,10 @@ def test_task_files_that_do_not_fit(small, run, capsys):
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["red"], vocabulary["blue"] = vocabulary["blue"], vocabulary["red"]
     (words / "tokenizer.json").write_text(json.dumps(tokenizer))
+    part = small / "part.safetensors"
+    with safetensors.safe_open(colour, "numpy") as file:
+        head = {"head/bias": file.get_tensor("head/bias")}
+        safetensors.numpy.save_file(head, part, file.metadata())
     damaged = small / "damaged.safetensors"
     damaged.write_bytes(colour.read_bytes()[:200])
 
@@ -107,6 +126,7 @@ def test_task_files_that_do_not_fit(small, run, capsys):
         ([colour], words, "was trained on another tokenizer"),
         ([colour, other], base, "other.safetensors has the method pals(size=12, heads=3)"),
         ([colour, colour], base, "two of the files hold a task named 'colour'"),
+        ([part], base, "does not fit its method: missing, unknown or of another shape"),
         ([damaged], base, "cannot read the task file"),
         ([small / "nothing"], base, "cannot read the task file"),
         ([weights / "model.safetensors"], base, "is no task file"),

@@ -11,6 +11,7 @@ import tiny
 from flax.traverse_util import flatten_dict
 
 from pals_jax.errors import UserError
+from pals_jax.models.adapters import overlay
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.optim import make_optimizer
 from pals_jax.step import (
@@ -18,7 +19,6 @@ from pals_jax.step import (
     example_losses,
     make_eval_step,
     make_train_step,
-    merge,
     partition,
 )
 
@@ -44,7 +44,7 @@ def test_partition_puts_every_leaf_on_exactly_one_side(rules: list[str], trained
     assert trainable.keys() | frozen.keys() == leaves.keys()
     assert not trainable.keys() & frozen.keys()
     assert trainable.keys() == {path for path in leaves if trained(path)}
-    tiny.assert_same(merge(*partition(variables, rules)), variables)
+    tiny.assert_same(overlay(*partition(variables, rules)), variables)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Adapters that are a change of the encoder's own weights, written into these weights."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pals_jax.errors import UserError
 from pals_jax.models.adapters import Adapter, Method, Owned
-from pals_jax.models.forms import Bottleneck, Scale
+from pals_jax.models.forms import Bottleneck, Prefix, Scale
 from pals_jax.models.multitask import MultiTaskModel
 
 _Path = tuple[str, ...]
@@ -72,6 +73,38 @@ def merged(
         "params": {"encoder": unflatten_dict(encoder)},
         "adapters": jax.tree.map(lambda x: x[None], left),
     }
+
+
+def flat_prefixes(method: Method, adapters: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
+    """Prefixes as the keys and values that their networks give, which is all that is used of them.
+
+    Args:
+        method: the method.
+        adapters: the `adapters` collection, leaves [T, ...].
+
+    Returns:
+        The method with flat prefixes, and the collection that goes with it.
+    """
+    flat: Method = ()
+    collection = dict(adapters)
+    for spec in method:
+        if isinstance(spec, Adapter) and isinstance(spec.form, Prefix) and spec.form.bottleneck:
+            collection[spec.name] = {"layers": _keys_and_values(adapters[spec.name])}
+            form = dataclasses.replace(spec.form, bottleneck=0)
+            flat += (dataclasses.replace(spec, form=form, shared=()),)
+        else:
+            flat += (spec,)
+    return flat, collection
+
+
+def _keys_and_values(theta: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Keys and values [T, n, P, D] of a prefix with its network (see `forms.Prefix`)."""
+    shared, up = theta["shared"], theta["layers"]["up"]
+    down = shared["down"]
+    z = np.tanh(shared["embedding"] @ down["kernel"] + down["bias"][:, None, :])
+    y = np.einsum("tpm,tnmd->tnpd", z, up["kernel"]) + up["bias"][:, :, None, :]
+    key, value = np.split(y, 2, axis=-1)
+    return {"key": key, "value": value}
 
 
 def _split(method: Method) -> tuple[tuple[Adapter, ...], tuple[Adapter, ...]]:

@@ -324,6 +324,15 @@ def parse(text: str) -> Method:
     return method
 
 
+def flat(text: str) -> str:
+    """The same expression with prefixes that are learned directly; see `merge.flat_prefixes`."""
+    terms = []
+    for name, options in map(_call, _terms(ast.parse(text.strip(), mode="eval").body)):
+        changed = options | ({"bottleneck": 0} if name == "prefix_tuning" else {})
+        terms.append(f"{name}({', '.join(f'{k}={v!r}' for k, v in changed.items())})")
+    return " + ".join(terms)
+
+
 def _check_options(name: str, options: Mapping[str, object]) -> None:
     """Refuses options that the method has not, and values that are of another kind than its own."""
     known = inspect.signature(METHODS[name]).parameters
