@@ -6,7 +6,7 @@
         --config.data.dir=GLUE --config.seed=0
 
 GLUE is a directory with the official files (MRPC/train.tsv and so on). The argument is the method.
-Results so far: docs/results.md.
+Expected: docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -18,7 +18,7 @@ from pals_jax.convert import huggingface
 from pals_jax.data.batches import Layout
 from pals_jax.data.files import own_files, own_task
 from pals_jax.data.sources import Source, glue_source
-from pals_jax.data.tasks import Task, glue_task
+from pals_jax.data.tasks import GLUE, Task, glue_task
 from pals_jax.data.tokenize import TokenizedSplit, tokenize_split
 from pals_jax.errors import UserError
 from pals_jax.metrics import CORRELATIONS, METRICS
@@ -102,6 +102,11 @@ class Experiment:
         data = self.config.data
         if task.name in data.own:
             return own_files(data.own[task.name])
+        if task.name not in GLUE:
+            raise UserError(
+                f"the data of task {task.name} are not known: a run that was made of task files"
+                " predicts only; evaluate the run in which it was trained."
+            )
         return glue_source(data.source, Path(data.dir).expanduser() if data.dir else None)
 
     def read(self, task: Task, split: str, tokenizer: PreTrainedTokenizerFast) -> TokenizedSplit:

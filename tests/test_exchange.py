@@ -62,6 +62,8 @@ def test_tasks_as_files_and_back(small, run, capsys):
     capsys.readouterr()
     assert main([*predict, f"--input={small / 'texts.jsonl'}"]) == 0
     assert json.loads(capsys.readouterr().out)["prediction"] in ("yes", "no", "maybe")
+    assert main(["evaluate", f"--workdir={small / 'new'}"]) == 2
+    assert "made of task files predicts only" in capsys.readouterr().err
     # A run is a base too.
     assert assemble(small / "newer", run, small / "colour.safetensors") == 0
 
