@@ -46,7 +46,17 @@ def test_mixed_batches_equal_single_tasks(name: str) -> None:
             np.testing.assert_allclose(mixed[row], single[task][row], rtol=0, atol=1e-6)
 
 
-@EVERY
+# Compiling a training step takes seconds; by default one method of each kind.
+_QUICK = ("pals", "top_layers", "houlsby", "mam", "lora", "prompt_tuning")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in tiny.METHODS
+    ],
+)
 def test_training_a_task_moves_its_own_rows_only(name: str) -> None:
     """With a frozen encoder: every parameter of the task, and nothing else, bit for bit."""
     step, state = tiny.training(tiny.model(tiny.METHODS[name]), ("adapters/",))

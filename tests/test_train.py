@@ -304,7 +304,7 @@ def test_each_task_alone(small, capsys):
     }
     assert main(arguments(small, small / "x", "--separate", "--config.tasks=('same','nope')")) == 2
     assert not (small / "x").exists()
-    table = capsys.readouterr().err.split("dev scores")[3]
+    table = capsys.readouterr().err.split("dev scores")[4]
     assert all(name in table for name in ("colour", "same", "share"))
 
 
