@@ -173,8 +173,11 @@ def write_method(method: Method, encoder: BertConfig) -> dict[str, Any]:
         configs.append(config | {"leave_out": sorted(set(range(depth)) - set(layers))})
     config = configs[0] if len(configs) == 1 else {"architecture": "union", "configs": configs}
     claims = [claim for part in configs for claim in _claims(part)]
-    # Whatever would be read as something else has no place there.
-    changed = _bare(read_method(config, encoder), depth) != _bare(method, depth)
+    # Whatever would be read as something else, or not at all, has no place there.
+    try:
+        changed = _bare(read_method(config, encoder), depth) != _bare(method, depth)
+    except UserError as error:
+        raise _no_place(method) from error
     if changed or not claims or len(set(claims)) < len(claims):
         raise _no_place(method)
     return config
