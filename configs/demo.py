@@ -20,5 +20,5 @@ def get_config() -> ConfigDict:
     config.data.max_length = 48
     config.epochs = 4
     config.steps_per_epoch = 60
-    config.optimizer.learning_rate = 3e-4
+    config.optimizer.learning_rate = 1e-4
     return config
