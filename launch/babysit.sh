@@ -6,7 +6,7 @@
 # deletes a TPU that works, and says at the end what is left.
 #
 #   launch/babysit.sh --name=pals --project=my-project --zone=europe-west4-a [OPTION...] -- \
-#     train --config=configs/pals_glue.py --workdir=/mnt/bucket/glue
+#     train --config=configs/pals_glue.py --workdir=gs://my-bucket/glue
 #
 #   --kind=KIND, --spot, --queued  as for create.sh
 #   --failures=N                   give up at the Nth failure that is not a preemption; 3 by default
@@ -23,7 +23,7 @@ matches failures '^[1-9][0-9]*$' 'a number from 1'
 matches poll '^[0-9]+(\.[0-9]+)?$' 'a number of seconds'
 [[ ${arguments[0]-} == train && " ${arguments[*]}" == *" --workdir="* ]] ||
   die "nothing to babysit: write -- train --config=FILE --workdir=DIR, or see --help."
-[[ " ${arguments[*]}" == *" --workdir=/"* ]] ||
+[[ " ${arguments[*]}" =~ " --workdir="(/|gs://) ]] ||
   say "the workdir is on the TPU's own disk: a run that is preempted starts over (see README.md)."
 
 tpu=(--name="$name" --project="$project" --zone="$zone" ${dry_run:+--dry-run})
@@ -115,10 +115,11 @@ while true; do
   case $result in
     0) say "the run is complete."; exit 0 ;;
     2) say "the run was given a wrong input; see $(this logs)"; exit 2 ;;
+    143) say "the run was told to stop and has saved where it stands." ;;
   esac
   # A preemption ends the run first and shows in the TPU's state a little later.
   pause
   [[ $(state tpu-vm) == READY ]] || continue
   on_tpu all kill || true # workers that wait for one that failed
-  fail "the run ended with $result; see $(this logs)"
+  [[ $result == 143 ]] || fail "the run ended with $result; see $(this logs)"
 done

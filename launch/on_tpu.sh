@@ -18,7 +18,7 @@ install() {
   python3 -m pip install --quiet --user uv
   local uv=$HOME/.local/bin/uv
   "$uv" venv --quiet --allow-existing --python 3.11 .venv
-  "$uv" pip install --quiet --python .venv/bin/python --reinstall-package pals_jax '.[tpu]'
+  "$uv" pip install --quiet --python .venv/bin/python --reinstall-package pals_jax '.[tpu,gcs]'
 }
 
 # The lock is on descriptor 9, which the run inherits.

@@ -1,9 +1,9 @@
 """What a run loses without the adapters of a span of layers (Houlsby et al. 2019, figure 6)."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from matplotlib.figure import Figure
 
 from pals_jax.errors import UserError
@@ -55,7 +55,7 @@ def to_json(changes: Mapping[str, np.ndarray]) -> dict[str, list[list[float | No
     }
 
 
-def plot(changes: Mapping[str, np.ndarray], path: Path) -> None:
+def plot(changes: Mapping[str, np.ndarray], path: epath.Path) -> None:
     """One heat map for each task."""
     figure = Figure(figsize=(4 * len(changes), 4), layout="constrained")
     panels = figure.subplots(1, len(changes), squeeze=False)[0]
@@ -64,4 +64,5 @@ def plot(changes: Mapping[str, np.ndarray], path: Path) -> None:
         image = axes.imshow(100 * change, cmap="RdBu", vmin=-100 * largest, vmax=100 * largest)
         axes.set(title=name, xlabel="last layer without adapters", ylabel="first layer")
         figure.colorbar(image, ax=axes, label="change of the score x 100", shrink=0.8)
-    figure.savefig(path)
+    with path.open("wb") as file:
+        figure.savefig(file)

@@ -1,6 +1,7 @@
 """The methods as a table: each one's place in the design space (He et al. 2022, section 3)."""
 
 import dataclasses
+import functools
 import inspect
 import re
 from typing import Any
@@ -32,6 +33,7 @@ _COMPOSITIONS = {
 _OF_A_LAYER = ("ffn_norm/scale", "ffn_norm/bias", "ffn/output/kernel")
 
 
+@functools.cache
 def rows() -> list[dict[str, str]]:
     """One row for each part of each method at its default options, under `COLUMNS`.
 

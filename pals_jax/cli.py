@@ -3,22 +3,28 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pals_jax import __version__
-from pals_jax.errors import UserError
+from pals_jax.errors import Preempted, UserError
 
 if TYPE_CHECKING:
+    from etils import epath
+
     from pals_jax.run import Run
 
 _CONFIG_HELP = "a file of configs/, with its argument; override any key with --config.KEY=VALUE"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 2 for a wrong input."""
+    """Runs one command; returns the exit status: 0, 2 for a wrong input, 143 when told to stop.
+
+    75 is for what is elsewhere, a bucket or another host, and did not answer.
+    """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     overrides = [argument for argument in rest if argument.startswith("--config.")]
@@ -27,23 +33,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and not hasattr(args, "config"):
         parser.error(f"{args.command} takes no configuration: {' '.join(overrides)}")
     args.overrides = overrides
+    # Or transformers tells everyone that PyTorch, which we do without, is not there.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # Orbax logs the tracebacks of failures that it raises as well, and we report.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         args.run(args)
     except UserError as error:
         print(f"pals-jax: {error}", file=sys.stderr)
-        return 2
+        return error.status
+    except Preempted as stop:
+        print(f"pals-jax: {stop}", file=sys.stderr)
+        return 143  # what a shell reports of a program that SIGTERM ended
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stdout = None
     except OSError as error:  # a full disk, a directory that may not be written
-        place = error.filename or "a file"
-        print(f"pals-jax: cannot read or write {place}: {error.strerror}.", file=sys.stderr)
+        place, reason = error.filename or "a file", error.strerror or error
+        print(f"pals-jax: cannot read or write {place}: {reason}.", file=sys.stderr)
         return 2
     return 0
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()  # no shell does it behind "--workdir="
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is no path of this machine")
+    return Path(text).expanduser()  # no shell does it behind "--input="
+
+
+def _workdir(text: str) -> "epath.Path":
+    from pals_jax import storage
+
+    try:
+        return storage.workdir(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     how = train.add_mutually_exclusive_group()
     how.add_argument(
         "--base",
-        type=_path,
+        type=_workdir,
         metavar="DIR",
         help="add the tasks to those of this run, whose encoder and tasks stay as they are",
     )
@@ -65,8 +89,21 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="train one model for each task alone, in DIR/TASK: the rival of sharing",
     )
+    how.add_argument(
+        "--sweep",
+        action="store_true",
+        help="one run in DIR/NAME for each of the configuration's `sweep`, and one table of all",
+    )
     params = commands.add_parser("params", help="count the parameters of an experiment")
     params.set_defaults(run=_params)
+    plan = commands.add_parser("plan", help="what an experiment takes on a TPU; needs none")
+    plan.set_defaults(run=_plan)
+    plan.add_argument(
+        "--topology", required=True, metavar="KIND", help="v3-8 or any other kind of launch/"
+    )
+    plan.add_argument(
+        "--price", type=float, metavar="USD", help="of the whole TPU per hour, for the cost"
+    )
     methods = commands.add_parser("methods", help="list the methods and their design space")
     methods.set_defaults(run=_methods)
     methods.add_argument("--markdown", action="store_true", help="as Markdown, to stdout")
@@ -99,17 +136,28 @@ def _parser() -> argparse.ArgumentParser:
         "--base", metavar="BASE", help="with --files: the run or the encoder they were trained on"
     )
 
-    for command in (train, params):
+    for command in (train, params, plan):
         command.add_argument("--config", required=True, metavar="FILE[:ARG]", help=_CONFIG_HELP)
     for command in (train, evaluate, predict, convert):
         command.add_argument(
-            "--workdir", required=True, type=_path, metavar="DIR", help="the directory of the run"
+            "--workdir",
+            required=True,
+            type=_workdir,
+            metavar="DIR",
+            help="of the run: a directory, or gs://BUCKET/DIR",
         )
-    for command in (params, methods, evaluate, predict):
+    for command in (train, evaluate):
+        hosts = command.add_argument_group(
+            "several processes, where neither Cloud TPU nor SLURM says which there are"
+        )
+        hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+        hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
+        hosts.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    for command in (params, plan, methods, evaluate, predict):
         command.add_argument("--json", action="store_true", help="machine-readable, to stdout")
 
     what = predict.add_mutually_exclusive_group(required=True)
-    what.add_argument("--task", metavar="NAME", help="the task to answer")
+    what.add_argument("--task", metavar="NAME", help="the task to answer, or all")
     what.add_argument(
         "--submission", type=_path, metavar="DIR", help="write the files for GLUE's server there"
     )
@@ -129,13 +177,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from pals_jax import config, train
+    from pals_jax import config, hosts, sweep, train
 
-    configuration = config.load([f"--config={args.config}", *args.overrides])
-    if args.separate:
-        train.train_separately(configuration, args.workdir)
-    else:
-        train.train(configuration, args.workdir, args.base)
+    with hosts.ended_by_sigterm():
+        hosts.connect(args.coordinator, args.processes, args.process)
+        configuration = config.load([f"--config={args.config}", *args.overrides])
+        if args.separate:
+            train.train_separately(configuration, args.workdir)
+        elif args.sweep:
+            sweep.sweep(configuration, args.workdir)
+        else:
+            train.train(configuration, args.workdir, args.base)
 
 
 def _params(args: argparse.Namespace) -> None:
@@ -151,6 +203,18 @@ def _params(args: argparse.Namespace) -> None:
         _print(params.table(counts, experiment.config.method, names))
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from pals_jax import config, plan
+    from pals_jax.experiment import Experiment
+
+    experiment = Experiment.from_config(config.load([f"--config={args.config}", *args.overrides]))
+    planned = plan.plan(experiment, args.topology, args.price)
+    if args.json:
+        print(json.dumps(planned.to_json()))
+    else:
+        _print(plan.table(planned))
+
+
 def _methods(args: argparse.Namespace) -> None:
     from pals_jax import catalogue
 
@@ -163,24 +227,29 @@ def _methods(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from pals_jax import evaluate
+    from pals_jax import evaluate, hosts
     from pals_jax.run import Run
 
+    hosts.connect(args.coordinator, args.processes, args.process)
     run = Run.load(args.workdir)
     if args.ablate:
         _ablate(run, args)
         return
     results = run.evaluate()
+    if not hosts.is_main():
+        return
     if args.json:
         print(json.dumps({"step": run.step, "results": results}))
     else:
-        _print(evaluate.table(run.experiment.tasks, results))
+        _print(evaluate.table([run.task(name) for name in results], results))
 
 
 def _ablate(run: "Run", args: argparse.Namespace) -> None:
-    from pals_jax import ablation
+    from pals_jax import ablation, hosts
 
     changes = ablation.ablate(run)
+    if not hosts.is_main():
+        return
     path = args.workdir / "ablation.png"
     ablation.plot(changes, path)
     if args.json:
@@ -198,18 +267,19 @@ def _predict(args: argparse.Namespace) -> None:
         path = predict.write_submission(run, args.submission, args.fill_missing)
         print(json.dumps({"submission": str(path)}) if args.json else path)
         return
-    task = run.task(args.task)
-    texts = predict.read_texts(task, args.input)
-    predict.write_records(predict.predict(run, task, texts), args.json, sys.stdout)
+    every = list(run.experiment.tasks)
+    tasks = every if args.task == "all" else [run.task(args.task)]
+    tasks, texts = predict.read_texts(tasks, args.input)
+    predict.write_records(predict.predict(run, tasks, texts), args.json, sys.stdout)
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from pals_jax import exchange
+    from pals_jax import exchange, storage
     from pals_jax.run import Run
 
     one, many = (args.task, args.out), (args.files, args.base)
     if all(many) and not any((*one, args.to)):
-        exchange.assemble(str(_path(args.base)), args.files, args.workdir)
+        exchange.assemble(str(storage.workdir(args.base)), args.files, args.workdir)
     elif all(one) and not any(many):
         exchange.export(Run.load(args.workdir), args.task, args.to or "task", args.out)
     else:

@@ -24,6 +24,9 @@ def default() -> ConfigDict:
     config.method = "pals(size=204)"
     # Patterns of what is trained; ("adapters/",) freezes the encoder.
     config.trainable = ("params/", "adapters/")
+    # Whether there is dropout below the first adapter of a frozen encoder. Without it, what lies
+    # there is computed once for each example and kept in data.cache_dir; steps begin above.
+    config.lower_dropout = True
     config.dtype = "float32"  # of the computation: float32 or bfloat16; parameters are float32
     config.remat = False  # recompute activations in the backward pass, to save memory
 
@@ -39,9 +42,13 @@ def default() -> ConfigDict:
     config.epochs = 25
     config.steps_per_epoch = 2400
     config.batch_size = 32
+    config.packing = True  # several examples in a row; or each padded in a row of its own
     config.groups = 1  # tasks in a batch: 1 is the paper's single-task step
-    config.eval_batch_size = 64
+    config.eval_batch_size = 16  # rows
     config.checkpoint_every = 1000  # steps; the end of an epoch always is one
+
+    # For train --sweep: {dotted key: value} of each run. --config.sweep="({'seed': 0}, ...)"
+    config.sweep = ()
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # or bert_n_pals: the original's, traps included
@@ -80,7 +87,7 @@ def load(arguments: Sequence[str]) -> ConfigDict:
             f"configuration: {', '.join(sorted(wrong))} should not be there, or is missing;"
             " start from pals_jax.config.default()."
         )
-    _check(config)
+    check(config)
     return config
 
 
@@ -93,13 +100,18 @@ def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
             yield prefix + key
 
 
-def _check(config: ConfigDict) -> None:
+def check(config: ConfigDict) -> None:
+    """Sees that numbers are in their ranges.
+
+    Raises:
+        UserError: one is not.
+    """
     positive = ("epochs", "steps_per_epoch", "batch_size", "groups", "eval_batch_size")
     for key in (*positive, "checkpoint_every"):
         if config[key] < 1:
             raise UserError(f"configuration: {key} is {config[key]}; it must be at least 1.")
-    if config.seed < 0:
-        raise UserError(f"configuration: seed is {config.seed}; it must be at least 0.")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"configuration: seed is {config.seed}; it must be from 0 to 2^32 - 1.")
     if not 0.0 <= config.optimizer.warmup <= 1.0:
         raise UserError(
             f"configuration: optimizer.warmup is {config.optimizer.warmup}; it is a share of all"
@@ -112,6 +124,11 @@ def _check(config: ConfigDict) -> None:
         )
     if config.dtype not in ("float32", "bfloat16"):
         raise UserError(f"configuration: dtype {config.dtype!r} is not float32 or bfloat16.")
+
+
+def encoder_is_frozen(config: ConfigDict) -> bool:
+    """Whether nothing is trained but what belongs to tasks."""
+    return tuple(config.trainable) == ("adapters/",)
 
 
 def from_json(saved: Mapping[str, Any]) -> ConfigDict:

@@ -10,12 +10,12 @@ import numpy as np
 from rich.table import Table
 
 from pals_jax import metrics
-from pals_jax.data.batches import eval_batches
 from pals_jax.data.tasks import Task
 from pals_jax.data.tokenize import TokenizedSplit
 from pals_jax.errors import UserError
 from pals_jax.experiment import Experiment
-from pals_jax.step import make_eval_step
+from pals_jax.parallel import DataParallel
+from pals_jax.step import make_eval_step, make_every_task_step
 
 Results = dict[str, dict[str, dict[str, float]]]  # task -> split -> metric
 Splits = Mapping[str, Mapping[str, TokenizedSplit]]  # task -> split
@@ -23,14 +23,22 @@ Splits = Mapping[str, Mapping[str, TokenizedSplit]]  # task -> split
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """The compiled evaluation step of an experiment, and what is built on it."""
+    """The compiled evaluation step of an experiment, and what is built on it.
+
+    Attributes:
+        experiment: what is evaluated.
+        parallel: the devices, over all of which every batch is divided. Each host has the results
+            of all examples.
+    """
 
     experiment: Experiment
+    parallel: DataParallel
 
     @functools.cached_property
     def eval_step(self) -> Callable[..., jax.Array]:
-        """`step.make_eval_step`, jitted: one compilation for each padded length."""
-        return jax.jit(make_eval_step(self.experiment.model()))
+        """`step.make_eval_step`, compiled once, or for each length that is padded to."""
+        step = make_eval_step(self.experiment.model(), self.parallel.axis_name)
+        return self.parallel.compile(step)
 
     def logits(
         self,
@@ -43,19 +51,31 @@ class Evaluator:
 
         With `active`, bool [N], only the layers where it is True have their adapters.
         """
-        config = self.experiment.config
         task_id = self.experiment.tasks.index(task)
         out = np.empty((len(split), task.num_outputs), np.float32)
-        batches = eval_batches(split, task_id, config.eval_batch_size, self.experiment.layout)
-        for batch, indices in batches:
-            rows = np.asarray(self.eval_step(variables, batch, active))
-            out[indices] = rows[: len(indices), : task.num_outputs]
-        if not np.isfinite(out).all():
-            raise UserError(
-                f"task {task.name}: the model's outputs are not finite; the training has diverged,"
-                " lower optimizer.learning_rate."
-            )
-        return out
+        for batch, examples in self.experiment.eval_batches(split, task_id, self.parallel.shards):
+            logits = np.asarray(self.eval_step((variables, active), batch))
+            out[examples[examples >= 0]] = logits[examples >= 0, : task.num_outputs]
+        return _finite(task, out)
+
+    def every_task(
+        self, variables: Any, tasks: Sequence[Task], split: TokenizedSplit
+    ) -> list[np.ndarray]:
+        """For each of `tasks` its logits of every example, as `logits` has them.
+
+        For several tasks what lies below their first adapters is computed once.
+        """
+        if len(tasks) == 1:
+            return [self.logits(variables, tasks[0], split)]
+        model = self.experiment.model()
+        step = self.parallel.compile(make_every_task_step(model, self.parallel.axis_name))
+        out = np.empty((len(model.num_outputs), len(split), max(model.num_outputs)), np.float32)
+        for batch, examples in self.experiment.eval_batches(split, 0, self.parallel.shards):
+            logits = np.asarray(step(variables, batch))
+            out[:, examples[examples >= 0]] = logits[:, examples >= 0]
+        ids = [self.experiment.tasks.index(task) for task in tasks]
+        pairs = zip(ids, tasks, strict=True)
+        return [_finite(task, out[i, :, : task.num_outputs]) for i, task in pairs]
 
     def evaluate(self, variables: Any, splits: Splits, active: np.ndarray | None = None) -> Results:
         """The metrics of every task of `splits` on each split, over the whole split at once."""
@@ -76,6 +96,16 @@ class Evaluator:
         """What the best checkpoint is chosen by: see `metrics.selection_score`."""
         named = {t.name: t.metrics for t in self.experiment.tasks if t.name in results}
         return metrics.selection_score(named, results)
+
+
+def _finite(task: Task, logits: np.ndarray) -> np.ndarray:
+    """The logits; UserError if the model has diverged."""
+    if not np.isfinite(logits).all():
+        raise UserError(
+            f"task {task.name}: the model's outputs are not finite; the training has diverged,"
+            " lower optimizer.learning_rate."
+        )
+    return logits
 
 
 def decide(task: Task, logits: np.ndarray) -> np.ndarray:

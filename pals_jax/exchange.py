@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from pals_jax import config as config_lib
-from pals_jax import convert, task_file
+from pals_jax import convert, storage, task_file
 from pals_jax.checkpoint import Checkpoints
 from pals_jax.convert import huggingface
 from pals_jax.data.tokenize import load_tokenizer
@@ -17,9 +18,10 @@ from pals_jax.errors import UserError
 from pals_jax.experiment import FILE, Experiment
 from pals_jax.logging import say
 from pals_jax.models import methods
-from pals_jax.models.merge import flat_prefixes, merged
+from pals_jax.models.merge import flat_prefixes
 from pals_jax.models.multitask import MultiTaskModel
-from pals_jax.run import TOKENIZER, Run
+from pals_jax.parallel import DataParallel
+from pals_jax.run import Run, save_tokenizer
 from pals_jax.task_file import Base
 
 
@@ -57,9 +59,9 @@ def _task_file(run: Run, task: int, out: Path) -> None:
 def _huggingface(run: Run, task: int, out: Path) -> None:
     """With LoRA and the like merged; says by how much that moves a logit."""
     model, labels = run.experiment.model(), run.experiment.tasks[task].labels
-    convert.to_sequence_classification(model, run.variables, task, out, labels or None)
+    written = convert.to_sequence_classification(model, run.variables, task, out, labels or None)
     run.tokenizer.save_pretrained(out)
-    change = largest_logit_change(model, run.variables, task)
+    change = largest_logit_change(model, run.variables, task, *written)
     say(f"merging changes no logit by more than {change:.1e} (on 8 random texts)")
 
 
@@ -79,19 +81,31 @@ FORMATS: Mapping[str, Callable[[Run, int, Path], None]] = {
 }
 
 
-def largest_logit_change(model: MultiTaskModel, variables: Any, task: int) -> float:
-    """By how much `merged` moves the logits of a task, at most, on 8 random token rows."""
+def largest_logit_change(
+    model: MultiTaskModel, variables: Any, task: int, alone: MultiTaskModel, own: Any
+) -> float:
+    """By how much a task's logits differ, at most, between a model and that of the task alone.
+
+    Args:
+        model: of T tasks.
+        variables: its variables.
+        task: the index of the task.
+        alone: the model of the task (T = 1), as `merged` makes it.
+        own: its variables.
+
+    Returns:
+        The largest difference on 8 random token rows.
+    """
     length = min(32, model.config.max_length)
     ids = np.random.default_rng(0).integers(
         model.config.pad_token_id + 1, model.config.vocab_size, (8, length), dtype=np.int32
     )
     arrays = ids, np.zeros_like(ids), np.ones_like(ids)
-    alone, own = merged(model, variables, task)
     before = jax.jit(model.apply)(variables, *arrays, task)[:, : model.num_outputs[task]]
     return float(jnp.abs(jax.jit(alone.apply)(own, *arrays, 0) - before).max())
 
 
-def assemble(base: str, files: Sequence[Path], workdir: Path) -> None:
+def assemble(base: str, files: Sequence[Path], workdir: epath.Path) -> None:
     """Makes a run, to predict with, of task files on the base that they were trained on.
 
     Args:
@@ -111,14 +125,17 @@ def assemble(base: str, files: Sequence[Path], workdir: Path) -> None:
     config.tasks = tuple(task.name for task in loaded.tasks)
     config.data.max_length = loaded.max_length
     Experiment(config, loaded.tasks, found.architecture).save(workdir)
-    found.tokenizer.save_pretrained(workdir / TOKENIZER)
-    Checkpoints(workdir).save_best(0, loaded.variables, score=0.0)
+    save_tokenizer(found.tokenizer, workdir)
+    parallel = DataParallel.over()
+    with Checkpoints(workdir, parallel) as checkpoints:
+        checkpoints.save_best(0, parallel.put(loaded.variables), score=0.0)
     say(f"{workdir} answers {', '.join(config.tasks)}")
 
 
 def _base(name: str) -> Base:
-    if (Path(name) / FILE).exists():
-        run = Run.load(Path(name))
+    workdir = epath.Path(name)
+    if storage.in_bucket(workdir) or (workdir / FILE).exists():
+        run = Run.load(workdir)
         return Base(run.experiment.architecture, run.variables["params"], run.tokenizer)
     path = huggingface.resolve(name)
     model, variables = huggingface.from_huggingface(path)

@@ -6,30 +6,41 @@ It is saved beside the checkpoints, so that a workdir is all that evaluation and
 import dataclasses
 import json
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from pals_jax import config as config_lib
+from pals_jax import storage
 from pals_jax.convert import huggingface
-from pals_jax.data.batches import Layout
+from pals_jax.data.batches import Batch, Layout, Shards, TrainBatches, eval_batches, sizes
 from pals_jax.data.files import own_files, own_task
+from pals_jax.data.packing import Packed, Padded
+from pals_jax.data.sampler import Sampler
 from pals_jax.data.sources import Source, glue_source
 from pals_jax.data.tasks import GLUE, Task, glue_task
 from pals_jax.data.tokenize import TokenizedSplit, tokenize_split
 from pals_jax.errors import UserError
 from pals_jax.metrics import CORRELATIONS, METRICS
 from pals_jax.models import methods
+from pals_jax.models.adapters import prompt_length
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.encoder import lowest_layers
+from pals_jax.models.multitask import MultiTaskModel, adapter_shapes
+from pals_jax.optim import make_optimizer, moves_idle_tasks
 
 FILE = "experiment.json"
+_SIZES = "train_examples"
 # What may differ when a run goes on: where things lie, not what they are.
 _MAY_DIFFER = (
-    r"config\.(encoder|data\.dir|data\.cache_dir|eval_batch_size|checkpoint_every"
+    r"config\.(encoder|data\.dir|data\.cache_dir|eval_batch_size|checkpoint_every|packing|sweep"
     r"|data\.own\.[^.]+\.(train|dev|test))$"
 )
 
@@ -58,8 +69,9 @@ class Experiment:
             base: an experiment to whose tasks those of `config` are added.
 
         Raises:
-            UserError: an unknown encoder, a task that is unknown or wrongly declared, or a
-                configuration under which the base's tasks would not stay as they are.
+            UserError: an unknown encoder, a task that is unknown or wrongly declared, a
+                configuration under which the base's tasks would not stay as they are, or one that
+                asks to keep what lies below the first adapter where nothing does.
         """
         if not config.tasks or len(set(config.tasks)) < len(config.tasks):
             raise UserError(f"configuration: tasks {list(config.tasks)} is empty or repeats one.")
@@ -67,14 +79,17 @@ class Experiment:
         for task in tasks:
             _check_metrics(task)
         if base is None:
-            return cls(config, tasks, huggingface.architecture(config.encoder))
-        _check_base(config, base)
-        config = config.copy_and_resolve_references()
-        for task in base.tasks:
-            if task.name in base.config.data.own:
-                with config.unlocked():
-                    config.data.own[task.name] = base.config.data.own[task.name]
-        return cls(config, base.tasks + tasks, base.architecture)
+            experiment = cls(config, tasks, huggingface.architecture(config.encoder))
+        else:
+            _check_base(config, base)
+            config = config.copy_and_resolve_references()
+            for task in base.tasks:
+                if task.name in base.config.data.own:
+                    with config.unlocked():
+                        config.data.own[task.name] = base.config.data.own[task.name]
+            experiment = cls(config, base.tasks + tasks, base.architecture)
+        _check_below(experiment)
+        return experiment
 
     @property
     def trained(self) -> tuple[Task, ...]:
@@ -92,17 +107,92 @@ class Experiment:
         )
 
     @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return int(self.config.epochs * self.config.steps_per_epoch)
+
+    def optimizer(
+        self, learning_rate: Any = None
+    ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
+        """The optimiser and the learning rate by step; its peak may be another one, and traced."""
+        settings = self.config.optimizer
+        if learning_rate is not None:
+            settings = ConfigDict(settings.to_dict() | {"learning_rate": learning_rate})
+        return make_optimizer(settings, len(self.tasks), self.steps)
+
+    @property
     def layout(self) -> Layout:
         """What the encoder takes."""
         encoder = self.architecture
         return Layout(self.config.data.max_length, encoder.pad_token_id, encoder.type_vocab_size)
+
+    def sampler(self, sizes: Sequence[int]) -> Sampler:
+        """The plan of the run, for these numbers of training examples of the trained tasks."""
+        config = self.config
+        return Sampler(
+            sizes=tuple(sizes),
+            schedule=config.sampling,
+            seed=config.seed,
+            epochs=config.epochs,
+            steps_per_epoch=config.steps_per_epoch,
+            groups=config.groups,
+            group_size=config.batch_size // config.groups,
+        )
+
+    def train_batches(
+        self, splits: Sequence[TokenizedSplit], sampler: Sampler | None, shards: Shards
+    ) -> TrainBatches:
+        """What makes the batches of the sampler's draws from the splits of the trained tasks.
+
+        Without a sampler, by whose draws shapes are chosen, they are padded to the full length.
+        """
+        config, num_tasks = self.config, len(self.tasks)
+        placing: Padded | Packed = Padded(config.batch_size, config.data.max_length, shards.total)
+        if config.packing and sampler is not None:
+            placing = Packed.choose(
+                (sizes(splits, sampler.draw(step)) for step in sampler.spread()),
+                sampler.steps,
+                config.batch_size,
+                config.data.max_length,
+                self.architecture.hidden_size,
+                shards.total,
+                self._prompts,
+            )
+        return TrainBatches(
+            splits,
+            self.layout,
+            placing,
+            shards,
+            first_task=num_tasks - len(splits),
+            num_tasks=num_tasks,
+            all_may_move=moves_idle_tasks(config.optimizer),
+        )
+
+    def eval_batches(
+        self, split: TokenizedSplit, task_id: int, shards: Shards
+    ) -> Iterator[tuple[Batch, np.ndarray]]:
+        """The batches of a split's evaluation: see `data.batches.eval_batches`."""
+        rows, max_length = self.config.eval_batch_size, self.config.data.max_length
+        placing: Padded | Packed = Padded(rows, max_length, shards.total)
+        if self.config.packing:
+            placing = Packed.into(rows, max_length, shards.total, self._prompts)
+        return eval_batches(split, task_id, self.layout, placing, shards)
+
+    @property
+    def _prompts(self) -> int:
+        """Positions that the model adds to each example."""
+        return prompt_length(methods.parse(self.config.method))
+
+    def knows_data(self, task: Task) -> bool:
+        """Whether it is said where a task's examples are: a task that came as a file has none."""
+        return task.name in self.config.data.own or task.name in GLUE
 
     def source(self, task: Task) -> Source:
         """Where a task's examples come from."""
         data = self.config.data
         if task.name in data.own:
             return own_files(data.own[task.name])
-        if task.name not in GLUE:
+        if not self.knows_data(task):
             raise UserError(
                 f"the data of task {task.name} are not known: a run that was made of task files"
                 " predicts only; evaluate the run in which it was trained."
@@ -130,12 +220,13 @@ class Experiment:
             raise UserError(f"task {task.name} has no {wanted} split to evaluate on.")
         return {split: self.read(task, split, tokenizer) for split in splits}
 
-    def check(self, workdir: Path) -> None:
+    def check(self, workdir: epath.Path) -> None:
         """Sees that no other experiment is in the workdir.
 
         Raises:
-            UserError: there is one; it names the keys that differ.
+            UserError: there is one, and it names the keys that differ; or there is no such bucket.
         """
+        storage.check(workdir)
         path = workdir / FILE
         if not path.exists():
             return
@@ -151,20 +242,56 @@ class Experiment:
                 f" {', '.join(differing)}; use another workdir, or the same configuration."
             )
 
-    def save(self, workdir: Path) -> None:
-        """Writes it to the workdir, which is made if need be."""
-        workdir.mkdir(parents=True, exist_ok=True)
-        part = workdir / f"{FILE}.part"
-        part.write_text(json.dumps(self._to_json(), indent=1))
-        part.rename(workdir / FILE)
+    def check_sizes(self, workdir: epath.Path, sizes: Sequence[int]) -> None:
+        """Sees that the run in the workdir, if there is one, began with as many training examples.
+
+        Raises:
+            UserError: with others its draws would be those of another run.
+        """
+        path = workdir / FILE
+        with storage.reported(workdir):
+            saved = json.loads(path.read_text()).get(_SIZES) if path.exists() else None
+        for task, size, before in zip(self.trained, sizes, saved or sizes, strict=True):
+            if size != before:
+                raise UserError(
+                    f"the run in {workdir} began with {before} training examples of {task.name},"
+                    f" and there are {size} now; use another workdir, or the data it began with."
+                )
+
+    def check_there(self, workdir: epath.Path) -> None:
+        """Sees that the workdir is still there, and that of host 0.
+
+        Raises:
+            UserError: it is not.
+        """
+        with storage.reported(workdir):
+            there = (workdir / FILE).is_file()
+        if not there:
+            raise UserError(
+                f"{workdir} has vanished, or this host does not see what host 0 writes there; bring"
+                " it back, or name one that all hosts see, and run the same command again."
+            )
+
+    def save(self, workdir: epath.Path, sizes: Sequence[int] = ()) -> None:
+        """Writes it to the workdir, which is made if need be.
+
+        Args:
+            workdir: see `storage.workdir`.
+            sizes: the numbers of training examples of the trained tasks, if there is training.
+        """
+        saved = self._to_json() | ({_SIZES: list(sizes)} if sizes else {})
+        with storage.reported(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            storage.write_text(workdir / FILE, json.dumps(saved, indent=1))
 
     @classmethod
-    def load(cls, workdir: Path) -> "Experiment":
+    def load(cls, workdir: epath.Path) -> "Experiment":
         """The experiment of a workdir; keys that were not known then have their defaults.
 
         Raises:
             UserError: none is there, or its file is damaged.
         """
+        storage.check(workdir)
         path = workdir / FILE
         try:
             saved = json.loads(path.read_text())
@@ -185,7 +312,7 @@ class Experiment:
 
 
 def _check_base(config: ConfigDict, base: Experiment) -> None:
-    if tuple(config.trainable) != ("adapters/",):
+    if not config_lib.encoder_is_frozen(config):
         raise UserError(
             "configuration: with --base the encoder must stay as it is, or the earlier tasks would"
             " change; set trainable to ('adapters/',)."
@@ -199,7 +326,8 @@ def _check_base(config: ConfigDict, base: Experiment) -> None:
                 f"configuration: {key} is {mine}, that of the base run {theirs}; another one would"
                 " change the answers of the earlier tasks."
             )
-    of_glue = [task.name for task in base.tasks if task.name not in base.config.data.own]
+    not_own = (task.name for task in base.tasks if task.name not in base.config.data.own)
+    of_glue = [name for name in not_own if name in GLUE]
     if of_glue and config.data.source != base.config.data.source:
         raise UserError(
             f"configuration: data.source is {config.data.source}, that of the base run"
@@ -212,6 +340,27 @@ def _check_base(config: ConfigDict, base: Experiment) -> None:
         )
     if again := [task.name for task in base.tasks if task.name in config.tasks]:
         raise UserError(f"the base run has a task {again[0]!r} already; give the new one a name.")
+
+
+def _check_below(experiment: Experiment) -> None:
+    """Sees that there is something below the first adapter where it is to be computed once."""
+    config = experiment.config
+    if config.lower_dropout:
+        return
+    if not config_lib.encoder_is_frozen(config):
+        raise UserError(
+            "configuration: lower_dropout is False, but the encoder is trained, and none of its"
+            " layers gives an example the same at every step; set trainable to ('adapters/',), or"
+            " lower_dropout to True."
+        )
+    lowest = lowest_layers(adapter_shapes(experiment.model()))
+    if lowest and min(lowest.values()) == 0:
+        parts = ", ".join(name for name, layer in lowest.items() if layer == 0)
+        raise UserError(
+            f"configuration: lower_dropout is False, but method {config.method} has no layer below"
+            f" its {parts} that is the same for all tasks; begin higher, for example with"
+            ' layers="final_half", or set lower_dropout to True.'
+        )
 
 
 def _check_metrics(task: Task) -> None:

@@ -4,31 +4,32 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
 import numpy as np
 import tensorboardX
 import tqdm
+from etils import epath
+
+from pals_jax import hosts, storage
 
 
 class MetricWriter:
     """Scalars by step, to `metrics.jsonl` and `tensorboard/` of the workdir."""
 
-    def __init__(self, workdir: Path, start: int) -> None:
+    def __init__(self, workdir: epath.Path, start: int) -> None:
         """Opens the files; lines of steps after `start`, which will be taken again, are dropped."""
-        self._main = jax.process_index() == 0
+        self._main = hosts.is_main()
         if not self._main:
             return
-        path = workdir / "metrics.jsonl"
-        part = workdir / "metrics.jsonl.part"
-        part.write_text("".join(_lines_until(path, start)))
-        part.rename(path)
+        kept = "".join(_lines_until(workdir / "metrics.jsonl", start))
+        self._folder = storage.Staged(workdir)
+        path = self._folder.path / "metrics.jsonl"
+        storage.write_text(path, kept)
         self._file = path.open("a", buffering=1)
         self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start + 1 if start else None
+            str(self._folder.path / "tensorboard"), purge_step=start + 1 if start else None
         )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -39,18 +40,24 @@ class MetricWriter:
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """Returns when all that was written is in the workdir.
+
+        Raises:
+            UserError: it is in a bucket that does not take it.
+        """
+        if self._main:
+            self._board.flush()
+            self._folder.deliver()
+
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self._main:
             self._file.close()
             self._board.close()
+            self._folder.__exit__(*error)
 
 
 class Window:
@@ -70,16 +77,16 @@ class Window:
         self._scalars.append(scalars)
         self._examples += examples
 
-    def flush(self) -> dict[str, float]:
-        """The means of the scalars and the examples per second; begins anew."""
+    def flush(self) -> tuple[dict[str, np.ndarray], float]:
+        """The scalars of its steps, [n] each, and the examples per second; begins anew."""
         steps = jax.device_get(self._scalars)
-        means = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
+        scalars = {name: np.array([step[name] for step in steps]) for name in steps[0]}
         rate = self._examples / (time.monotonic() - self._began)
         self._clear()
-        return means | {"examples_per_second": rate}
+        return scalars, rate
 
 
-def _lines_until(path: Path, step: int) -> Iterator[str]:
+def _lines_until(path: epath.Path, step: int) -> Iterator[str]:
     """The lines of steps up to `step`; a run that was killed may have left half of one."""
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -98,12 +105,17 @@ def progress(total: int, initial: int, unit: str) -> Any:
         unit=unit,
         file=sys.stderr,
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
-        disable=jax.process_index() != 0,
+        disable=not hosts.is_main(),
         dynamic_ncols=True,
     )
 
 
 def say(message: str) -> None:
     """One line for the person at the terminal, beside any progress line."""
-    if jax.process_index() == 0:
+    if hosts.is_main():
         tqdm.tqdm.write(message, file=sys.stderr)
+
+
+def in_bytes(size: float) -> str:
+    """A number of bytes for a person."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"

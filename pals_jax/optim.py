@@ -70,9 +70,10 @@ def per_task(
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` once on the shared tree and once for each task on the task's rows.
 
-    Its update takes `drawn`, bool [T]: the tasks of the step. The others keep their parameters and
-    their state exactly; or, with `idle_drift`, go on from their first gradient with a gradient of
-    zero, so that momentum and weight decay still move them (Stickland & Murray, code).
+    Its update takes gradients, parameters and, with `map_tasks`, a state of all tasks or of some,
+    and `drawn`, a bool for each of these. Those that are not drawn keep their parameters and their
+    state exactly; or, with `idle_drift`, go on from their first gradient with a gradient of zero,
+    so that momentum and weight decay still move them (Stickland & Murray, code).
 
     Args:
         inner: any transformation that looks at each task alone.
@@ -96,7 +97,7 @@ def per_task(
         shared_grads, task_grads = split(grads)
         shared_params, task_params = split(params)
         updates, shared = inner.update(shared_grads, state.shared, shared_params)
-        each_task = jax.vmap(inner.update, axis_size=num_tasks)
+        each_task = jax.vmap(inner.update, axis_size=len(drawn))
         moved, tasks = each_task(task_grads, state.tasks, task_params)
         active = (drawn | state.started) if idle_drift else drawn
 
@@ -109,6 +110,37 @@ def per_task(
         return updates, PerTaskState(shared, tasks, drawn | state.started)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def map_tasks(change: Callable[..., Tree], state: Tree, *others: Tree) -> Tree:
+    """An optimiser's state with what it keeps of each task changed, for example by `tasks.append`.
+
+    Args:
+        change: of trees whose leaves lead with the task axis (moments, step counts, and which tasks
+            have started), one of each state.
+        state: any state in which `per_task` has its own; the rest of it is kept.
+        others: further states, of an optimiser of the same kind.
+    """
+    trees = zip(*(task_trees(each) for each in (state, *others)), strict=True)
+    return with_task_trees(state, [change(*each) for each in trees])
+
+
+def task_trees(state: Tree) -> list[Tree]:
+    """What each `per_task` in an optimiser's state keeps of tasks; leaves [T, ...]."""
+    nodes = jax.tree.leaves(state, is_leaf=_is_per_task)
+    return [{"tasks": x.tasks, "started": x.started} for x in nodes if _is_per_task(x)]
+
+
+def with_task_trees(state: Tree, trees: list[Tree]) -> Tree:
+    """`state` with such trees in place of its own."""
+    left = iter(trees)
+    return jax.tree.map(
+        lambda x: x._replace(**next(left)) if _is_per_task(x) else x, state, is_leaf=_is_per_task
+    )
+
+
+def _is_per_task(x: Any) -> bool:
+    return isinstance(x, PerTaskState)
 
 
 def clip_by_tensor_norm(max_norm: float) -> optax.GradientTransformation:
@@ -134,8 +166,8 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
     """Adam without bias correction, as BERT was trained; optax's own always corrects."""
 
     def init(params: Tree) -> tuple[Tree, Tree]:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return zeros, zeros
+        # Two trees, for a step gives the memory of each back.
+        return jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
 
     def update(grads: Tree, state: tuple[Tree, Tree], params: Tree = None) -> Any:
         del params
@@ -153,13 +185,19 @@ def decays(params: Tree) -> Tree:
     )
 
 
+def moves_idle_tasks(config: ConfigDict) -> bool:
+    """Whether the optimiser of `config` moves tasks that a step did not draw."""
+    return bool(config.name == "bert_n_pals")
+
+
 def make_optimizer(
     config: ConfigDict, num_tasks: int, total_steps: int
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """The optimiser that `config` (`config.optimizer` of an experiment) describes.
 
     Returns:
-        The transformation, whose update takes `drawn` (bool [T]), and the learning rate by step.
+        The transformation, whose update takes `drawn` (see `per_task`), and the learning rate by
+        step.
 
     Raises:
         UserError: an unknown optimiser or schedule.
@@ -173,12 +211,12 @@ def make_optimizer(
     scale = optax.scale_by_learning_rate(schedule)
     if config.name == "adamw":
         adam = optax.chain(optax.scale_by_adam(config.b1, config.b2, config.eps), decay)
-        tasks = per_task(adam, num_tasks, idle_drift=False)
+        tasks = per_task(adam, num_tasks, idle_drift=moves_idle_tasks(config))
         return optax.chain(optax.clip_by_global_norm(config.clip), tasks, scale), schedule
     if config.name == "bert_n_pals":
         # The original's optimiser to the letter. Its schedule is inside `per_task`: every tensor
         # counts its own steps, from its first gradient on.
         adam = scale_by_uncorrected_adam(config.b1, config.b2, config.eps)
         inner = optax.chain(clip_by_tensor_norm(config.clip), adam, decay, scale)
-        return per_task(inner, num_tasks, idle_drift=True), schedule
+        return per_task(inner, num_tasks, idle_drift=moves_idle_tasks(config)), schedule
     raise UserError(f"unknown optimizer.name {config.name!r}; known are adamw, bert_n_pals.")

@@ -1,22 +1,26 @@
 """A run that has been evaluated at least once: all that its workdir holds, ready to be used."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from transformers import PreTrainedTokenizerFast
 
+from pals_jax import storage
 from pals_jax.checkpoint import restore_best
+from pals_jax.compiled import keep_compiled
 from pals_jax.data.tasks import Task
 from pals_jax.data.tokenize import load_tokenizer
 from pals_jax.errors import UserError
 from pals_jax.evaluate import Evaluator, Results
 from pals_jax.experiment import Experiment
+from pals_jax.logging import say
 from pals_jax.models import tasks as tasks_lib
 from pals_jax.models.multitask import init_variables
+from pals_jax.parallel import DataParallel
 
-TOKENIZER = "tokenizer"  # its folder in the workdir
+_TOKENIZER = "tokenizer"  # its folder in the workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +42,21 @@ class Run:
     variables: Any
 
     @classmethod
-    def load(cls, workdir: Path) -> "Run":
+    def load(cls, workdir: epath.Path) -> "Run":
         """The best checkpoint of a workdir.
 
         Raises:
             UserError: there is no run, or nothing to evaluate yet, or it is damaged.
         """
         experiment = Experiment.load(workdir)
+        keep_compiled(experiment.config.data.cache_dir)
         model = experiment.model()
         shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
-        step, variables = restore_best(workdir, shapes)
-        tokenizer = load_tokenizer(workdir / TOKENIZER)
-        return cls(experiment, tokenizer, Evaluator(experiment), step, variables)
+        parallel = DataParallel.over()
+        step, variables = restore_best(workdir, shapes, parallel)
+        with storage.fetched(workdir / _TOKENIZER) as folder:
+            tokenizer = load_tokenizer(folder)
+        return cls(experiment, tokenizer, Evaluator(experiment, parallel), step, variables)
 
     def task(self, name: str) -> Task:
         """The run's task of that name.
@@ -64,7 +71,10 @@ class Run:
         raise UserError(f"the run has no task {name!r}; its tasks are {known}.")
 
     def extended(self, experiment: Experiment) -> Any:
-        """The variables of an experiment based on this run: new tasks behind those of the run."""
+        """The variables of an experiment based on this run: new tasks behind those of the run.
+
+        The optimiser begins anew: it holds nothing of the run's tasks, which no step draws again.
+        """
         params = self.variables["params"]
         new = tasks_lib.fresh(
             experiment.architecture,
@@ -76,7 +86,20 @@ class Run:
         return {"params": params, "adapters": tasks_lib.append(self.variables["adapters"], new)}
 
     def evaluate(self) -> Results:
-        """The dev results of every task."""
+        """The dev results of every task whose data are known.
+
+        Raises:
+            UserError: those of none are; or they are missing or wrong.
+        """
         tasks = self.experiment.tasks
-        splits = {task.name: self.experiment.read_eval(task, self.tokenizer) for task in tasks}
+        known = [task for task in tasks if self.experiment.knows_data(task)] or tasks
+        if others := ", ".join(task.name for task in tasks if task not in known):
+            say(f"not evaluated, for they came as files without data: {others}")
+        splits = {task.name: self.experiment.read_eval(task, self.tokenizer) for task in known}
         return self.evaluator.evaluate(self.variables, splits)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, workdir: epath.Path) -> None:
+    """Writes the tokenizer of a run to where `Run.load` reads it."""
+    with storage.Staged(workdir / _TOKENIZER) as folder:
+        tokenizer.save_pretrained(folder.path)

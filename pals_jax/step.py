@@ -15,9 +15,14 @@ from jax import Array
 from pals_jax.errors import UserError
 from pals_jax.models.adapters import overlay
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.prng import mask_key
+from pals_jax.models.rows import Packing
+from pals_jax.models.tasks import gather, scatter
+from pals_jax.optim import TASKS, task_trees, with_task_trees
 
 Tree = Any
 Batch = Mapping[str, Array]
+_TOKENS = ("input_ids", "token_type_ids", "attention_mask")
 
 
 class TrainState(struct.PyTreeNode):
@@ -94,54 +99,114 @@ def create_state(
 
 
 def make_train_step(
-    model: MultiTaskModel, optimizer: optax.GradientTransformationExtraArgs, seed: int
+    model: MultiTaskModel,
+    optimizer: optax.GradientTransformationExtraArgs,
+    seed: int,
+    axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The pure training step.
 
-    Its batch holds input_ids, token_type_ids, attention_mask (int32 [B, L]), task_ids (int32 [G]),
-    targets and weights (float32 [B]; a weight of 0 leaves a row out). It returns the next state
-    and the scalars loss (mean over the weighted rows) and grad_norm (before clipping). Its
-    dropout masks are a function of (seed, step).
+    Its batch holds, for B rows of up to M examples each,
+        input_ids, token_type_ids, attention_mask: int32 [B, L], as the model takes them;
+        hidden: [B, L, D], as the model takes it, or not there;
+        first, numbers: int32 [B, M]; see `Packing`;
+        targets, weights: float32 [B, M]; a weight of 0 leaves an example out;
+        task_ids: int32 [G]: those of G equal, consecutive groups of rows;
+        tasks: int32 [U], different ones with all of `task_ids`, the only ones that may move; or not
+            there: all may.
+    It returns the next state and the scalars loss (mean over the weighted examples) and grad_norm
+    (before clipping). Its dropout masks are a function of seed, step and an example's number.
+
+    Args:
+        model: the model.
+        optimizer: whose update takes `drawn` (see `optim.per_task`).
+        seed: of the dropout masks.
+        axis_name: of the devices that have a part of the batch each. Loss and gradients are sums
+            over the examples of all of them, divided once: any division gives the same step.
     """
-    num_tasks = len(model.num_outputs)
     is_regression = np.asarray(model.num_outputs) == 1
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        # The "rbg" generator draws masks several times faster than the default one.
-        key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
+        key, tasks = mask_key(seed, state.step), batch.get("tasks")
+        count, task_ids = len(is_regression), batch["task_ids"]
+        if tasks is not None:
+            count, found = len(tasks), task_ids[:, None] == tasks[None]
+            # A task that is not among them is out of range, where the model says NaN.
+            task_ids = jnp.where(found.any(axis=1), found.argmax(axis=1), count)
+        # What belongs to tasks is read of `tasks` alone, and written back at the end.
+        every = state.trainable.get(TASKS, {}), task_trees(state.opt_state)
+        of_tasks, opt_trees = gather(every, tasks)
+        before = state.trainable | ({TASKS: of_tasks} if of_tasks else {})
+        frozen = {k: gather(v, tasks) if k == TASKS else v for k, v in state.frozen.items()}
 
         def loss_fn(trainable: Tree) -> Array:
-            variables = overlay(state.frozen, trainable)
-            logits = _logits(model, variables, batch, rngs={"dropout": key})
-            rows_per_group = logits.shape[0] // batch["task_ids"].shape[0]
-            regression = jnp.repeat(jnp.asarray(is_regression)[batch["task_ids"]], rows_per_group)
-            losses = example_losses(logits, batch["targets"], regression)
-            return jnp.sum(losses * batch["weights"]) / jnp.sum(batch["weights"])
+            logits = _logits(
+                model,
+                overlay(frozen, trainable),
+                {**batch, "task_ids": task_ids},
+                tasks=tasks,
+                rngs={"dropout": key},
+            )
+            per_group = batch["targets"].size // len(task_ids)
+            regression = jnp.repeat(jnp.asarray(is_regression)[batch["task_ids"]], per_group)
+            outputs = logits.reshape(-1, logits.shape[-1])
+            losses = example_losses(outputs, batch["targets"].reshape(-1), regression)
+            return jnp.sum(losses * batch["weights"].reshape(-1))
 
-        loss, grads = jax.value_and_grad(loss_fn)(state.trainable)
-        # A group whose rows are all left out does not count as drawn.
-        present = (batch["weights"].reshape(batch["task_ids"].shape[0], -1) > 0).any(axis=1)
-        drawn = jnp.zeros(num_tasks, bool).at[batch["task_ids"]].max(present)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, drawn=drawn)
-        trainable = optax.apply_updates(state.trainable, updates)
+        loss, grads = jax.value_and_grad(loss_fn)(before)
+        # A task whose examples are all left out does not count as drawn.
+        of_groups = batch["weights"].reshape(len(task_ids), -1).sum(axis=1)
+        weights = jnp.zeros(count).at[task_ids].add(of_groups)
+        if axis_name is not None:
+            loss, grads, weights = jax.lax.psum((loss, grads, weights), axis_name)
+        loss, grads = jax.tree.map(lambda x: x / jnp.sum(weights), (loss, grads))
+        updates, opt_state = optimizer.update(
+            grads, with_task_trees(state.opt_state, opt_trees), before, drawn=weights > 0
+        )
+        trainable = optax.apply_updates(before, updates)
+        after = trainable.get(TASKS, {}), task_trees(opt_state)
+        of_tasks, opt_trees = scatter(every, tasks, after)
+        trainable |= {TASKS: of_tasks} if of_tasks else {}
+        opt_state = with_task_trees(opt_state, opt_trees)
         state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
         return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
     return train_step
 
 
-def make_eval_step(model: MultiTaskModel) -> Callable[..., Array]:
-    """The pure evaluation step: variables and a batch to logits, float32 [B, C].
+def make_eval_step(model: MultiTaskModel, axis_name: str | None = None) -> Callable[..., Array]:
+    """The pure evaluation step: (variables, active) and a batch to logits, float32 [B, M, C].
 
-    A third argument, bool [N], says which layers keep their adapters; None: all.
+    The batch is one of `make_train_step`, of which it needs tokens, places and task_ids. `active`,
+    bool [N], says which layers keep their adapters; None: all. With `axis_name` every device
+    returns the logits of all, in their order.
     """
 
-    def eval_step(variables: Tree, batch: Batch, active: Array | None = None) -> Array:
-        return _logits(model, variables, batch, active=active)
+    def eval_step(given: tuple[Tree, Array | None], batch: Batch) -> Array:
+        variables, active = given
+        logits = _logits(model, variables, batch, active=active)
+        return logits if axis_name is None else jax.lax.all_gather(logits, axis_name, tiled=True)
 
     return eval_step
 
 
+def make_every_task_step(
+    model: MultiTaskModel, axis_name: str | None = None
+) -> Callable[[Tree, Batch], Array]:
+    """The pure step from variables and a batch to its logits under every task, [T, B, M, C]."""
+
+    def every_task_step(variables: Tree, batch: Batch) -> Array:
+        tokens = (batch[name] for name in _TOKENS)
+        packing = Packing(batch["first"], batch["numbers"])
+        logits = cast(Array, model.apply(variables, *tokens, packing, method="every_task"))
+        if axis_name is None:
+            return logits
+        return jax.lax.all_gather(logits, axis_name, axis=1, tiled=True)
+
+    return every_task_step
+
+
 def _logits(model: MultiTaskModel, variables: Tree, batch: Batch, **kwargs: Any) -> Array:
-    names = ("input_ids", "token_type_ids", "attention_mask", "task_ids")
-    return cast(Array, model.apply(variables, *(batch[name] for name in names), **kwargs))
+    tokens = (batch[name] for name in _TOKENS)
+    kwargs |= {"packing": Packing(batch["first"], batch["numbers"]), "hidden": batch.get("hidden")}
+    return cast(Array, model.apply(variables, *tokens, batch["task_ids"], **kwargs))

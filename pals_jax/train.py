@@ -1,35 +1,37 @@
 """Training: read this page from top to bottom to know what a run does."""
 
+import contextlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import jax
-from flax.traverse_util import flatten_dict
+from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from pals_jax import evaluate, metrics, params
-from pals_jax.checkpoint import Checkpoints, restore_best
+from pals_jax import evaluate, hosts, metrics, params
+from pals_jax.below import with_hidden
+from pals_jax.checkpoint import restore_best
+from pals_jax.compiled import forget_compiled, keep_compiled
 from pals_jax.convert import huggingface
-from pals_jax.data.batches import train_batch
-from pals_jax.data.sampler import Sampler
+from pals_jax.data.prefetch import prefetch
 from pals_jax.data.tasks import Task
 from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
-from pals_jax.errors import UserError
+from pals_jax.errors import Preempted, UserError
 from pals_jax.evaluate import Evaluator, Results
 from pals_jax.experiment import Experiment
-from pals_jax.logging import MetricWriter, Window, progress, say
-from pals_jax.optim import make_optimizer
-from pals_jax.run import TOKENIZER, Run
-from pals_jax.step import create_state, make_train_step
+from pals_jax.guards import CompilationGuard
+from pals_jax.logging import Window, progress, say
+from pals_jax.parallel import DataParallel
+from pals_jax.record import Record
+from pals_jax.run import Run
+from pals_jax.step import TrainState, create_state
+from pals_jax.together import Together, sharing
 
 _LOG_EVERY = 10  # steps between two lines of metrics
 
 
-def train(config: ConfigDict, workdir: Path, base: Path | None = None) -> Results:
+def train(config: ConfigDict, workdir: epath.Path, base: epath.Path | None = None) -> Results:
     """Trains an experiment to its end, going on from where its workdir stands.
 
     Running it again after it was stopped anywhere gives the same parameters, bit for bit, as a run
@@ -38,7 +40,7 @@ def train(config: ConfigDict, workdir: Path, base: Path | None = None) -> Result
     Args:
         config: see `pals_jax.config.default`.
         workdir: receives experiment.json, tokenizer/, checkpoints/, best/, metrics.jsonl and
-            tensorboard/.
+            tensorboard/; see `pals_jax.storage.workdir`.
         base: the workdir of a run to whose tasks those of `config` are added; they stay as they
             are, bit for bit.
 
@@ -46,87 +48,121 @@ def train(config: ConfigDict, workdir: Path, base: Path | None = None) -> Result
         The dev results of the best checkpoint.
 
     Raises:
+        Preempted: it was told to stop, and has saved where it stands.
         UserError: something in the configuration, the data or the workdir is wrong.
+    """
+    return train_together([config], [workdir], base)[0]
+
+
+def train_together(
+    configs: Sequence[ConfigDict], workdirs: Sequence[epath.Path], base: epath.Path | None = None
+) -> list[Results]:
+    """Trains K experiments in one step; each workdir becomes that of a run of its own.
+
+    Args:
+        configs: of which any two `can_be_trained_together`.
+        workdirs: of each, as `train` has it; all stand at the same step.
+        base: as `train` has it.
+
+    Returns:
+        Of each the dev results of its best checkpoint.
+
+    Raises:
+        Preempted, UserError: as `train`.
     """
     # ---------------------------------------------------------------- what is to be done
     earlier = None if base is None else Run.load(base)
-    experiment = Experiment.from_config(config, earlier.experiment if earlier else None)
-    experiment.check(workdir)
-    tasks, model = experiment.trained, experiment.model()
-    num_tasks = len(experiment.tasks)
-    counts = params.count(model)
-    total_steps = config.epochs * config.steps_per_epoch
-    optimizer, schedule = make_optimizer(config.optimizer, num_tasks, total_steps)
+    experiments = [
+        Experiment.from_config(config, earlier.experiment if earlier else None)
+        for config in configs
+    ]
+    for experiment, workdir in zip(experiments, workdirs, strict=True):
+        experiment.check(workdir)
+    experiment, config = experiments[0], experiments[0].config  # for what does not differ
+    tasks, total_steps = experiment.trained, experiment.steps
+    keep_compiled(config.data.cache_dir)
 
     # ---------------------------------------------------------------- weights and data
-    tokenizer, variables = _begin(experiment, earlier)
+    tokenizer = earlier.tokenizer if earlier else _tokenizer(experiment)
     _check_fit(experiment, tokenizer)
     train_splits = [experiment.read(task, "train", tokenizer) for task in tasks]
     eval_splits = {task.name: experiment.read_eval(task, tokenizer) for task in tasks}
-    sampler = Sampler(
-        sizes=tuple(len(split) for split in train_splits),
-        schedule=config.sampling,
-        seed=config.seed,
-        epochs=config.epochs,
-        steps_per_epoch=config.steps_per_epoch,
-        groups=config.groups,
-        group_size=config.batch_size // config.groups,
-    )
+    samplers = [each.sampler([len(split) for split in train_splits]) for each in experiments]
+    states = sharing(_first_state(each, earlier) for each in experiments)
+    if not config.lower_dropout:
+        splits = train_splits, eval_splits
+        train_splits, eval_splits = with_hidden(experiment, states[0].variables, splits)
 
     # ---------------------------------------------------------------- steps
-    state = create_state(variables, config.trainable, optimizer)
-    train_step = jax.jit(make_train_step(model, optimizer, config.seed), donate_argnums=0)
-    evaluator = Evaluator(experiment)
-    console = Console(stderr=True)
+    parallel, together = DataParallel.over(), Together.of(experiments, states)
+    batches = experiment.train_batches(train_splits, samplers[0], parallel.shards)
+    step_fn = together.train_step(parallel.axis_name)
+    train_step = CompilationGuard(parallel.compile(step_fn, donate=True))
+    say(f"batches are {batches.placing}")
+    evaluator = Evaluator(experiment, parallel)
+    console = Console(stderr=True, quiet=not hosts.is_main())
     names = tuple(task.name for task in experiment.tasks)
-    console.print(params.table(counts, config.method, names))
+    console.print(params.table(params.count(experiment.model()), config.method, names))
 
     # ---------------------------------------------------------------- go on from where we are
-    experiment.save(workdir)
-    tokenizer.save_pretrained(workdir / TOKENIZER)
-    checkpoints = Checkpoints(workdir)
-    state = checkpoints.restore(state)
-    start = int(state.step)
-    if start:
-        say(f"going on from step {start} of {total_steps}")
+    with contextlib.ExitStack() as opened, hosts.Preemption() as preemption, train_step:
+        records = [
+            opened.enter_context(Record(each, workdir, tokenizer, sampler, parallel))
+            for each, workdir, sampler in zip(experiments, workdirs, samplers, strict=True)
+        ]
+        states = sharing(r.restore(state) for r, state in zip(records, states, strict=True))
+        start = _common_step(states)
+        state = parallel.put(together.stack(states))
+        del states  # their memory is the state's now, which the first step gives back
+        if start:
+            say(f"going on from step {start} of {total_steps}")
 
-    # ---------------------------------------------------------------- loop
-    with MetricWriter(workdir, start) as writer, progress(total_steps, start, "step") as bar:
-        window = Window()
-        for step in range(start, total_steps):
-            draw = sampler.draw(step)
-            batch = train_batch(train_splits, draw, experiment.layout, num_tasks - len(tasks))
-            state, scalars = train_step(state, batch)
-            window.add(scalars, config.batch_size)
-            bar.update()
+        # ------------------------------------------------------------ loop
+        with progress(total_steps, start, "step") as bar:
+            window = Window()
+            make = lambda step: parallel.put_batch(batches(*together.draws(samplers, step)))  # noqa: E731
+            ready = prefetch(make, range(start, total_steps))
+            for done, batch in enumerate(ready, start=start + 1):
+                state, scalars = train_step(state, batch)
+                window.add(scalars, config.batch_size)
+                bar.update()
 
-            done = step + 1
-            end_of_epoch = done % config.steps_per_epoch == 0
-            if done % _LOG_EVERY == 0 or end_of_epoch:
-                line = window.flush() | {"learning_rate": float(schedule(step))}
-                writer.write(done, line)
-                bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-            if end_of_epoch:
-                results = evaluator.evaluate(state.variables, eval_splits)
-                score = evaluator.score(results)
-                writer.write(done, flatten_dict(results, sep="/") | {"score": score})
-                say(f"epoch {done // config.steps_per_epoch} of {config.epochs}: {score:.4f}")
-                checkpoints.save_best(done, state.variables, score)
-                window = Window()
-            if end_of_epoch or done % config.checkpoint_every == 0:
-                checkpoints.save(done, state)
+                stop = preemption.reached(done)
+                end_of_epoch = done % config.steps_per_epoch == 0
+                save = stop or end_of_epoch or done % config.checkpoint_every == 0
+                if save or done % _LOG_EVERY == 0:
+                    scalars, rate = window.flush()
+                    for record, its in zip(records, together.scalars(scalars), strict=True):
+                        record.log(done, its, rate)
+                    bar.set_postfix(loss=f"{scalars['loss'].mean():.3f}", refresh=False)
+                if save:
+                    for record, own in zip(records, together.states(state), strict=True):
+                        if end_of_epoch:
+                            record.evaluate(done, own.variables, evaluator, eval_splits)
+                        record.save(done, own)
+                    window = Window()
+                if stop and done < total_steps:
+                    for record in records:
+                        record.checkpoints.wait()
+                    raise Preempted(
+                        f"told to stop; step {done} of {total_steps} is saved in"
+                        f" {', '.join(map(str, workdirs))}. Run the same command to go on."
+                    )
 
     # ---------------------------------------------------------------- result
-    step, variables = restore_best(workdir, state.variables)
-    results = evaluator.evaluate(variables, eval_splits)
-    baselines = _baselines(tasks, train_splits, eval_splits)
-    console.print(evaluate.table(tasks, results, baselines))
-    say(f"the best checkpoint, of step {step}, is in {workdir / 'best'}; use it with")
-    say(f"  pals-jax predict --workdir={workdir} --task={tasks[0].name}")
-    return results
+    say(f"the training step was compiled {train_step.count} times")
+    shapes, of_all = next(together.states(state)).variables, []
+    for workdir in workdirs:
+        step, variables = restore_best(workdir, shapes, parallel)
+        results = evaluator.evaluate(variables, eval_splits)
+        console.print(evaluate.table(tasks, results, _baselines(tasks, train_splits, eval_splits)))
+        say(f"the best checkpoint, of step {step}, is in {workdir / 'best'}; use it with")
+        say(f"  pals-jax predict --workdir={workdir} --task={tasks[0].name}")
+        of_all.append(results)
+    return of_all
 
 
-def train_separately(config: ConfigDict, workdir: Path) -> Results:
+def train_separately(config: ConfigDict, workdir: epath.Path) -> Results:
     """Trains one model for each task alone, in `workdir/TASK`; one table and file for all.
 
     The rival of sharing (Stickland & Murray, table 1: "separate", 8 times the parameters). Each
@@ -141,20 +177,42 @@ def train_separately(config: ConfigDict, workdir: Path) -> Results:
         alone = ConfigDict(config.to_dict())
         alone.tasks = (name,)
         results |= train(alone, workdir / name)
-    Console(stderr=True).print(evaluate.table(tasks, results))
-    (workdir / "results.json").write_text(json.dumps(results, indent=1))
+        forget_compiled()
+    if hosts.is_main():
+        Console(stderr=True).print(evaluate.table(tasks, results))
+        (workdir / "results.json").write_text(json.dumps(results, indent=1))
     return results
 
 
-def _begin(
-    experiment: Experiment, earlier: Run | None
-) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
-    """The tokenizer, and the variables before the first step."""
-    if earlier is not None:
-        return earlier.tokenizer, earlier.extended(experiment)
-    config, encoder = experiment.config, huggingface.resolve(experiment.config.encoder)
-    tokenizer = load_tokenizer(encoder)
-    return tokenizer, huggingface.load_variables(experiment.model(), encoder, config.seed)
+def _tokenizer(experiment: Experiment) -> PreTrainedTokenizerFast:
+    return load_tokenizer(huggingface.resolve(experiment.config.encoder))
+
+
+def _first_state(experiment: Experiment, earlier: Run | None) -> TrainState:
+    """The state before the first step."""
+    config = experiment.config
+    if earlier is None:
+        encoder = huggingface.resolve(config.encoder)
+        variables = huggingface.load_variables(experiment.model(), encoder, config.seed)
+    else:
+        variables = earlier.extended(experiment)
+    optimizer, _ = experiment.optimizer()
+    return create_state(variables, config.trainable, optimizer)
+
+
+def _common_step(states: Sequence[TrainState]) -> int:
+    """At which all stand.
+
+    Raises:
+        UserError: they do not.
+    """
+    steps = {int(state.step) for state in states}
+    if len(steps) > 1:
+        raise UserError(
+            f"the runs of the sweep stand at different steps, {sorted(steps)}, since a checkpoint"
+            " was damaged; run the same command again, and they are trained apart."
+        )
+    return steps.pop()
 
 
 def _check_fit(experiment: Experiment, tokenizer: PreTrainedTokenizerFast) -> None:

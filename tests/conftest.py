@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -22,6 +23,33 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Most tests are mostly compilation, and that mostly optimisation."""
+    if config.option.markexpr != "optimized":
+        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+        if jax.__version_info__ < (0, 12):  # later ones do not know it; see `tiny.fused`
+            os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+
+
+LONGEST = ("test_recovery", "test_below", "test_gcs", "test_packing", "test_train", "test_parallel")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that take longest come first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """Lets go of what a module compiled: a process has room for some hundreds of programs.
+
+    Each takes up to hundreds of the 65,530 memory maps that Linux gives a process.
+    """
+    yield
+    jax.clear_caches()
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -116,21 +144,31 @@ def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small(tmp_path: Path, tiny_encoder: Path) -> Path:
     """A directory with the encoder and three small learnable tasks: TSV, JSONL and CSV."""
-    (tmp_path / "encoder").symlink_to(tiny_encoder)
+    return write_small(tmp_path, tiny_encoder)
+
+
+@pytest.fixture(scope="module")
+def small_of_module(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    """The same for the runs that the tests of a module share."""
+    return write_small(tmp_path_factory.mktemp("small"), tiny_encoder)
+
+
+def write_small(directory: Path, encoder: Path) -> Path:
+    (directory / "encoder").symlink_to(encoder)
     rng = np.random.default_rng(0)
     phrases = [" ".join(rng.choice(WORDS[2:], 4)) for _ in range(60)]
     colours = [("red", "blue")[i % 2] for i in range(60)]
-    with (tmp_path / "colour.tsv").open("w") as file:
+    with (directory / "colour.tsv").open("w") as file:
         print("sentence\tlabel", file=file)
         for phrase, colour in zip(phrases, colours, strict=True):
             print(f"{colour} {phrase}\t{colour}", file=file)
-    with (tmp_path / "same.jsonl").open("w") as file:
+    with (directory / "same.jsonl").open("w") as file:
         for i, phrase in enumerate(phrases):
             pair = {"a": phrase, "b": phrases[i - 1] if i % 3 else phrase}
             print(json.dumps(pair | {"label": ["yes", "no", "maybe"][i % 3]}), file=file)
-    with (tmp_path / "share.csv").open("w", newline="") as file:
+    with (directory / "share.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["a", "b", "label"])
         for phrase in phrases:
             writer.writerow([phrase, "dark box, old", len(set(phrase.split()) & {"dark", "box"})])
-    return tmp_path
+    return directory

@@ -17,6 +17,7 @@ from pals_jax.models.adapters import READS, Adapter, TaskAdapters
 from pals_jax.models.bert import SITES
 from pals_jax.models.forms import Bottleneck, Context, Param, ProjectedAttention
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.rows import make_rows
 
 INPUTS = tiny.inputs()
 ARRAYS = tuple(INPUTS.values())
@@ -156,17 +157,18 @@ def test_projected_attention_drops_attention_weights() -> None:
         is_leaf=lambda x: isinstance(x, Param),
     )
     x = rng.normal(size=(2, 7, 12)).astype(np.float32)
-    mask = jnp.ones((2, 1, 1, 7), bool)
+    salts = jnp.arange(4, dtype=jnp.uint32).reshape(2, 1, 2)
+    rows = make_rows(jnp.ones((2, 7), int), jnp.zeros((2, 1), int), salts)
     config = tiny.config(attention_probs_dropout_prob=0.5)
-    off = adapted(theta, x, Context(config, mask))
+    off = adapted(theta, x, Context(config, rows))
     on, again, other = (
-        adapted(theta, x, Context(config, mask, jax.random.key(seed))) for seed in (0, 0, 1)
+        adapted(theta, x, Context(config, rows, jax.random.key(seed))) for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(on, again)
     assert not np.allclose(on, off, atol=1e-2)
     assert not np.allclose(on, other, atol=1e-2)
     np.testing.assert_array_equal(
-        off, adapted(theta, x, Context(tiny.config(), mask, jax.random.key(0)))
+        off, adapted(theta, x, Context(tiny.config(), rows, jax.random.key(0)))
     )
 
 
@@ -177,7 +179,8 @@ def test_every_adapter_of_every_layer_has_a_dropout_key_of_its_own() -> None:
     model.apply(variables, *ARRAYS, np.array([0, 1]), rngs={"dropout": jax.random.key(0)})
     jax.effects_barrier()
     keys = {tuple(key.tolist()) for _, key in probe.seen}
-    assert len(keys) == len(probe.seen) == 2 * 2 * model.config.num_hidden_layers  # 2 groups
+    assert len(keys) == 2 * model.config.num_hidden_layers
+    assert len(probe.seen) == 4 * len(keys)  # 4 rows, which salts tell apart
     model.apply(variables, *ARRAYS, 0)
     jax.effects_barrier()
     assert probe.seen[-1][1] is None

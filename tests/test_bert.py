@@ -15,6 +15,7 @@ from pals_jax.models.adapters import Adapter
 from pals_jax.models.bert import BertConfig, BertLayer, Embeddings
 from pals_jax.models.layers import dot_product_attention, dropout
 from pals_jax.models.multitask import MultiTaskModel, init_variables
+from pals_jax.models.rows import make_rows, one_position
 
 INPUTS = tiny.inputs()
 ARRAYS = tuple(INPUTS.values())
@@ -47,10 +48,11 @@ def test_the_scan_equals_a_loop_over_the_layers() -> None:
 
     @jax.jit
     def loop(encoder, ids, types, mask):
-        h = Embeddings(model.config).apply({"params": encoder["embeddings"]}, ids, types)
+        rows = make_rows(mask, jnp.zeros((len(mask), 1), int))
+        h = Embeddings(model.config).apply({"params": encoder["embeddings"]}, ids, types, rows)
         for i in range(model.config.num_hidden_layers):
             layer = {"params": jax.tree.map(lambda x, i=i: x[i], encoder["layers"])}
-            h = BertLayer(model.config).apply(layer, h, mask[:, None, None, :] > 0)
+            h = BertLayer(model.config).apply(layer, h, rows)
         return h
 
     np.testing.assert_allclose(encode(model, variables), loop(encoder, *ARRAYS), rtol=0, atol=1e-6)
@@ -158,19 +160,22 @@ def test_every_dropout_of_every_layer_has_a_mask_of_its_own() -> None:
     jax.effects_barrier()
 
     masks = [np.asarray(state) for state, _ in probe.seen]
-    assert len(masks) == len(sites) * model.config.num_hidden_layers
+    rows = len(ARRAYS[0])  # each has a mask of its own, too
+    assert len(masks) == rows * len(sites) * model.config.num_hidden_layers
     for mask in masks:
         assert set(np.unique(mask)) == {0.0, 2.0}
-        assert 0.35 < (mask == 0).mean() < 0.65
+    assert 0.45 < np.mean([mask == 0 for mask in masks]) < 0.55
     assert len({mask.tobytes() for mask in masks}) == len(masks)
 
 
 def test_dropout_keeps_the_mean() -> None:
-    x = jnp.ones(100_000)
-    y = dropout(x, 0.1, jax.random.key(0))
+    x = jnp.ones((1, 100, 1000))
+    salts = jnp.ones((1, 1, 2), jnp.uint32)
+    places = make_rows(jnp.ones((1, 100), int), jnp.zeros((1, 1), int), salts).places
+    y = dropout(x, 0.1, jax.random.key(0), places)
     assert float((y == 0).mean()) == pytest.approx(0.1, abs=0.005)
     np.testing.assert_allclose(y[y != 0], 1 / 0.9, rtol=1e-6)
-    assert dropout(x, 0.1, None) is x
+    assert dropout(x, 0.1, None, places) is x
 
 
 # Attention and padding
@@ -184,7 +189,9 @@ def test_attention_is_that_of_jax() -> None:
     expected = jax.nn.dot_product_attention(
         *(jnp.swapaxes(x, 1, 2) for x in (query, key, value)), mask=jnp.asarray(mask)
     )
-    actual, log_normaliser = dot_product_attention(query, key, value, mask)
+    actual, log_normaliser = dot_product_attention(
+        query, key, value, one_position()._replace(mask=mask)
+    )
     np.testing.assert_allclose(actual, jnp.swapaxes(expected, 1, 2), rtol=0, atol=1e-6)
     scores = np.where(mask, query @ key.swapaxes(-1, -2) / np.sqrt(5), -np.inf)
     expected = scipy.special.logsumexp(scores, axis=-1)

@@ -20,6 +20,16 @@ from pals_jax.models.multitask import MultiTaskModel
 ARRAYS = tuple(tiny.inputs().values())
 EVERY = pytest.mark.parametrize("name", tiny.METHODS)
 
+# Compiling takes seconds; by default one method of each kind.
+_QUICK = ("pals", "top_layers", "houlsby", "mam", "lora", "prompt_tuning")
+QUICK = pytest.mark.parametrize(
+    "name",
+    [
+        name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in tiny.METHODS
+    ],
+)
+
 
 def test_the_tiny_methods_are_all() -> None:
     """Nothing that the catalogue offers goes untested here."""
@@ -30,10 +40,10 @@ def test_the_tiny_methods_are_all() -> None:
 @cache
 def compiled(name: str) -> tuple[MultiTaskModel, Any, Any]:
     model = tiny.model(tiny.METHODS[name])
-    return model, tiny.variables(model), jax.jit(model.apply)
+    return model, tiny.variables(model), tiny.fused(model.apply)
 
 
-@EVERY
+@QUICK
 def test_mixed_batches_equal_single_tasks(name: str) -> None:
     """A scalar, one id for each row, and one for each group of rows."""
     _, variables, apply = compiled(name)
@@ -46,17 +56,7 @@ def test_mixed_batches_equal_single_tasks(name: str) -> None:
             np.testing.assert_allclose(mixed[row], single[task][row], rtol=0, atol=1e-6)
 
 
-# Compiling a training step takes seconds; by default one method of each kind.
-_QUICK = ("pals", "top_layers", "houlsby", "mam", "lora", "prompt_tuning")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in tiny.METHODS
-    ],
-)
+@QUICK
 def test_training_a_task_moves_its_own_rows_only(name: str) -> None:
     """With a frozen encoder: every parameter of the task, and nothing else, bit for bit."""
     step, state = tiny.training(tiny.model(tiny.METHODS[name]), ("adapters/",))
@@ -81,8 +81,8 @@ def test_other_sizes(name: str) -> None:
     variables = tiny.variables(many)
     row = jax.tree.map(lambda x: x[17:18], variables["adapters"])
     ids, types, mask = (x[:, :5] for x in ARRAYS)
-    alone = jax.jit(one.apply)(variables | {"adapters": row}, ids, types, mask, 0)
-    among = jax.jit(many.apply)(variables, ids, types, mask, 17)
+    alone = tiny.fused(one.apply)(variables | {"adapters": row}, ids, types, mask, 0)
+    among = tiny.fused(many.apply)(variables, ids, types, mask, 17)
     np.testing.assert_allclose(among, alone, rtol=0, atol=1e-6)
 
 

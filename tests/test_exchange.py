@@ -38,9 +38,9 @@ def dev_logits(run: Run, name: str, experiment) -> np.ndarray:
     return run.evaluator.logits(run.variables, run.task(name), split)
 
 
-@pytest.fixture
-def run(small: Path) -> Path:
-    return train(small, "run", LORA)
+@pytest.fixture(scope="module")
+def run(small_of_module: Path) -> Path:
+    return train(small_of_module, "run", LORA)
 
 
 def test_tasks_as_files_and_back(small, run, capsys):
@@ -64,6 +64,11 @@ def test_tasks_as_files_and_back(small, run, capsys):
     assert json.loads(capsys.readouterr().out)["prediction"] in ("yes", "no", "maybe")
     assert main(["evaluate", f"--workdir={small / 'new'}"]) == 2
     assert "made of task files predicts only" in capsys.readouterr().err
+    # Where the data of some are known, these are evaluated.
+    with new.experiment.config.unlocked():
+        new.experiment.config.data.own.share = old.experiment.config.data.own.share
+    assert set(new.evaluate()) == {"share"}
+    assert "they came as files without data: same" in capsys.readouterr().err
     # A run is a base too.
     assert assemble(small / "newer", run, small / "colour.safetensors") == 0
 
@@ -84,6 +89,7 @@ def test_a_task_file_holds_the_task_and_nothing_else(small, run):
     assert len(metadata["base"]) == len(metadata["tokenizer"]) == 64
 
 
+@pytest.mark.slow
 def test_a_prefix_is_saved_flat(small):
     """Without the network behind it, as the paper counts it: 2 l d in each of two layers."""
     run = train(small, "run", "--config.method=prefix_tuning(length=3, bottleneck=7) + pooler")
@@ -158,6 +164,7 @@ def test_for_transformers_with_lora_merged(small, run, capsys):
     assert model.config.id2label == {0: "maybe", 1: "no", 2: "yes"}
 
 
+@pytest.mark.slow
 def test_for_other_libraries(small, run):
     assert convert(run, "colour", small / "peft", "peft") == 0
     assert json.loads((small / "peft" / "adapter_config.json").read_text())["r"] == 2

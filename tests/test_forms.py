@@ -18,6 +18,7 @@ from pals_jax.convert import from_huggingface
 from pals_jax.models import methods
 from pals_jax.models.blocks import Blocks
 from pals_jax.models.forms import Context, Dense, Form, Param, ProjectedFeedForward
+from pals_jax.models.rows import make_rows
 
 IDS = np.array([[2, 5, 9, 7, 3], [2, 11, 3, 0, 0]], np.int32)
 MASK = (IDS > 0).astype(np.int32)
@@ -70,7 +71,7 @@ def test_against_pytorch(form: Form, reference: Callable[..., torch.Tensor]) -> 
         is_leaf=lambda x: isinstance(x, Param),
     )
     x = rng.normal(size=(2, 7, 12)).astype(np.float32)
-    context = Context(tiny.config(), jnp.ones((2, 1, 1, 7), bool))
+    context = Context(tiny.config(), make_rows(jnp.ones((2, 7), int), jnp.zeros((2, 1), int)))
     expected = reference(theta, torch.tensor(x)).numpy()
     assert expected.std() > 0.1
     np.testing.assert_allclose(form(theta, x, context), expected, rtol=0, atol=1e-5)

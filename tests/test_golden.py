@@ -51,8 +51,10 @@ def batch(golden: SimpleNamespace, task: int) -> dict[str, np.ndarray]:
         "token_type_ids": arrays["segment_ids"].astype(np.int32),
         "attention_mask": arrays["input_mask"].astype(np.int32),
         "task_ids": np.array([task], np.int32),
-        "targets": arrays[f"task{task}/labels"].astype(np.float32),
-        "weights": np.ones(len(arrays["input_ids"]), np.float32),
+        "targets": arrays[f"task{task}/labels"].astype(np.float32)[:, None],
+        "first": np.zeros((len(arrays["input_ids"]), 1), np.int32),
+        "numbers": np.arange(len(arrays["input_ids"]), dtype=np.int32)[:, None],
+        "weights": np.ones((len(arrays["input_ids"]), 1), np.float32),
     }
 
 

@@ -242,7 +242,7 @@ def test_methods_that_are_not_lora(method: Any, name: str, tmp_path: Path) -> No
 
 def test_tasks_that_do_not_exist(tmp_path: Path) -> None:
     model = MultiTaskModel(tiny.config(), (2,), methods.lora(2))
-    with pytest.raises(UserError, match="task 1 does not exist"):
+    with pytest.raises(UserError, match="task id 1 is out of range"):
         to_peft(model, {}, 1, tmp_path)
 
 

@@ -3,12 +3,15 @@
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from pals_jax import submission
 from pals_jax.cli import main
 
 CONFIG = Path(__file__).with_name("tiny_experiment.py")
 
 
+@pytest.mark.slow
 def test_submission_from_a_run(small, shared, capsys):
     workdir, out = small / "run", small / "submission"
     overrides = [

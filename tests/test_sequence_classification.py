@@ -168,7 +168,7 @@ def test_wrong_labels_and_tasks(tmp_path: Path) -> None:
     variables = tiny.variables(model)
     with pytest.raises(UserError, match="task 0 needs 2 different labels"):
         to_sequence_classification(model, variables, 0, tmp_path, ["a", "a"])
-    with pytest.raises(UserError, match="there is no task 2; the model's tasks are 0 to 1"):
+    with pytest.raises(UserError, match="task id 2 is out of range; the 2 tasks are 0 to 1"):
         to_sequence_classification(model, variables, 2, tmp_path)
 
 

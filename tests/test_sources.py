@@ -272,6 +272,9 @@ BAD_DECLARATIONS = {
     "no column 'y'": {"label": "y"},
     "3 text columns; one or two work": {"text": ["text", "text", "text"]},
     "text = 3; a list is needed": {"text": 3},
+    "label = ['label']; give one name": {"label": ["label"]},
+    "train = ['a.tsv', 'b.tsv']; give one name": {"train": ["a.tsv", "b.tsv"]},
+    "regression = 'False'; give a bool": {"regression": "False"},
     "two or more labels, all different; it has a, a": {"labels": ["a", "a"]},
     "two or more labels, all different; it has a.": {"labels": ["a"]},
     "label_range, of no use in classification": {"label_range": [0, 1]},
@@ -291,6 +294,11 @@ def test_bad_declarations(tmp_path, expected):
     declaration = {"train": str(train), "text": "text", "label": "label"}
     message = error_of(own_task, "mine", declaration | BAD_DECLARATIONS[expected])
     assert expected in message
+
+
+def test_a_declaration_that_is_none():
+    message = error_of(own_task, "mine", "data/train.tsv")
+    assert message == "task mine is declared as 'data/train.tsv'; a mapping is needed."
 
 
 def test_bad_labels_of_own_task(tmp_path):

@@ -60,6 +60,26 @@ def test_outputs_of_the_original(config, golden, original, folder):
     np.testing.assert_allclose(pooled, golden["pooled_output"], rtol=0, atol=1e-5)
 
 
+def test_any_method_on_a_pre_trained_one(config, golden, original, folder):
+    method = methods.lora() + methods.pooler()
+    if folder.name == "adapters":
+        with pytest.raises(UserError, match="unused bert/encoder/layer_0/attention/output/adapt"):
+            from_tf_bert(config, original, method)
+        return
+    model, variables = from_tf_bert(config, original, method, tasks=(2, 1, 3))
+    assert (model.method, model.num_outputs) == (method, (2, 1, 3))
+    inputs = (golden[name] for name in ("input_ids", "segment_ids", "input_mask"))
+    hidden = jax.jit(model.apply, static_argnames="method")(
+        variables, *inputs, 1, method="encode"
+    )  # LoRA changes nothing yet
+    np.testing.assert_allclose(hidden, golden["sequence_output"], rtol=0, atol=1e-5)
+    pooler = variables["params"]["encoder"]["pooler"]["dense"]["kernel"]
+    mine = variables["adapters"]["pooler"]["pooler"]["dense"]["kernel"]
+    np.testing.assert_array_equal(mine, [pooler] * 3)
+    model, _ = from_tf_bert(config, original, methods.pals(6))
+    assert (model.method, model.num_outputs) == (methods.pals(6), (2,))
+
+
 def test_there_and_back(config, original):
     head = {
         "output_weights": np.arange(3 * 48, dtype=np.float32).reshape(3, 48),

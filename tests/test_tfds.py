@@ -13,7 +13,7 @@ from tensorflow_datasets.core.download import DownloadManager
 from pals_jax.data.glue_dir import GlueDir
 from pals_jax.data.tasks import GLUE, Task
 from pals_jax.data.tfds import Tfds
-from pals_jax.errors import UserError
+from pals_jax.errors import Unavailable, UserError
 
 MOST = 2000  # rows per file
 
@@ -113,7 +113,7 @@ def test_a_failed_download_leaves_nothing(monkeypatch, tmp_path):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(DownloadManager, "download_and_extract", download_and_extract)
-    with pytest.raises(UserError, match=r"cannot prepare glue/rte in .*: no route to host"):
+    with pytest.raises(Unavailable, match=r"cannot prepare glue/rte in .*: no route to host"):
         Tfds(tmp_path).read(GLUE["rte"], "dev")
     assert not list(tmp_path.rglob("*2.0.0*"))
 

@@ -229,8 +229,8 @@ def test_every_ill_fitting_tensor_is_listed(shared: Path) -> None:
     assert "missing pooler.dense.bias" in message
     assert f"unused {adapter}.scale" in message
     assert f"{adapter}.up_proj.weight is (10, 48) and not (48, 10)" in message
-    assert "prefix/control_trans.2[0].weight is (96, 21) and not (96, 20)" in message
-    assert "prefix/control_trans.2[1].weight is (96, 21) and not (96, 20)" in message
+    assert "prefix/control_trans.2.weight[0] is (96, 21) and not (96, 20)" in message
+    assert "prefix/control_trans.2.weight[1] is (96, 21) and not (96, 20)" in message
     assert "unused prefix/decoder_self_attn_key.0.weight" in message
     assert message.count(";") == 5
 

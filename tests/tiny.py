@@ -101,8 +101,10 @@ def batch(task_ids: Any, seed: int = 0, rows: int = 4) -> dict[str, np.ndarray]:
     targets = np.random.default_rng(seed).integers(0, 2, rows).astype(np.float32)
     return inputs(seed, rows) | {
         "task_ids": np.asarray(task_ids, np.int32),
-        "targets": targets,
-        "weights": np.ones(rows, np.float32),
+        "first": np.zeros((rows, 1), np.int32),
+        "numbers": np.arange(rows, dtype=np.int32)[:, None],
+        "targets": targets[:, None],
+        "weights": np.ones((rows, 1), np.float32),
     }
 
 
@@ -172,6 +174,17 @@ def training(
 def pals_training() -> tuple[Any, Any]:
     """`training` of everything with PALs, compiled once for all tests."""
     return training(MultiTaskModel(config(), NUM_OUTPUTS, METHODS["pals"]))
+
+
+def fused(function: Any) -> Any:
+    """`function`, compiled with the fusions of users' programs, which most tests do without.
+
+    With them what is equal for any shape is so bit for bit, or nearly.
+    """
+    known = jax.__version_info__ < (0, 12)  # later ones always fuse
+    return jax.jit(
+        function, compiler_options={"xla_cpu_use_fusion_emitters": True} if known else None
+    )
 
 
 def rows(tree: Any, task: int) -> Any:

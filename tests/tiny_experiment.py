@@ -24,8 +24,8 @@ def get_config(directory: str) -> ConfigDict:
     config.data.max_length = 16
     config.data.cache_dir = str(root / "cache")
     config.epochs = 2
-    config.steps_per_epoch = 40
-    config.checkpoint_every = 5
+    config.steps_per_epoch = 4
+    config.checkpoint_every = 3
     config.batch_size = 8
     config.eval_batch_size = 16
     config.optimizer.learning_rate = 3e-3

@@ -16,8 +16,9 @@ import numpy as np
 from pals_jax.convert import files, stacking, tables
 from pals_jax.convert.adapterhub_config import read_method, write_method
 from pals_jax.convert.stacking import Part
-from pals_jax.convert.tables import Slot
+from pals_jax.convert.tables import Slot, Tensors
 from pals_jax.errors import UserError
+from pals_jax.models import tasks
 from pals_jax.models.adapters import Adapter, Method
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.forms import Bottleneck, Prefix, Scale
@@ -25,15 +26,6 @@ from pals_jax.models.multitask import MultiTaskModel
 
 _VERSION = "adapters.1.3.0"  # whose format is written
 _SAFETENSORS, _PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
-_MODULES = {  # by site
-    "attention.query": "attention.self.query",
-    "attention.key": "attention.self.key",
-    "attention.value": "attention.self.value",
-    "attention.output": "attention.output",
-    "ffn.intermediate": "intermediate.dense",
-    "ffn.projection": "output.dense",
-    "ffn.output": "output",
-}
 # Every layer's copy of the one prefix; only some versions of the library save them.
 _PREFIX_COPIES = r"encoder\.layer\.\d+\.attention\.self\.prefix_tuning\.pool\."
 # What activations were called before the library wrote its version.
@@ -47,7 +39,9 @@ def from_adapterhub(
 ) -> tuple[MultiTaskModel, dict[str, Any]]:
     """A model with one task for each adapter, in their order, around one encoder.
 
-    The heads are new, with two outputs each: those of the library are not of this kind.
+    Heads are not read: the library saves them apart (`head_config.json`), and they need not be of
+    our kind. Each task gets a new one with two outputs, to be trained; where a directory holds a
+    head, a warning says so.
 
     Args:
         base_dir: the encoder that the adapters were trained on; a directory, the id of a repository
@@ -62,7 +56,10 @@ def from_adapterhub(
         UserError: a method that is not held here, methods that differ, a damaged file, or tensors
             that do not fit; all are listed.
     """
-    return stacking.stack(base_dir, adapters, _read_part, may_lack=_PREFIX_COPIES)
+    for directory in map(Path, adapters.values()):
+        _look_around(directory)
+    weights = _SAFETENSORS, _PICKLE
+    return stacking.stack(base_dir, adapters, weights, _read_part, may_lack=_PREFIX_COPIES)
 
 
 def to_adapterhub(
@@ -79,7 +76,7 @@ def to_adapterhub(
     Raises:
         UserError: there is no such task, or the library has no such method.
     """
-    stacking.check_task(model, task_index)
+    tasks.check(len(model.num_outputs), task_index)
     path = Path(directory).resolve()
     name = path.name.replace(".", "_")  # a dot would part the names of modules
     config = {
@@ -95,28 +92,24 @@ def to_adapterhub(
     files.write_adapter(path, config, _SAFETENSORS, tensors)
 
 
-def _read_part(directory: Path, encoder: BertConfig) -> Part:
+def _look_around(directory: Path) -> None:
+    """What else the library may have saved there."""
     if (directory / "adapter_fusion_config.json").exists():
         raise UserError(
             f"{directory} holds an AdapterFusion, which is not held here; give the directories of"
             " single adapters."
         )
-    path = directory / "adapter_config.json"
-    config = files.read_json(path)
-    if not isinstance(config.get("config"), dict) or not isinstance(config.get("name"), str):
-        raise UserError(f"{path} lacks the adapter's config or name.")
-    try:
-        method = read_method(_as_trained(config), encoder)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     if (directory / "head_config.json").exists():
-        _log.warning("the prediction head in %s is not read; a new one is initialised.", directory)
-    tensors = {
-        name.removeprefix("bert.").removeprefix("roberta."): tensor
-        for name, tensor in files.find_tensors(directory, _SAFETENSORS, _PICKLE).items()
-    }
+        _log.warning(
+            "the head in %s is not read; a new one with two outputs is initialised.", directory
+        )
+
+
+def _read_part(config: Mapping[str, Any], tensors: Tensors, encoder: BertConfig) -> Part:
+    if not isinstance(config.get("config"), dict) or not isinstance(config.get("name"), str):
+        raise UserError("it lacks the adapter's config or name.")
+    method = read_method(_as_trained(config), encoder)
     return Part(
-        directory,
         method,
         _cut(tensors, method, encoder),
         lambda model, task: adapterhub_slots(model, task, config["name"]),
@@ -149,7 +142,7 @@ def adapterhub_slots(model: MultiTaskModel, task: int, name: str) -> Iterator[Sl
                 yield from _prefix_slots(copy, adapter, task, len(layers))
             continue
         for place, layer in enumerate(layers):
-            module = f"encoder.layer.{layer}.{_MODULES[adapter.site]}"
+            module = f"encoder.layer.{layer}.{tables.MODULES[adapter.site]}"
             yield from _layer_slots(module, name, adapter, task, place)
 
 
@@ -162,8 +155,7 @@ def _layer_slots(module: str, name: str, adapter: Adapter, task: int, place: int
         case Scale():
             yield Slot(f"{lora}.lora_B", (*path, "scale"), one, transpose=True)
         case Bottleneck(bias=False):
-            yield Slot(f"{lora}.lora_A", (*path, "down", "kernel"), index, transpose=True)
-            yield Slot(f"{lora}.lora_B", (*path, "up", "kernel"), index, transpose=True)
+            yield from tables.lora(f"{lora}.lora_", path, index)
         case Bottleneck():
             yield from tables.dense(f"{bottleneck}.adapter_down.0", (*path, "down"), index)
             yield from tables.dense(f"{bottleneck}.adapter_up", (*path, "up"), index)
@@ -184,41 +176,34 @@ def _prefix_slots(name: str, adapter: Adapter, task: int, count: int) -> Iterato
     yield from tables.dense(f"{name}.control_trans.0", (*path, "shared", "down"), (task,))
     for place in range(count):
         up, index = (*path, "layers", "up"), (task, place)
-        weight, bias = (f"{name}.control_trans.2.{kind}[{place}]" for kind in ("weight", "bias"))
-        yield Slot(weight, (*up, "kernel"), index, transpose=True)
-        yield Slot(bias, (*up, "bias"), index)
+        yield from tables.dense(f"{name}.control_trans.2", up, index, f"[{place}]")
 
 
-def _cut(
-    tensors: Mapping[str, np.ndarray], method: Method, encoder: BertConfig
-) -> dict[str, np.ndarray]:
+def _cut(tensors: Tensors, method: Method, encoder: BertConfig) -> dict[str, np.ndarray]:
     """The tensors with those of all layers' prefixes in pieces, if they are as long as they say."""
-    cut = dict(tensors)
+    pieces = dict(tensors)
     for adapter in method:
         if not (isinstance(adapter, Adapter) and isinstance(adapter.form, Prefix)):
             continue
         count, width = len(adapter.layer_indices(encoder.num_hidden_layers)), encoder.hidden_size
         for name, tensor in tensors.items():
             if re.search(r"\.control_trans\.2\.\w+$", name) and len(tensor) == 2 * count * width:
-                pieces = np.split(tensor, count)
+                parts = np.split(tensor, count)
             elif re.search(r"\.control_trans$", name) and not len(tensor) % (2 * count * width):
                 # [P, keys and values of the first layer, then of the second ..., D]
-                pieces = [*np.moveaxis(tensor.reshape(-1, 2 * count, width), 1, 0)]
+                parts = [*np.moveaxis(tensor.reshape(-1, 2 * count, width), 1, 0)]
             else:
                 continue
-            del cut[name]
-            cut |= {f"{name}[{i}]": piece for i, piece in enumerate(pieces)}
-    return cut
+            del pieces[name]
+            pieces |= tables.cut(name, parts)
+    return pieces
 
 
-def _join(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _join(tensors: Tensors) -> dict[str, np.ndarray]:
     """The inverse of `_cut`."""
-    joined: dict[str, list[np.ndarray]] = {}
-    for name, tensor in tensors.items():
-        joined.setdefault(re.sub(r"\[\d+\]$", "", name), []).append(tensor)
     return {
         name: np.stack(pieces, axis=1).reshape(-1)
         if name.endswith(".control_trans")
         else np.concatenate(pieces)
-        for name, pieces in joined.items()
+        for name, pieces in tables.gathered(tensors).items()
     }

@@ -10,7 +10,7 @@ import huggingface_hub
 import numpy as np
 
 from pals_jax.convert import files, tables
-from pals_jax.errors import UserError
+from pals_jax.errors import Unavailable, UserError
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.methods import Method
 from pals_jax.models.multitask import MultiTaskModel
@@ -58,6 +58,7 @@ def resolve(name: str | Path) -> Path:
 
     Raises:
         UserError: nothing of that name can be had.
+        Unavailable: the hub is there, but gives nothing now.
     """
     if str(name) and Path(name).is_dir():
         return Path(name)
@@ -73,7 +74,9 @@ def resolve(name: str | Path) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=_FILES))
     except Exception as error:  # the hub's client raises many kinds, offline and on
-        raise UserError(
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        kind = Unavailable if status == 429 or status >= 500 else UserError
+        raise kind(
             f"the encoder {name!r} is neither a directory, nor one of {', '.join(PACKAGED)},"
             f" nor can it be had from the Hugging Face hub ({type(error).__name__})."
         ) from error

@@ -6,30 +6,20 @@ encoder. Which projections of which layers have LoRA is read off the tensors' na
 
 import dataclasses
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pals_jax.convert import files, stacking, tables
 from pals_jax.convert.stacking import Part
-from pals_jax.convert.tables import Slot
+from pals_jax.convert.tables import Slot, Tensors
 from pals_jax.errors import UserError
-from pals_jax.models import methods
+from pals_jax.models import methods, tasks
 from pals_jax.models.adapters import Adapter, Method
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.forms import Bottleneck
 from pals_jax.models.multitask import MultiTaskModel
 
 _SAFETENSORS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-_MODULES = {  # by site
-    "attention.query": "attention.self.query",
-    "attention.key": "attention.self.key",
-    "attention.value": "attention.self.value",
-    "attention.projection": "attention.output.dense",
-    "ffn.intermediate": "intermediate.dense",
-    "ffn.projection": "output.dense",
-}
 # Options that are taken over, or do not change what is computed. With any other, known today or
 # not, the adapter would be something else than LoRA, so it must be off.
 _OPTIONS = {
@@ -70,7 +60,7 @@ def from_peft(
         UserError: options that are not held here, adapters that differ in rank or targets, a
             damaged file, or tensors that do not fit; all are listed.
     """
-    return stacking.stack(base_dir, adapters, _read_part)
+    return stacking.stack(base_dir, adapters, (_SAFETENSORS, _PICKLE), _read_part)
 
 
 def to_peft(
@@ -87,7 +77,7 @@ def to_peft(
     Raises:
         UserError: there is no such task, or PEFT's LoRA has no place for the method.
     """
-    stacking.check_task(model, task)
+    tasks.check(len(model.num_outputs), task)
     loras, depth = _loras(model), model.config.num_hidden_layers
     form, scale = loras[0].form, loras[0].scale
     config = {
@@ -113,24 +103,15 @@ def to_peft(
     files.write_adapter(Path(directory), config, _SAFETENSORS, tensors)
 
 
-def _read_part(directory: Path, encoder: BertConfig) -> Part:
-    path = directory / "adapter_config.json"
-    config = files.read_json(path)
-    tensors = {
-        re.sub(r"^base_model\.model\.(?:bert\.|roberta\.)?", "", name): tensor
-        for name, tensor in files.find_tensors(directory, _SAFETENSORS, _PICKLE).items()
-    }
-    try:
-        _check(config)
-        method = _method(config, tensors, encoder)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+def _read_part(config: Mapping[str, Any], tensors: Tensors, encoder: BertConfig) -> Part:
+    _check(config)
+    method = _method(config, tensors, encoder)
     head = "classifier.out_proj" if encoder.model_type == "roberta" else "classifier"
     if f"{head}.weight" not in tensors:
-        return Part(directory, method, tensors, _lora_slots)
+        return Part(method, tensors, _lora_slots)
     num_outputs = len(tensors[f"{head}.weight"])
     own = methods.pooler() if encoder.model_type == "roberta" else ()
-    return Part(directory, method + own, tensors, peft_slots, num_outputs)
+    return Part(method + own, tensors, peft_slots, num_outputs)
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -178,7 +159,7 @@ def _loras(model: MultiTaskModel) -> list[Any]:
     for spec in model.method:
         if spec == methods.pooler()[0] and model.config.model_type == "roberta":
             continue  # a part of its classifier
-        (loras if _is_lora(spec) else others).append(spec)
+        (loras if methods.is_lora(spec) else others).append(spec)
     agree = len({(spec.form, spec.scale) for spec in loras}) == 1
     if others or not agree or len({spec.site for spec in loras}) < len(loras):
         names = ", ".join(spec.name for spec in others or model.method) or "no adapter"
@@ -187,18 +168,6 @@ def _loras(model: MultiTaskModel) -> list[Any]:
             " projections of the layers, and the task's head."
         )
     return loras
-
-
-def _is_lora(spec: Any) -> bool:
-    match spec:
-        case Adapter(
-            form=Bottleneck(activation="identity", bias=False, norm=False),
-            reads="block_input",
-            compose="add",
-            scale=int() | float(),
-        ):
-            return spec.site in _MODULES
-    return False
 
 
 # ------------------------------------------------ their names
@@ -221,10 +190,9 @@ def _lora_slots(model: MultiTaskModel, task: int) -> Iterator[Slot]:
     for adapter in _loras(model):
         path = ("adapters", adapter.name, "layers")
         for place, layer in enumerate(adapter.layer_indices(model.config.num_hidden_layers)):
-            name, index = _module(adapter, layer), (task, place)
-            yield Slot(f"{name}.lora_A.weight", (*path, "down", "kernel"), index, transpose=True)
-            yield Slot(f"{name}.lora_B.weight", (*path, "up", "kernel"), index, transpose=True)
+            name = f"{_module(adapter, layer)}.lora_"
+            yield from tables.lora(name, path, (task, place), ".weight")
 
 
 def _module(adapter: Adapter, layer: int) -> str:
-    return f"encoder.layer.{layer}.{_MODULES[adapter.site]}"
+    return f"encoder.layer.{layer}.{tables.MODULES[adapter.site]}"

@@ -48,7 +48,7 @@ def to_sequence_classification(
     task: int,
     directory: Path,
     labels: Sequence[str] | None = None,
-) -> None:
+) -> tuple[MultiTaskModel, dict[str, Any]]:
     """Writes one task as `config.json` and `model.safetensors` for transformers.
 
     What the task changes of the encoder's weights (LoRA, IA3, its own layer norms, biases, layers
@@ -61,6 +61,9 @@ def to_sequence_classification(
         directory: is made if need be.
         labels: the names of its classes, or one name of the number that a regression gives (on
             the scale of the training targets); by default LABEL_0, LABEL_1, ...
+
+    Returns:
+        What was written, as a model (T = 1, no adapters) and its variables.
 
     Raises:
         UserError: no such task, a wrong number of labels, or a method that the architecture of
@@ -92,6 +95,7 @@ def to_sequence_classification(
     tensors = tables.write(variables, nested)
     files.write_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2))
+    return model, variables
 
 
 def sequence_classification_slots(config: BertConfig, num_outputs: int) -> Iterator[Slot]:

@@ -1,18 +1,19 @@
 """Adapters of several tasks, each from a directory of its own, stacked onto one encoder."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pals_jax.convert import huggingface, tables
-from pals_jax.convert.tables import Slot
+from pals_jax.convert import files, huggingface, tables
+from pals_jax.convert.tables import Slot, Tensors
 from pals_jax.errors import UserError
 from pals_jax.models.adapters import Method
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
+
+_NESTED = r"^(base_model\.model\.)?(bert\.|roberta\.)?"  # what a name within the encoder follows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,70 +21,83 @@ class Part:
     """What a directory holds of one task.
 
     Attributes:
-        source: the directory.
         method: what the adapter is.
         tensors: by foreign name.
         slots: for a model and a task index, the places of the tensors.
         num_outputs: of the task's head.
     """
 
-    source: Path
     method: Method
-    tensors: Mapping[str, np.ndarray]
+    tensors: Tensors
     slots: Callable[[MultiTaskModel, int], Iterable[Slot]]
     num_outputs: int = 2
+
+
+ReadPart = Callable[[Mapping[str, Any], Tensors, BertConfig], Part]
 
 
 def stack(
     base_dir: str | Path,
     directories: Mapping[str, str | Path],
-    read_part: Callable[[Path, BertConfig], Part],
+    weights: tuple[str, ...],
+    read_part: ReadPart,
     may_lack: str = "$^",
 ) -> tuple[MultiTaskModel, dict[str, Any]]:
     """One task for each adapter, in their order, on the encoder in a directory.
 
     Args:
         base_dir: anything that `huggingface.resolve` takes.
-        directories: those of the adapters, by name of the task.
-        read_part: reads one of them, given the encoder's architecture.
+        directories: those of the adapters, by name of the task; each holds `adapter_config.json`.
+        weights: the names that the file of the tensors may have.
+        read_part: makes a part of what is in the two files, and of the encoder's architecture. The
+            names of the tensors begin within the encoder.
         may_lack: pattern of the tensors that an adapter may lack.
 
     Returns:
         The model, and its variables {"params", "adapters"} with float32 leaves.
 
     Raises:
-        UserError: no adapter, adapters of different methods, or tensors that do not fit.
+        UserError: no adapter, a damaged file, adapters of different methods, or tensors that do not
+            fit.
     """
     if not directories:
         raise UserError("there is no adapter to convert; give the directory of at least one.")
     base = huggingface.resolve(base_dir)
     config = huggingface.read_config(base)
-    parts = {task: read_part(Path(path), config) for task, path in directories.items()}
+    parts = {
+        task: _read(Path(directory), weights, read_part, config)
+        for task, directory in directories.items()
+    }
     num_outputs = tuple(part.num_outputs for part in parts.values())
-    model = MultiTaskModel(config, num_outputs, _common_method(parts))
+    model = MultiTaskModel(config, num_outputs, _common_method(parts, directories))
     slots = list(tables.bert(config))
     tensors = tables.write(huggingface.from_huggingface(base)[1], slots)
-    for task, part in enumerate(parts.values()):
-        where = f"{part.source}: "  # so that an error says whose tensor it is
-        slots += tables.renamed(part.slots(model, task), where.__add__)
+    for index, (task, part) in enumerate(parts.items()):
+        where = f"{directories[task]}: "  # so that an error says whose tensor it is
+        slots += tables.renamed(part.slots(model, index), where.__add__)
         tensors |= {where + name: tensor for name, tensor in part.tensors.items()}
     may_lack = f".*: (?:{may_lack})"
     return model, tables.read(model, slots, tensors, source="an adapter", may_lack=may_lack)
 
 
-def check_task(model: MultiTaskModel, task: int) -> None:
-    """Refuses a task that the model does not have."""
-    count = len(model.num_outputs)
-    if not 0 <= task < count:
-        raise UserError(f"task {task} does not exist; the model's {count} are 0 to {count - 1}.")
+def _read(
+    directory: Path, weights: tuple[str, ...], read_part: ReadPart, encoder: BertConfig
+) -> Part:
+    path = directory / "adapter_config.json"
+    config, tensors = files.read_json(path), files.find_tensors(directory, *weights)
+    try:
+        return read_part(config, {re.sub(_NESTED, "", k): x for k, x in tensors.items()}, encoder)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
-def _common_method(parts: Mapping[str, Part]) -> Method:
+def _common_method(parts: Mapping[str, Part], directories: Mapping[str, str | Path]) -> Method:
     (first, part), *rest = parts.items()
     for other, another in rest:
         if another.method != part.method:
             raise UserError(
-                f"the adapters of {first} ({part.source}) and {other} ({another.source}) differ in"
-                " method, size or layers; one model holds what agrees, so convert them separately."
+                f"the adapters of {first} ({directories[first]}) and {other} ({directories[other]})"
+                " differ in method, size or layers; one model holds what agrees, so convert them"
+                " separately."
             )
     return part.method

@@ -18,6 +18,18 @@ from pals_jax.models.multitask import MultiTaskModel, init_variables
 Path = tuple[str, ...]
 Tensors = Mapping[str, np.ndarray]
 
+# By site, the module of Hugging Face's `BertLayer` whose output is the state there.
+MODULES: Mapping[str, str] = {
+    "attention.query": "attention.self.query",
+    "attention.key": "attention.self.key",
+    "attention.value": "attention.self.value",
+    "attention.projection": "attention.output.dense",
+    "attention.output": "attention.output",
+    "ffn.intermediate": "intermediate.dense",
+    "ffn.projection": "output.dense",
+    "ffn.output": "output",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
@@ -36,10 +48,12 @@ class Slot:
     transpose: bool = False
 
 
-def dense(name: str, path: Path, index: tuple[int | slice, ...] = ()) -> Iterator[Slot]:
-    """The two tensors of a `torch.nn.Linear`."""
-    yield Slot(f"{name}.weight", (*path, "kernel"), index, transpose=True)
-    yield Slot(f"{name}.bias", (*path, "bias"), index)
+def dense(
+    name: str, path: Path, index: tuple[int | slice, ...] = (), piece: str = ""
+) -> Iterator[Slot]:
+    """The two tensors of a `torch.nn.Linear`, or a piece of each, such as "[3]"; see `cut`."""
+    yield Slot(f"{name}.weight{piece}", (*path, "kernel"), index, transpose=True)
+    yield Slot(f"{name}.bias{piece}", (*path, "bias"), index)
 
 
 def norm(name: str, path: Path, index: tuple[int | slice, ...] = ()) -> Iterator[Slot]:
@@ -80,9 +94,28 @@ def head(name: str, task: int, outputs: int) -> Iterator[Slot]:
     yield Slot(f"{name}.bias", (*path, "bias"), (task, columns))
 
 
+def lora(name: str, path: Path, index: tuple[int | slice, ...], suffix: str = "") -> Iterator[Slot]:
+    """The two matrices of LoRA on one projection: "nameA" and "nameB", before a suffix."""
+    yield Slot(f"{name}A{suffix}", (*path, "down", "kernel"), index, transpose=True)
+    yield Slot(f"{name}B{suffix}", (*path, "up", "kernel"), index, transpose=True)
+
+
 def renamed(slots: Iterable[Slot], rename: Callable[[str], str]) -> Iterator[Slot]:
     """The same places under other foreign names."""
     return (dataclasses.replace(slot, name=rename(slot.name)) for slot in slots)
+
+
+def cut(name: str, pieces: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+    """A foreign tensor that fills several places, in pieces of its own: "name[0]", "name[1]"."""
+    return {f"{name}[{i}]": piece for i, piece in enumerate(pieces)}
+
+
+def gathered(tensors: Tensors) -> dict[str, list[np.ndarray]]:
+    """The inverse of `cut`: by name a tensor's pieces in their order, or the tensor alone."""
+    whole: dict[str, list[np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        whole.setdefault(re.sub(r"\[\d+\]$", "", name), []).append(tensor)
+    return whole
 
 
 def read(

@@ -6,7 +6,7 @@ transformers has the exact one: "gelu" of its `bert_config.json` is "gelu_new" h
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,18 +40,25 @@ _RENAMED = {
 
 
 def from_tf_bert(
-    config: Mapping[str, Any], variables: Mapping[str, np.ndarray]
+    config: Mapping[str, Any],
+    variables: Mapping[str, np.ndarray],
+    adapters: Method = (),
+    tasks: Sequence[int] = (),
 ) -> tuple[MultiTaskModel, dict[str, Any]]:
-    """The model (T = 1) and variables of an original checkpoint.
+    """The model and variables of an original checkpoint: its own task, or new ones.
 
-    Where the checkpoint has adapters the method is `houlsby` with the task's own layer norms. A
-    head that it lacks, as pre-trained ones do, is a new one of two classes.
+    Its own task (T = 1), by default: where the checkpoint has adapters the method is `houlsby` with
+    the task's own layer norms; a head that it lacks, as pre-trained ones do, is a new one of two
+    classes. With `adapters` or `tasks`, all adapters and heads are new, as `from_huggingface` makes
+    them; the checkpoint must then be a pre-trained one, without any.
 
     Args:
         config: the original `bert_config.json`.
         variables: the original names ("bert/encoder/layer_0/..."), as
             `tf_checkpoint.read_tf_checkpoint` gives them. Optimiser states, the step and
             pre-training heads are ignored.
+        adapters: the method of new tasks.
+        tasks: each new task's number of classes, 1 for regression; one of two if left out.
 
     Raises:
         UserError: an activation that is not known, or tensors that do not fit; all are listed.
@@ -60,15 +67,20 @@ def from_tf_bert(
     architecture = BertConfig.from_mapping(
         {**config, "hidden_act": _ACTIVATIONS.get(activation, activation)}
     )
-    has_head = bool(_HEAD & variables.keys())
-    outputs = np.size(variables["output_bias"]) if "output_bias" in variables else 2
-    model = MultiTaskModel(architecture, (outputs,), _method(variables))
+    if adapters or tasks:
+        model = MultiTaskModel(architecture, tuple(tasks) or (2,), adapters)
+        slots, may_lack = _encoder_slots(architecture), "$^"
+    else:
+        has_head = bool(_HEAD & variables.keys())
+        outputs = np.size(variables["output_bias"]) if "output_bias" in variables else 2
+        model = MultiTaskModel(architecture, (outputs,), _method(variables))
+        slots, may_lack = tf_bert_slots(model), "$^" if has_head else "|".join(_HEAD)
     return model, tables.read(
         model,
-        tf_bert_slots(model),
+        slots,
         variables,
         source="the TensorFlow checkpoint",
-        may_lack="$^" if has_head else "|".join(_HEAD),
+        may_lack=may_lack,
         may_ignore=_MAY_IGNORE,
     )
 
@@ -107,11 +119,7 @@ def to_tf_bert(
 
 def tf_bert_slots(model: MultiTaskModel) -> Iterator[Slot]:
     """The table of names of a model with T = 1."""
-    for slot in tables.bert(model.config):
-        name = slot.name
-        for pattern, replacement in _RENAMED.items():
-            name = re.sub(pattern, replacement, name)
-        yield dataclasses.replace(slot, name=f"bert/{name}", transpose=False)
+    yield from _encoder_slots(model.config)
     for adapter, place in _ADAPTERS.items() if model.method else ():
         for layer in range(model.config.num_hidden_layers):
             name, path = f"bert/encoder/layer_{layer}/{place}", ("adapters", adapter, "layers")
@@ -122,6 +130,14 @@ def tf_bert_slots(model: MultiTaskModel) -> Iterator[Slot]:
                 yield Slot(f"{name}/biases{number}", bias, (slice(1), layer))
     yield Slot("output_weights", ("adapters", "head", "kernel"), (0,), transpose=True)
     yield Slot("output_bias", ("adapters", "head", "bias"), (0,))
+
+
+def _encoder_slots(config: BertConfig) -> Iterator[Slot]:
+    for slot in tables.bert(config):
+        name = slot.name
+        for pattern, replacement in _RENAMED.items():
+            name = re.sub(pattern, replacement, name)
+        yield dataclasses.replace(slot, name=f"bert/{name}", transpose=False)
 
 
 def _method(variables: Mapping[str, np.ndarray]) -> Method:

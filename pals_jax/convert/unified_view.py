@@ -2,7 +2,7 @@
 
 Two parts: the encoder, with what belongs to the task in tensors called ef_..., and the prefix
 module. In the tables here the latter's names begin with "prefix/", and the last projection of its
-network, with the keys and values of all layers, is cut into theirs ("control_trans.2[0]").
+network, with the keys and values of all layers, is cut into theirs ("...2.weight[0]").
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,13 +45,8 @@ _PREFIXES: Mapping[str, tuple[str, Literal["gate", "add"]]] = {
     "cross_attn_noln": ("softmax", "add"),
     "cross_attn_relu": ("relu", "add"),
 }
-# By site.
-_LORA_NAMES = {
-    "attention.query": "attention.self.query",
-    "attention.value": "attention.self.value",
-    "ffn.intermediate": "intermediate.dense",
-    "ffn.projection": "output.dense",
-}
+_LORA = {"attention": ("query", "value"), "ffn": ("ffn_in", "ffn_out")}  # targets, by block
+_LORA_SITES = {methods.LORA_SITES[target] for targets in _LORA.values() for target in targets}
 
 _PREFIX = "prefix/"
 _LAST = f"{_PREFIX}control_trans.2"  # keys, then values, of the first layer, then the second ...
@@ -118,12 +113,13 @@ def to_unified_view(
     for block in ("attention", "ffn"):
         here = [x for x in model.method if isinstance(x, Adapter) and x.site.startswith(block)]
         # LoRA changes two projections; anything else is one adapter.
-        if len(here) > max(1, len({x.site for x in here} & set(_LORA_NAMES))):
+        if len(here) > max(1, len({x.site for x in here} & _LORA_SITES)):
             raise _no_place(here[-1])
     tensors = tables.write(variables, unified_view_slots(model))
     prefix = {name: x for name, x in tensors.items() if name.startswith(_PREFIX)}
     state_dict = {name: x for name, x in tensors.items() if name not in prefix}
-    return state_dict, {name.removeprefix(_PREFIX): x for name, x in _join(prefix).items()}
+    joined = {name: np.concatenate(pieces) for name, pieces in tables.gathered(prefix).items()}
+    return state_dict, {name.removeprefix(_PREFIX): x for name, x in joined.items()}
 
 
 # ------------------------------------------------ their options as methods
@@ -136,7 +132,7 @@ def _at_attention(config: Mapping[str, Any]) -> Method:
     if config["attn_composition"] != "add":  # the original fails, too
         raise _not_held(attn_composition=config["attn_composition"])
     if mode == "lora":
-        return _lora(config, size, ("query", "value"))
+        return _lora(config, size, _LORA["attention"])
     if mode == "adapter" and option in _ATTENTION_ADAPTERS:
         site, reads, _ = _ATTENTION_ADAPTERS[option]
         return (Adapter("attention_adapter", site, Bottleneck(size, "relu", norm=True), reads),)
@@ -155,7 +151,7 @@ def _at_ffn(config: Mapping[str, Any]) -> Method:
     if mode == "none":
         return ()
     if mode == "lora":
-        return _lora(config, size, ("ffn_in", "ffn_out"))
+        return _lora(config, size, _LORA["ffn"])
     if mode == "adapter" and option in _FFN_ADAPTERS:
         norm, scale = config["ffn_adapter_layernorm_option"], config["ffn_adapter_scalar"]
         if norm not in ("none", "in"):
@@ -210,25 +206,15 @@ def _layer_slots(name: str, spec: Adapter | Owned, layer: int) -> Iterator[Slot]
                 theirs = f"{_PREFIX}decoder_self_attn_{part}.{layer}.weight"
                 yield Slot(theirs, (*path, part), index)
         case Adapter(form=Prefix(), layers="all", shared=("embedding", "down"), scale=1.0):
-            yield from tables.dense(f"{_LAST}[{layer}]", (*path, "up"), index)
+            yield from tables.dense(_LAST, (*path, "up"), index, f"[{layer}]")
         case Adapter(form=Bottleneck() as form, layers="all", shared=(), compose="add"):
-            if _is_lora(spec, form):
-                yield from _lora_slots(f"{name}.{_LORA_NAMES[spec.site]}", path, index)
+            if methods.is_lora(spec) and spec.site in _LORA_SITES:
+                module = f"{name}.{tables.MODULES[spec.site]}"
+                yield from tables.lora(f"{module}.ef_lora_", path, index)
             else:
                 yield from _adapter_slots(f"{name}.{_place(spec, form).name}", spec, form, layer)
         case _:
             raise _no_place(spec)
-
-
-def _is_lora(adapter: Adapter, form: Bottleneck) -> bool:
-    at = adapter.site in _LORA_NAMES and adapter.reads == "block_input"
-    bare = Bottleneck(form.size, init=form.init, bias=False, dropout=form.dropout)
-    return at and form == bare and adapter.scale != "learned"
-
-
-def _lora_slots(name: str, path: tables.Path, index: tuple[int, int]) -> Iterator[Slot]:
-    yield Slot(f"{name}.ef_lora_A", (*path, "down", "kernel"), index, transpose=True)
-    yield Slot(f"{name}.ef_lora_B", (*path, "up", "kernel"), index, transpose=True)
 
 
 def _place(adapter: Adapter, form: Bottleneck) -> Place:
@@ -276,20 +262,9 @@ def _left_overs(config: Mapping[str, Any]) -> str:
 
 
 def _cut(prefix: Tensors, depth: int) -> dict[str, np.ndarray]:
-    """The prefix module's tensors with the last projection's as one for each layer."""
-    tensors = dict(prefix)
-    for kind in ("weight", "bias"):
-        if f"{_LAST}.{kind}" in tensors:
-            rows = np.array_split(tensors.pop(f"{_LAST}.{kind}"), depth)
-            tensors |= {f"{_LAST}[{layer}].{kind}": x for layer, x in enumerate(rows)}
-    return tensors
-
-
-def _join(prefix: Tensors) -> dict[str, np.ndarray]:
-    """The inverse of `_cut`."""
-    tensors = {name: x for name, x in prefix.items() if not name.startswith(_LAST)}
-    for kind in ("weight", "bias"):
-        rows = [x for name, x in prefix.items() if name.startswith(_LAST) and name.endswith(kind)]
-        if rows:
-            tensors[f"{_LAST}.{kind}"] = np.concatenate(rows)
-    return tensors
+    """The prefix module's tensors with the last projection's in pieces, one for each layer."""
+    pieces = dict(prefix)
+    for name in (f"{_LAST}.weight", f"{_LAST}.bias"):
+        if name in prefix:
+            pieces |= tables.cut(name, np.array_split(pieces.pop(name), depth))
+    return pieces

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from pals_jax.data.examples import Examples, check_split, read_examples
 from pals_jax.data.readers import Row, read_rows
 from pals_jax.data.tasks import Task, to_number
@@ -23,6 +25,11 @@ class Files:
     def splits(self, task: Task) -> tuple[str, ...]:
         """Those of the task's splits that were declared."""
         return tuple(split for split in task.splits if split in self.paths)
+
+    def is_here(self, task: Task) -> bool:
+        """See `sources.Source`."""
+        del task
+        return True
 
     def read(self, task: Task, split: str) -> Examples:
         """The examples of a split; see `sources.Source`. A test file may have labels or not."""
@@ -47,8 +54,10 @@ def own_task(name: str, declaration: Mapping[str, Any]) -> tuple[Task, Files]:
             metrics: the first is the task's score; by default accuracy, or pearson and spearman.
 
     Raises:
-        UserError: a key is unknown, missing or of no use; or train cannot be read.
+        UserError: a key is unknown, missing, of no use or of a wrong type; or train cannot be read.
     """
+    if not isinstance(declaration, Mapping | ConfigDict):
+        raise UserError(f"task {name} is declared as {declaration!r}; a mapping is needed.")
     given = {key: declaration[key] for key in declaration if declaration[key] is not None}
     if unknown := sorted(set(given) - set(_KEYS)):
         raise UserError(
@@ -57,7 +66,12 @@ def own_task(name: str, declaration: Mapping[str, Any]) -> tuple[Task, Files]:
         )
     if missing := [key for key in ("train", "text", "label") if key not in given]:
         raise UserError(f"the declaration of task {name} lacks {', '.join(missing)}.")
-    regression = bool(given.get("regression", False))
+    for key in (*_SPLITS, "label"):
+        if not isinstance(given.get(key, ""), str | Path):
+            raise UserError(f"task {name} is declared with {key} = {given[key]!r}; give one name.")
+    regression = given.get("regression", False)
+    if not isinstance(regression, bool):
+        raise UserError(f"task {name} is declared with regression = {regression!r}; give a bool.")
     useless = "labels" if regression else "label_range"
     if useless in given:
         kind = "regression" if regression else "classification"

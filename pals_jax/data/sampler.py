@@ -90,15 +90,23 @@ class Sampler:
     def __post_init__(self) -> None:
         task_probabilities(self.sizes, self.schedule, 1, self.epochs)  # refuses what is wrong now
 
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    def spread(self, count: int = 256) -> list[int]:
+        """Steps that are spread evenly over the run, to know all of it by."""
+        return np.unique(np.linspace(0, self.steps - 1, count, dtype=int)).tolist()
+
     def draw(self, step: int) -> Draw:
         """Tasks and examples of a step, which may be asked for without the ones before it.
 
         Raises:
             ValueError: a step outside the run.
         """
-        total = self.epochs * self.steps_per_epoch
-        if not 0 <= step < total:
-            raise ValueError(f"step {step} is not in 0 to {total - 1}")
+        if not 0 <= step < self.steps:
+            raise ValueError(f"step {step} is not in 0 to {self.steps - 1}")
         draws = slice(step * self.groups, (step + 1) * self.groups)
         task_ids = self._tasks[draws]
         pairs = zip(task_ids.tolist(), self._earlier_draws[draws].tolist(), strict=True)

@@ -17,6 +17,10 @@ class Source(Protocol):
         """Those of the task's splits that are present."""
         ...
 
+    def is_here(self, task: Task) -> bool:
+        """Whether they can be read without a download."""
+        ...
+
     def read(self, task: Task, split: str) -> Examples:
         """The examples of a split.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from pals_jax.data.examples import Examples, check_split
 from pals_jax.data.tasks import GLUE, Task
-from pals_jax.errors import UserError
+from pals_jax.errors import Unavailable, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Tfds:
         """All of the task's splits."""
         _check_glue(task)
         return task.splits
+
+    def is_here(self, task: Task) -> bool:
+        """See `sources.Source`."""
+        home = self.data_dir or Path("~/tensorflow_datasets").expanduser()
+        return (home / "glue" / task.name).is_dir()
 
     def read(self, task: Task, split: str) -> Examples:
         """The examples of a split; see `sources.Source`.
@@ -53,6 +58,7 @@ class Tfds:
 
     def _prepared(self, task: Task) -> Any:
         # Imported here because few need it, by module because TFDS finds only builders it knows.
+        import requests
         import tensorflow_datasets
         import tensorflow_datasets.text.glue
 
@@ -66,7 +72,14 @@ class Tfds:
                 builder.download_and_prepare()
         except Exception as error:  # from TFDS, its downloader or the network, of many kinds
             where = self.data_dir or "its default data directory"
-            raise UserError(
+            elsewhere = (
+                ConnectionError,
+                TimeoutError,
+                requests.RequestException,
+                tensorflow_datasets.download.DownloadError,
+            )
+            kind = Unavailable if isinstance(error, elsewhere) else UserError
+            raise kind(
                 f"TensorFlow Datasets cannot prepare {name} in {where}:"
                 f" {type(error).__name__}: {error}"
             ) from error

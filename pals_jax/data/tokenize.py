@@ -18,6 +18,7 @@ from pals_jax.data.examples import Examples
 from pals_jax.errors import UserError
 
 _FORMAT = 1  # of the cache; to be raised when its content changes meaning
+_FILES = ("tokens", "offsets", "first", "targets")
 _BATCH = 1000  # examples per call of the tokenizer, to bound memory
 
 
@@ -32,12 +33,15 @@ class TokenizedSplit:
         offsets: int64 [N + 1]; example i is `tokens[offsets[i] : offsets[i + 1]]`.
         first: int32 [N], the number of leading tokens of type 0; those after them are of type 1.
         targets: float32 [N], class ids or rescaled regression labels; NaN where unlabelled.
+        hidden: [sum of lengths, D], for each token what the layers gave that are the same for all
+            tasks (`pals_jax.below`). None: they are computed at every step.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     first: np.ndarray
     targets: np.ndarray
+    hidden: np.ndarray | None = None
 
     def __len__(self) -> int:
         """N."""
@@ -51,14 +55,13 @@ class TokenizedSplit:
     def save(self, directory: Path) -> None:
         """Writes one `.npy` file per array into a new directory."""
         directory.mkdir()
-        for field in dataclasses.fields(self):
-            np.save(directory / f"{field.name}.npy", getattr(self, field.name))
+        for name in _FILES:
+            np.save(directory / f"{name}.npy", getattr(self, name))
 
     @classmethod
     def load(cls, directory: Path) -> Self:
         """Maps what `save` wrote into memory."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(*(np.load(directory / f"{name}.npy", mmap_mode="r") for name in names))
+        return cls(*(np.load(directory / f"{name}.npy", mmap_mode="r") for name in _FILES))
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:

@@ -32,6 +32,7 @@ from jax import Array
 from pals_jax.errors import UserError
 from pals_jax.models.bert import SITES, BertConfig, Sites
 from pals_jax.models.forms import Context, Form, Param, Theta
+from pals_jax.models.rows import Rows
 
 Layers = Literal["all", "first_half", "final_half"] | tuple[int, ...]
 
@@ -202,6 +203,12 @@ class Owned:
 Method = tuple[Adapter | Owned, ...]
 
 
+def prompt_length(method: Method) -> int:
+    """How many positions a method adds to each example."""
+    prompts = (s for s in method if isinstance(s, Adapter) and s.compose == "concat")
+    return sum(prompt.form.length for prompt in prompts)  # type: ignore[attr-defined]
+
+
 def check(method: Method, encoder: Theta, depth: int) -> None:
     """Sees that the parts of a method do not collide.
 
@@ -344,7 +351,7 @@ class TaskAdapters:
 
     def sites(
         self,
-        mask: Array,
+        rows: Rows,
         key: Array | None,
         layer: Mapping[str, Theta] | None = None,
         active: Array | None = None,
@@ -352,7 +359,7 @@ class TaskAdapters:
         """The sites of one layer, or, without `layer`, those below and above all layers.
 
         Args:
-            mask: bool [B, 1, 1 or L, L].
+            rows: who is where.
             key: their dropout key, or None.
             layer: that layer's slice of `layers`.
             active: its scalar of `active`.
@@ -374,7 +381,7 @@ class TaskAdapters:
                     continue
                 theta = {**self.thetas[adapter.name].get("shared", {}), **layer[adapter.name]}
                 own_key = None if key is None else jax.random.fold_in(key, index)
-                context = Context(self.config, mask, own_key, query, log_normaliser)
+                context = Context(self.config, rows, own_key, query, log_normaliser)
                 x = block_input if adapter.reads == "block_input" else state
                 x = normalise(x) if adapter.reads == "normalised" else x
                 changed = adapter.change(theta, state, x, context)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -24,6 +25,7 @@ from pals_jax.models.layers import (
     merge_heads,
     split_heads,
 )
+from pals_jax.models.rows import Places, Rows
 
 
 class Site(NamedTuple):
@@ -142,8 +144,8 @@ class Block(nn.Module):
         epsilon = self.config.layer_norm_eps
         return nn.LayerNorm(epsilon, dtype=self.dtype, use_fast_variance=False, name=name)
 
-    def dropout(self, x: Array, rate: float) -> Array:
-        return dropout(x, rate, self.dropout_key())
+    def dropout(self, x: Array, rate: float, places: Places) -> Array:
+        return dropout(x, rate, self.dropout_key(), places)
 
     def dropout_key(self) -> Array | None:
         """A new key where the caller passed rngs={"dropout": key}; else dropout is off."""
@@ -154,24 +156,28 @@ class Embeddings(Block):
     """Words + positions + token types, layer norm, dropout."""
 
     @nn.compact
-    def __call__(self, input_ids: Array, token_type_ids: Array) -> Array:
+    def __call__(self, input_ids: Array, token_type_ids: Array, rows: Rows) -> Array:
         """input_ids, token_type_ids: int [B, L] -> [B, L, D]."""
         config = self.config
+        position = self.position_ids(input_ids, rows.places.position)
         x = (
             self.table(config.vocab_size, "word")(input_ids)
-            + self.table(config.max_position_embeddings, "position")(self.positions(input_ids))
+            + self.table(config.max_position_embeddings, "position")(position)
             + self.table(config.type_vocab_size, "token_type")(token_type_ids)
         )
         x = self.norm("norm")(x)
-        return self.dropout(x, config.hidden_dropout_prob)
+        return self.dropout(x, config.hidden_dropout_prob, rows.places)
 
-    def positions(self, input_ids: Array) -> Array:
-        """int [B or 1, L]: from 0; RoBERTa's count real tokens, from behind the padding's own."""
+    def position_ids(self, input_ids: Array, position: Array) -> Array:
+        """int [B, L]: from 0; RoBERTa's count real tokens, from behind the padding's own."""
         if self.config.model_type == "bert":
-            return jnp.arange(input_ids.shape[1])[None]
+            return position
         pad = self.config.pad_token_id
         real = (input_ids != pad).astype(jnp.int32)
-        return jnp.cumsum(real, axis=1) * real + pad
+        count = jnp.cumsum(real, axis=1)
+        first = jnp.arange(input_ids.shape[1])[None] - position
+        before = jnp.take_along_axis(count - real, first, axis=1)  # in the examples before
+        return (count - before) * real + pad
 
     def table(self, rows: int, name: str) -> nn.Embed:
         init = nn.initializers.normal(self.config.initializer_range)
@@ -182,8 +188,8 @@ class Attention(Block):
     """Multi-head self-attention and its output projection."""
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, sites: Sites = no_sites) -> Array:
-        """x: [B, L, D]; mask: bool [B, 1, 1 or L, L] -> [B, L, D]."""
+    def __call__(self, x: Array, rows: Rows, sites: Sites = no_sites) -> Array:
+        """x: [B, L, D] -> [B, L, D]."""
         config = self.config
         query, key, value = (
             split_heads(
@@ -196,53 +202,55 @@ class Attention(Block):
             query,
             key,
             value,
-            mask,
+            rows,
             dropout_rate=config.attention_probs_dropout_prob,
             dropout_key=self.dropout_key(),
         )
         z = merge_heads(heads)
         z = sites("attention.heads", z, x, query=query, log_normaliser=log_normaliser)
         y = sites("attention.projection", self.dense(config.hidden_size, "output")(z), z)
-        return self.dropout(y, config.hidden_dropout_prob)
+        return self.dropout(y, config.hidden_dropout_prob, rows.places)
 
 
 class FeedForward(Block):
     """Expansion, activation, projection."""
 
     @nn.compact
-    def __call__(self, x: Array, sites: Sites = no_sites) -> Array:
+    def __call__(self, x: Array, rows: Rows, sites: Sites = no_sites) -> Array:
         """x: [B, L, D] -> [B, L, D]."""
         config = self.config
         z = self.dense(config.intermediate_size, "intermediate")(x)
         z = ACTIVATIONS[config.hidden_act](sites("ffn.intermediate", z, x))
+        # Apart from the product after it, into which XLA for TPUs would fuse it where the backward
+        # pass computes it anew, and take a third longer to compile.
+        z = jax.lax.optimization_barrier(z)
         z = sites("ffn.hidden", z, x)
         y = sites("ffn.projection", self.dense(config.hidden_size, "output")(z), z)
-        return self.dropout(y, config.hidden_dropout_prob)
+        return self.dropout(y, config.hidden_dropout_prob, rows.places)
 
 
 class BertLayer(Block):
     """One post-LN layer: a = LN(h + MH(h)); h' = LN(a + FFN(a)), open at its sites."""
 
     @nn.compact
-    def __call__(self, h: Array, mask: Array, sites: Sites = no_sites) -> Array:
-        """h: [B, L, D]; mask: bool [B, 1, 1 or L, L] -> [B, L, D]."""
+    def __call__(self, h: Array, rows: Rows, sites: Sites = no_sites) -> Array:
+        """h: [B, L, D] -> [B, L, D]."""
         block = {"config": self.config, "dtype": self.dtype}
         attention_norm, ffn_norm = self.norm("attention_norm"), self.norm("ffn_norm")
-        y = Attention(**block, name="attention")(h, mask, sites)
+        y = Attention(**block, name="attention")(h, rows, sites)
         y = sites("attention.output", y, h, normalise=lambda y: attention_norm(h + y))
         a = attention_norm(h + y)
-        y = FeedForward(**block, name="ffn")(a, sites)
+        y = FeedForward(**block, name="ffn")(a, rows, sites)
         y = sites("ffn.output", y, a, normalise=lambda y: ffn_norm(a + y))
         return sites("layer.output", ffn_norm(sites("layer", a + y, h)), h)
 
 
 class Pooler(Block):
-    """tanh of a projection of the first position."""
+    """tanh of a projection of each example's first position."""
 
     @nn.compact
-    def __call__(self, h: Array) -> Array:
-        """h: [B, L, D] -> [B, D]."""
-        first = h[:, 0]
+    def __call__(self, first: Array, places: Places) -> Array:
+        """first: [B, M, D] -> [B, M, D]; the places are those of the examples."""
         if self.config.model_type == "roberta":  # whose classification head drops its input too
-            first = self.dropout(first, self.config.hidden_dropout_prob)
+            first = self.dropout(first, self.config.hidden_dropout_prob, places)
         return jnp.tanh(self.dense(self.config.hidden_size, "dense")(first))

@@ -15,6 +15,7 @@ from jax import Array
 from pals_jax.errors import UserError
 from pals_jax.models.bert import Attention, BertConfig, BertLayer, Block, FeedForward
 from pals_jax.models.forms import BERT_INIT, Context, Param, Theta, check_size, dense, project
+from pals_jax.models.rows import Rows, one_position
 
 _INITS = {
     "kernel": BERT_INIT,
@@ -27,8 +28,8 @@ class _AttentionBlock(Block):
     """LN(x + MH(x))."""
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
-        y = Attention(self.config, self.dtype, name="attention")(x, mask)
+    def __call__(self, x: Array, rows: Rows) -> Array:
+        y = Attention(self.config, self.dtype, name="attention")(x, rows)
         return self.norm("norm")(x + y)
 
 
@@ -36,8 +37,8 @@ class _FeedForwardBlock(Block):
     """LN(x + FFN(x))."""
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
-        y = FeedForward(self.config, self.dtype, name="ffn")(x)
+    def __call__(self, x: Array, rows: Rows) -> Array:
+        y = FeedForward(self.config, self.dtype, name="ffn")(x, rows)
         return self.norm("norm")(x + y)
 
 
@@ -69,8 +70,10 @@ class Blocks:
 
     def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
         config = self._config(config)
-        x, mask = jnp.zeros((1, 1, config.hidden_size)), jnp.ones((1, 1, 1, 1), bool)
-        shapes = jax.eval_shape(self._block(config).init, jax.random.key(0), x, mask)["params"]
+        x = jnp.zeros((1, 1, config.hidden_size))
+        shapes = jax.eval_shape(self._block(config).init, jax.random.key(0), x, one_position())[
+            "params"
+        ]
         blocks = jax.tree_util.tree_map_with_path(
             lambda path, leaf: Param((self.count, *leaf.shape), _INITS[path[-1].key]), shapes
         )
@@ -89,21 +92,20 @@ class Blocks:
         def body(z: Any, step: Any) -> tuple[Any, None]:
             params, index = step
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
-            return block.apply({"params": params}, z, context.mask, rngs=rngs), None
+            return block.apply({"params": params}, z, context.rows, rngs=rngs), None
 
         z = project(theta["down"], x) if self.size else x
         z, _ = jax.lax.scan(body, z, (theta["blocks"], jnp.arange(self.count)))
         return project(theta["up"], z) if self.size else z
 
     def _config(self, config: BertConfig) -> BertConfig:
-        if self.size:
+        return dataclasses.replace(
+            config,
+            hidden_size=self.size or config.hidden_size,
             # Feed-forward blocks of twice the width meet the budget of attention blocks (1.10x).
-            config = dataclasses.replace(
-                config, hidden_size=self.size, intermediate_size=2 * self.size
-            )
-        if self.heads:
-            config = dataclasses.replace(config, num_attention_heads=self.heads)
-        return config
+            intermediate_size=2 * self.size or config.intermediate_size,
+            num_attention_heads=self.heads or config.num_attention_heads,
+        )
 
     def _block(self, config: BertConfig, dtype: Any = jnp.float32) -> Any:
         block = {"attention": _AttentionBlock, "ffn": _FeedForwardBlock, "layer": BertLayer}

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pals_jax.models.adapters import TaskAdapters
+from pals_jax.models.adapters import Owned, TaskAdapters
 from pals_jax.models.bert import BertConfig, BertLayer, Embeddings, Pooler
+from pals_jax.models.rows import Places, Rows, make_rows, one_position
 
 
 class Encoder(nn.Module):
@@ -25,7 +26,7 @@ class Encoder(nn.Module):
     Attributes:
         config: the architecture.
         dtype: dtype of the computation; parameters, layer norm statistics and softmax are float32.
-        remat: recompute each layer's activations in the backward pass instead of keeping them.
+        remat: recompute all of each layer in the backward pass, its matrix products too.
     """
 
     config: BertConfig
@@ -40,9 +41,8 @@ class Encoder(nn.Module):
     def _init_layers(self, key: Array) -> dict[str, Any]:
         """Parameters of N independent layers, each leaf with a leading axis N."""
         h = jnp.zeros((1, 1, self.config.hidden_size), self.dtype)
-        mask = jnp.ones((1, 1, 1, 1), bool)
         keys = jax.random.split(key, self.config.num_hidden_layers)
-        return jax.vmap(lambda key: self._layer().init(key, h, mask)["params"])(keys)
+        return jax.vmap(lambda key: self._layer().init(key, h, one_position())["params"])(keys)
 
     def _layer(self) -> BertLayer:
         # Without a parent: the scan applies it to one slice of `layers` at a time.
@@ -54,38 +54,50 @@ class Encoder(nn.Module):
         token_type_ids: Array,
         attention_mask: Array,
         adapters: TaskAdapters,
+        first: Array,
+        salts: Array | None = None,
+        hidden: Array | None = None,
     ) -> Array:
         """The hidden states after the last layer, or what an adapter at the top makes of them.
 
         Args:
             input_ids: int [B, L].
             token_type_ids: int [B, L].
-            attention_mask: int [B, L]; 0 at padding.
+            attention_mask: int [B, L]; 0 at padding, else which example of its row is there.
             adapters: those of the rows' task.
+            first: int [B, M]; where the examples of a row begin.
+            salts: uint32 [B, M, 2], of their dropout masks; None where dropout is off.
+            hidden: [B, L, D] in `dtype`; what the `layers_below` the adapters give, above which it
+                begins then. None: it begins with the tokens.
 
         Returns:
             [B, L, D] in `dtype`.
         """
         length, depth = input_ids.shape[1], self.config.num_hidden_layers
-        mask = (attention_mask > 0)[:, None, None, :]
+        rows = make_rows(attention_mask, first, salts)
         keys: Any = (None, None, None)
         if self.has_rng("dropout"):
             below, key, above = jax.random.split(self.make_rng("dropout"), 3)
             keys = below, jax.random.split(key, depth), above
-        h = self.embeddings(input_ids, token_type_ids)
-        h = adapters.sites(mask, keys[0])("embeddings", h, h)
+        begin = 0
+        if hidden is None:
+            h = self.embeddings(input_ids, token_type_ids, rows)
+            h = adapters.sites(rows, keys[0])("embeddings", h, h)
+        else:
+            h, begin = hidden, layers_below(adapters)
         # A site below the layers may have added positions at the end (prompts).
-        grown = [(0, 0)] * 3 + [(0, h.shape[1] - length)]
-        longer = jnp.pad(mask, grown, constant_values=True)
+        prompts = (h.shape[1] - length) // first.shape[1]
+        longer = make_rows(attention_mask, first, salts, prompts)
         for start, stop in adapters.spans():
-            h = self._scan(h, longer, keys[1], adapters, start, stop)
+            if start >= begin:
+                h = self._scan(h, longer, keys[1], adapters, start, stop)
         h = h[:, :length]
-        return adapters.sites(mask, keys[2])("top", h, h)
+        return adapters.sites(rows, keys[2])("top", h, h)
 
     def _scan(
         self,
         h: Array,
-        mask: Array,
+        rows: Rows,
         keys: Array | None,
         adapters: TaskAdapters,
         start: int,
@@ -96,12 +108,14 @@ class Encoder(nn.Module):
         def body(h: Any, layer: Any) -> tuple[Any, None]:
             params, thetas, key, active = layer
             rngs = {} if key is None else {"dropout": key}
-            sites = adapters.sites(mask, key, thetas, active)
-            h = self._layer().apply({"params": params}, h, mask, sites, rngs=rngs)
+            sites = adapters.sites(rows, key, thetas, active)
+            h = self._layer().apply({"params": params}, h, rows, sites, rngs=rngs)
             return h, None
 
-        if self.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
+        # For the backward pass a layer keeps what its matrix products gave, if that: the rest is
+        # computed again sooner than it is written and read.
+        kept = None if self.remat else jax.checkpoint_policies.dots_saveable
+        body = jax.checkpoint(body, policy=kept, prevent_cse=False)
         params, keys, active = jax.tree.map(
             lambda x: x[start:stop], (self.layers, keys, adapters.active)
         )
@@ -109,10 +123,35 @@ class Encoder(nn.Module):
         h, _ = jax.lax.scan(body, h, (params, adapters.layers(start, stop), keys, active))
         return h
 
-    def pool(self, h: Array) -> Array:
-        """[B, L, D] -> [B, D]: BERT's pooler."""
-        return self.pooler(h)
+    def pool(self, h: Array, first: Array, salts: Array | None = None) -> Array:
+        """[B, L, D] -> [B, M, D]: BERT's pooler on the examples' first positions."""
+        h = jnp.take_along_axis(h, first[..., None], axis=1)
+        return self.pooler(h, Places.of_examples(salts, h))
 
     def everything(self, input_ids: Array, adapters: TaskAdapters) -> Array:
-        """Touches every parameter, for `init`; input_ids: int [B, L] -> [B, D]."""
-        return self.pool(self(input_ids, input_ids, input_ids, adapters))
+        """Touches every parameter, for `init`; input_ids: int [B, L] -> [B, 1, D]."""
+        first = jnp.zeros((input_ids.shape[0], 1), jnp.int32)
+        return self.pool(self(input_ids, input_ids, input_ids, adapters, first), first)
+
+
+def layers_below(adapters: TaskAdapters) -> int:
+    """How many layers lie below all that belongs to a task, and so are the same for all tasks.
+
+    0 where the embeddings are not the same either; N where only what is above the layers differs.
+    """
+    return min(lowest_layers(adapters).values(), default=adapters.config.num_hidden_layers)
+
+
+def lowest_layers(adapters: TaskAdapters) -> dict[str, int]:
+    """For each part of a method the lowest layer that it changes, 0 and N as in `layers_below`."""
+    depth = adapters.config.num_hidden_layers
+    lowest = {}
+    for spec in adapters.method:
+        indices = spec.layer_indices(depth)
+        if isinstance(spec, Owned):
+            mine = adapters.thetas[spec.name]
+            enters, indices = "embeddings" in mine, indices if "layers" in mine else ()
+        else:
+            enters = spec.site == "embeddings"
+        lowest[spec.name] = 0 if enters else min(indices, default=depth)
+    return lowest

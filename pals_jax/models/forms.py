@@ -24,6 +24,7 @@ from pals_jax.models.layers import (
     merge_heads,
     split_heads,
 )
+from pals_jax.models.rows import Rows
 
 Theta = Mapping[str, Any]
 Initializer = Callable[..., Array]
@@ -48,14 +49,14 @@ class Context:
 
     Attributes:
         config: the encoder's.
-        mask: bool [B, 1, 1 or L, L]; True where a position may look at another.
+        rows: who is where in the rows.
         dropout_key: key of this place in this step; None turns dropout off.
         query: at "attention.heads" the queries [B, H, L, K].
         log_normaliser: there, the logarithm of each softmax's denominator, [B, H, L].
     """
 
     config: BertConfig
-    mask: Array
+    rows: Rows
     dropout_key: Array | None = None
     query: Array | None = None
     log_normaliser: Array | None = None
@@ -149,7 +150,7 @@ class Bottleneck:
 
     def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
         x = layer_norm(theta["norm"], x) if self.norm else x
-        x = dropout(x, self.dropout, context.dropout_key)
+        x = dropout(x, self.dropout, context.dropout_key, context.rows.places)
         return project(theta["up"], ACTIVATIONS[self.activation](project(theta["down"], x)))
 
 
@@ -186,7 +187,7 @@ class ProjectedAttention:
             query,
             key,
             value,
-            context.mask,
+            context.rows,
             dropout_rate=context.config.attention_probs_dropout_prob,
             dropout_key=context.dropout_key,
         )
@@ -276,7 +277,8 @@ class Prefix:
         softmax = self.activation == "softmax"
         weights = jax.nn.softmax(scores, axis=-1) if softmax else jax.nn.relu(scores)
         rate = context.config.attention_probs_dropout_prob
-        weights = dropout(weights.astype(x.dtype), rate, context.dropout_key)
+        places = context.rows.places
+        weights = dropout(weights.astype(x.dtype), rate, context.dropout_key, places)
         return merge_heads(jnp.einsum("bhqp,bhpk->bhqk", weights, value))
 
     def gate(self, theta: Theta, x: Array, context: Context) -> Array:
@@ -304,7 +306,7 @@ class Prefix:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """P learned positions beside those of the text (prompt tuning, Lester et al. 2021).
+    """P learned positions beside those of each text (prompt tuning, Lester et al. 2021).
 
     They join behind the embeddings' layer norm and are looked at, never pooled.
     """
@@ -319,7 +321,8 @@ class Prompt:
         return {"embedding": Param((self.length, outputs))}
 
     def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
-        prompt = theta["embedding"].astype(x.dtype)[None]
+        examples = context.rows.first.shape[1]  # of a row, each of which sees its own alone
+        prompt = jnp.repeat(theta["embedding"].astype(x.dtype), examples, axis=0)[None]
         return jnp.broadcast_to(prompt, (x.shape[0], *prompt.shape[1:]))
 
 

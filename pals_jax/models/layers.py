@@ -9,7 +9,11 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+from pals_jax.models.prng import mask_bits
+from pals_jax.models.rows import Places, Rows
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "identity": lambda x: x,
@@ -21,11 +25,24 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 }
 
 
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Inverted dropout with a mask drawn from `key`; the identity where `key` is None."""
+def dropout(
+    x: Array, rate: float, key: Array | None, places: Places, columns: Array | None = None
+) -> Array:
+    """Inverted dropout; the identity where `key` is None.
+
+    Args:
+        x: [B, L, C] or [B, H, L, C].
+        rate: the share of elements that are dropped.
+        key: of this place of dropout in the step.
+        places: of the positions.
+        columns: see `mask_bits`.
+    """
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    keep = mask_bits(key, places, x.shape, columns) >= np.uint32(rate * 2**32)
+    # Apart from what it is multiplied with: XLA for TPUs would hash again in every fused product
+    # that needs the mask, and take twice as long to compile.
+    keep = jax.lax.optimization_barrier(keep)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
@@ -33,7 +50,7 @@ def dot_product_attention(
     query: Array,
     key: Array,
     value: Array,
-    mask: Array,
+    rows: Rows,
     *,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
@@ -46,7 +63,7 @@ def dot_product_attention(
         query: [B, H, L, K]. The softmax is computed in float32 whatever its dtype.
         key: [B, H, L, K].
         value: [B, H, L, K].
-        mask: bool, broadcastable to [B, H, L, L]; True where a query may look at a key.
+        rows: whose mask says where a query may look at a key.
         dropout_rate: probability with which an attention weight is dropped.
         dropout_key: random key; None turns dropout off.
 
@@ -56,9 +73,12 @@ def dot_product_attention(
     """
     scores = jnp.einsum("bhqk,bhsk->bhqs", query, key, preferred_element_type=jnp.float32)
     scores = scores / jnp.sqrt(jnp.float32(query.shape[-1]))
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(rows.mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    weights = dropout(weights, dropout_rate, dropout_key)
+    places = rows.places
+    weights = dropout(weights, dropout_rate, dropout_key, places, places.position)
+    # Two products fused into one overflow the stack of the TPU v6e's compiler.
+    weights = jax.lax.optimization_barrier(weights)
     heads = jnp.einsum("bhqs,bhsk->bhqk", weights, value)
     return heads, jax.nn.logsumexp(scores, axis=-1)
 

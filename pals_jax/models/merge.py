@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from pals_jax.errors import UserError
+from pals_jax.models import methods, tasks
 from pals_jax.models.adapters import Adapter, Method, Owned
-from pals_jax.models.forms import Bottleneck, Prefix, Scale
+from pals_jax.models.forms import Prefix, Scale
 from pals_jax.models.multitask import MultiTaskModel
 
 _Path = tuple[str, ...]
@@ -51,9 +51,8 @@ def merged(
     Raises:
         UserError: there is no such task.
     """
-    num_tasks, depth = len(model.num_outputs), model.config.num_hidden_layers
-    if task not in range(num_tasks):
-        raise UserError(f"there is no task {task}; the model's tasks are 0 to {num_tasks - 1}.")
+    tasks.check(len(model.num_outputs), task)
+    depth = model.config.num_hidden_layers
     encoder = flatten_dict(jax.tree.map(np.array, dict(variables["params"]["encoder"])))
     rows = jax.tree.map(lambda x: np.array(x[task]), dict(variables["adapters"]))
     for owned in model.method:
@@ -120,14 +119,7 @@ def _split(method: Method) -> tuple[tuple[Adapter, ...], tuple[Adapter, ...]]:
 def _is_weight_change(adapter: Adapter) -> bool:
     if adapter.compose == "multiply":
         return adapter.form == Scale() and adapter.site in _PROJECTIONS
-    return (
-        adapter.compose == "add"
-        and adapter.site in _OUTPUTS
-        and adapter.reads == "block_input"
-        and isinstance(adapter.form, Bottleneck)
-        and adapter.form.activation == "identity"
-        and not adapter.form.norm
-    )
+    return methods.is_low_rank_change(adapter)
 
 
 def _own(encoder: dict[_Path, np.ndarray], owned: Owned, mine: Any, depth: int) -> None:

@@ -220,6 +220,24 @@ def lora(
     return tuple(Adapter(f"lora_{name}", LORA_SITES[name], form, scale=scale) for name in targets)
 
 
+def is_low_rank_change(spec: Adapter | Owned) -> bool:
+    """Whether a part of a method does nothing but change a projection by one of low rank."""
+    match spec:
+        case Adapter(
+            form=Bottleneck(activation="identity", norm=False), reads="block_input", compose="add"
+        ):
+            return spec.site in LORA_SITES.values()
+    return False
+
+
+def is_lora(spec: Adapter | Owned) -> bool:
+    """Whether it is LoRA: such a change without biases, its scale a number."""
+    match spec:
+        case Adapter(form=Bottleneck(bias=False), scale=int() | float()):
+            return is_low_rank_change(spec)
+    return False
+
+
 def adapter(size: int = 64, activation: str = "relu") -> Method:
     """The sequential adapter at the feed-forward block, ReLU(h W_down) W_up."""
     return (Adapter("ffn_adapter", "ffn.output", Bottleneck(size, activation), reads="state"),)

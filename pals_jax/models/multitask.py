@@ -10,7 +10,7 @@ Dimension letters: see `pals_jax.models.layers`.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -25,21 +25,31 @@ from pals_jax.models.bert import BertConfig
 from pals_jax.models.encoder import Encoder
 from pals_jax.models.forms import Theta, dense, project
 from pals_jax.models.layers import dropout
+from pals_jax.models.prng import example_salts
+from pals_jax.models.rows import Packing, Places
+
+
+class _Own(NamedTuple):
+    """What a row has of its own: random keys (those of all rows), `first` [1, M] and salts."""
+
+    rngs: dict[str, Array]
+    first: Array
+    salts: Array | None
 
 
 class MultiTaskModel(nn.Module):
     """An encoder with adapters and one head for each task.
 
-    The rows of a batch come in G equal groups of one task each. One group is an ordinary forward
-    pass with that task's parameters; `jax.vmap` makes it a pass over all groups, in which whatever
-    the tasks share stays one matrix.
+    One row is an ordinary forward pass with its task's parameters. `jax.vmap` makes it a pass over
+    the rows of a task, and again over the G equal groups of one task each that a batch is made of;
+    whatever rows or tasks share stays one matrix.
 
     Attributes:
         config: the encoder's architecture.
         num_outputs: for each of the T tasks its number of classes, or 1 for regression.
         method: as the functions of `pals_jax.models.methods` return it.
         dtype: dtype of the computation; parameters stay float32, logits are float32.
-        remat: recompute activations in the backward pass, layer by layer.
+        remat: recompute all of each layer in the backward pass, its matrix products too.
     """
 
     config: BertConfig
@@ -97,26 +107,52 @@ class MultiTaskModel(nn.Module):
         attention_mask: Array,
         task_ids: Array,
         active: Array | None = None,
+        packing: Packing | None = None,
+        tasks: Array | None = None,
+        hidden: Array | None = None,
     ) -> Array:
-        """Logits of each row under the head of its task.
+        """Logits of each row, or of each example of every row, under the head of its task.
 
         Args:
             input_ids: int [B, L].
             token_type_ids: int [B, L].
-            attention_mask: int [B, L]; 0 at padding.
+            attention_mask: int [B, L]; 0 at padding, 1 elsewhere, or, with `packing`, from 1, which
+                of its row's examples a position belongs to.
             task_ids: int, a scalar, [B], or [G] with G dividing B: the task of each of G equal,
                 consecutive groups of rows.
             active: bool [N]; the layers that keep their adapters. None: all.
+            packing: where the M examples of each row are. None: each row is one.
+            tasks: int [U]; the tasks, of all T, that the `adapters` collection here holds, so that
+                `task_ids` are 0 to U - 1. None: all.
+            hidden: [B, L, D] in `dtype`; what the layers below all that belongs to a task give
+                (`encoder.layers_below`), which are not computed then. None: all are.
 
         Returns:
-            float32 [B, C]; beyond the task's own number of outputs the lowest finite value.
+            float32 [B, C], with `packing` [B, M, C]; beyond the task's own number of outputs the
+            lowest finite value.
 
         Raises:
             UserError: a task id out of range. Under a trace it cannot be seen; the row is NaN.
             ValueError: shapes that do not fit together.
         """
-        hidden = self.encode(input_ids, token_type_ids, attention_mask, task_ids, active)
-        return self.classify(self.pool(hidden, task_ids), task_ids)
+        tokens = input_ids, token_type_ids, attention_mask
+        hidden = self.encode(*tokens, task_ids, active, packing, hidden)
+        return self.classify(self.pool(hidden, task_ids, packing), task_ids, packing, tasks)
+
+    def every_task(
+        self,
+        input_ids: Array,
+        token_type_ids: Array,
+        attention_mask: Array,
+        packing: Packing | None = None,
+    ) -> Array:
+        """What `__call__` gives under every task, [T, ...]; arguments as there.
+
+        What lies below the first adapter is the same for all tasks, and computed once.
+        """
+        tokens = input_ids, token_type_ids, attention_mask
+        tasks = jnp.arange(len(self.num_outputs))
+        return jax.vmap(lambda task: self(*tokens, task, packing=packing))(tasks)
 
     def encode(
         self,
@@ -125,50 +161,81 @@ class MultiTaskModel(nn.Module):
         attention_mask: Array,
         task_ids: Array,
         active: Array | None = None,
+        packing: Packing | None = None,
+        hidden: Array | None = None,
     ) -> Array:
         """The last hidden states [B, L, D]; arguments as for `__call__`."""
-        self._check_length(input_ids.shape[1])
+        if packing is None:
+            self._check_length(input_ids.shape[1])
 
-        def encode(thetas: Any, task: Array, rngs: Any, *tokens: Array) -> Array:
+        def encode(thetas: Any, task: Array, own: _Own, *inputs: Any) -> Array:
+            *tokens, hidden = inputs
             adapters = TaskAdapters(self.method, thetas, self.config, active)
             params = adapters.own_outside(self.encoder)
-            hidden = self._modules().apply({"params": params}, *tokens, adapters, rngs=rngs)
-            return cast(Array, hidden)
+            return self._apply(params, own.rngs, *tokens, adapters, own.first, own.salts, hidden)
 
-        return self._by_group(encode, task_ids, input_ids, token_type_ids, attention_mask)
+        tokens = input_ids, token_type_ids, attention_mask
+        return self._by_row(encode, task_ids, packing, *tokens, hidden)
 
-    def pool(self, hidden: Array, task_ids: Array) -> Array:
-        """[B, L, D] -> [B, D]: the pooler on the first position."""
+    def pool(self, hidden: Array, task_ids: Array, packing: Packing | None = None) -> Array:
+        """[B, L, D] -> [B, D] or [B, M, D]: the pooler on each example's first position."""
 
-        def pool(thetas: Any, task: Array, rngs: Any, hidden: Array) -> Array:
+        def pool(thetas: Any, task: Array, own: _Own, hidden: Array) -> Array:
             adapters = TaskAdapters(self.method, thetas, self.config)
             params = adapters.own_outside(self.encoder)
-            pooled = self._modules().apply({"params": params}, hidden, rngs=rngs, method="pool")
-            return cast(Array, pooled)
+            return self._apply(params, own.rngs, hidden, own.first, own.salts, method="pool")
 
-        return self._by_group(pool, task_ids, hidden)
+        pooled = self._by_row(pool, task_ids, packing, hidden)
+        return pooled[:, 0] if packing is None else pooled
 
-    def classify(self, pooled: Array, task_ids: Array) -> Array:
-        """[B, D] -> float32 logits [B, C] under the heads of the rows' tasks."""
+    def classify(
+        self,
+        pooled: Array,
+        task_ids: Array,
+        packing: Packing | None = None,
+        tasks: Array | None = None,
+    ) -> Array:
+        """[B, D] or [B, M, D] -> float32 logits [B, C] or [B, M, C] under the tasks' heads."""
+        exists = jnp.asarray(self._output_exists())
+        exists = exists if tasks is None else exists[tasks]
 
-        def classify(thetas: Any, task: Array, rngs: Any, pooled: Array) -> Array:
-            rate = self.config.hidden_dropout_prob
-            pooled = dropout(pooled.astype(jnp.float32), rate, rngs.get("dropout"))
+        def classify(thetas: Any, task: Array, own: _Own, pooled: Array) -> Array:
+            rate, key = self.config.hidden_dropout_prob, own.rngs.get("dropout")
+            places = Places.of_examples(own.salts, pooled)
+            pooled = dropout(pooled.astype(jnp.float32), rate, key, places)
             logits = project(thetas["head"], pooled)
-            exists = jnp.asarray(self._output_exists())[task][None]
-            return jnp.where(exists, logits, jnp.finfo(logits.dtype).min)
+            return jnp.where(exists[task][None, None], logits, jnp.finfo(logits.dtype).min)
 
-        return self._by_group(classify, task_ids, pooled)
+        of_examples = pooled[:, None] if packing is None else pooled
+        logits = self._by_row(classify, task_ids, packing, of_examples)
+        return logits[:, 0] if packing is None else logits
 
-    def _by_group(self, run: Callable[..., Array], task_ids: Array, *rows: Array) -> Array:
-        """`run(thetas, task, rngs, *rows)` for every group of rows of one task, side by side."""
-        groups = self._task_groups(task_ids, rows[0].shape[0])
+    def _apply(self, params: Theta, rngs: Any, *inputs: Any, **kwargs: Any) -> Array:
+        """The encoder on these parameters, some of which may be a task's own."""
+        return cast(Array, self._modules().apply({"params": params}, *inputs, rngs=rngs, **kwargs))
+
+    def _by_row(
+        self, run: Callable[..., Array], task_ids: Array, packing: Packing | None, *inputs: Any
+    ) -> Array:
+        """`run(thetas, task, own, *inputs)` on every row, a batch of one, side by side."""
+        packing = Packing.alone(inputs[0].shape[0]) if packing is None else packing
+        groups = self._task_groups(task_ids, inputs[0].shape[0])
         thetas = {name: adapters_lib.select(v.value, groups) for name, v in self.thetas.items()}
-        rngs = {}
+        rngs, salts = {}, None
         if self.has_rng("dropout"):
-            rngs["dropout"] = jax.random.split(self.make_rng("dropout"), groups.shape[0])
-        grouped = (x.reshape(groups.shape[0], -1, *x.shape[1:]) for x in rows)
-        out = jax.vmap(run)(thetas, groups, rngs, *grouped)
+            rngs["dropout"] = self.make_rng("dropout")
+            salts = example_salts(rngs["dropout"], packing.numbers)
+
+        def one(thetas: Any, task: Array, row: Any) -> Array:
+            first, salts, *inputs = jax.tree.map(lambda x: x[None], row)
+            return run(thetas, task, _Own(rngs, first, salts), *inputs)[0]
+
+        by_group = jax.vmap(jax.vmap(one, (None, None, 0)))
+        rows = jax.tree.map(
+            lambda x: x.reshape(groups.shape[0], -1, *x.shape[1:]),
+            (packing.first, salts, *inputs),
+        )
+        out = by_group(thetas, groups, rows)
         return out.reshape(-1, *out.shape[2:])
 
     def _task_groups(self, task_ids: Array, rows: int) -> Array:
@@ -198,3 +265,9 @@ def init_variables(model: MultiTaskModel, key: Array) -> dict[str, Any]:
     """Random `variables` of a model; with `jax.eval_shape` their shapes only."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return dict(model.init(key, tokens, tokens, tokens, jnp.int32(0)))
+
+
+def adapter_shapes(model: MultiTaskModel) -> TaskAdapters:
+    """A model's method with the shapes of its parameters, task axis in, to ask where they are."""
+    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    return TaskAdapters(model.method, shapes["adapters"], model.config)

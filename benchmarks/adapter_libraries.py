@@ -1,0 +1,328 @@
+"""Houlsby adapters against `adapters`, LoRA against `peft`: training and inference.
+
+    python benchmarks/adapter_libraries.py --glue=DIR --encoder=DIR --out=DIR
+
+The encoder is frozen; both sides have an adapter and a head for each task of GLUE, begin with the
+same weights, and must compute the same losses before they are timed. Ours packs, as `train` and
+`evaluate` of `pals-jax` do; theirs pads to the longest text of a batch, with and without grouping
+by length. What is inferred are the dev sets, in each round another one. Writes
+adapter_libraries.json and a plot, and prints the tables of docs/results.md.
+
+On a GPU that both JAX and PyTorch see: in bfloat16 only, theirs compiled where that works, with the
+model-FLOPs utilisation (of the operations that the texts need without any padding);
+--dimensions=base or large takes random weights of BERT-base's or BERT-large's dimensions. This part
+has not been run: no GPU was at hand.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import side_by_side
+from glue_mix import Mix
+from side_by_side import PEERS, Timing, Worker
+
+from pals_jax import flops
+from pals_jax.convert import files, huggingface, tables, to_adapterhub, to_peft
+from pals_jax.data.batches import sizes
+from pals_jax.data.packing import Packed, Shape
+from pals_jax.data.sampler import Draw
+from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
+from pals_jax.models.multitask import MultiTaskModel, init_variables
+
+TORCH = "torch==2.13.0"
+OURS, TRAINED = "pals_jax", ("adapters/",)
+BATCH_SIZE, CHECK, ROUNDS = 32, 3, 5
+EVAL_ROWS = 8  # which hold about 28 texts of GLUE
+STEPS = {"cpu": 4, "gpu": 50}  # of a round
+DTYPES = {"cpu": ("float32", "bfloat16"), "gpu": ("bfloat16",)}
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # relative, of the losses
+KINDS = ("inference", "training")
+PADDINGS = ("longest", "by length")
+PEAKS = {"NVIDIA H200": 989.0}  # TFLOP/s in bfloat16, dense
+
+
+class Library(NamedTuple):
+    """A library that ours is compared with.
+
+    Attributes:
+        title: of the method in it.
+        name: as it is called.
+        requirements: of its environment.
+        script: its worker.
+        method: by the encoder's width, what the library's defaults are here.
+        write: writes the adapter of a task as the library reads it.
+    """
+
+    title: str
+    name: str
+    requirements: list[str]
+    script: str
+    method: Callable[[int], str]
+    write: Callable[[MultiTaskModel, Any, int, Path], None]
+
+
+LIBRARIES = (
+    Library(
+        "Houlsby",
+        "adapters",
+        ["adapters==1.3.0", TORCH],
+        "with_adapters.py",
+        lambda width: f"houlsby(size={width // 16}, activation='swish', norms=False)",
+        to_adapterhub,
+    ),
+    Library(
+        "LoRA",
+        "peft",
+        ["peft>=0.21,<0.22", TORCH],
+        "with_peft.py",
+        lambda width: "lora()",
+        to_peft,
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The steps of one kind as one side takes them.
+
+    Attributes:
+        draws: one for each step.
+        splits: that they draw from.
+        placing: where the examples go; None: in rows as long as the longest of the batch.
+        together: how many draws are divided into batches anew; 0: each is a batch.
+    """
+
+    draws: Sequence[Draw]
+    splits: Sequence[TokenizedSplit]
+    placing: Packed | None = None
+    together: int = 0
+
+    def first(self, count: int) -> "Steps":
+        """The first of them."""
+        return dataclasses.replace(self, draws=self.draws[:count])
+
+    def lengths(self) -> np.ndarray:
+        """int64 [steps, B]: of the examples."""
+        return np.stack([sizes(self.splits, draw)[1] for draw in self.draws])
+
+    def positions(self) -> float:
+        """For each example, padding included."""
+        if self.placing is None:
+            return float(self.lengths().max(1).mean())
+        return sum(rows * length for rows, length in self._shapes()) / self.lengths().size
+
+    def _shapes(self) -> Iterator[Shape]:
+        assert self.placing is not None
+        if not self.together:
+            for draw in self.draws:
+                yield self.placing.place(sizes(self.splits, draw))[0].shape
+            return
+        for begin in range(0, len(self.draws), self.together):
+            lengths = self.lengths()[begin : begin + self.together].reshape(-1)
+            for _, placement in self.placing.batches(lengths):
+                yield placement.shape
+
+
+def all_steps(mix: Mix, each: int) -> dict[str, dict[str, Steps]]:
+    """By kind, and by side: ours, or how theirs pads."""
+    longest, by_length = PADDINGS
+    sorted_dev = Steps(mix.inference(each, by_length=True), mix.dev)
+    of_ours = Packed.into(EVAL_ROWS, mix.experiment.layout.max_length)
+    return {
+        "training": {
+            OURS: Steps(mix.draws, mix.splits, mix.packed().placing),
+            longest: Steps(mix.draws, mix.splits),
+            by_length: Steps(mix.length_grouped(), mix.splits),
+        },
+        "inference": {
+            OURS: dataclasses.replace(sorted_dev, placing=of_ours, together=each),
+            longest: Steps(mix.inference(each, by_length=False), mix.dev),
+            by_length: sorted_dev,
+        },
+    }
+
+
+class Result(NamedTuple):
+    """What was found for one kind of steps.
+
+    Attributes:
+        title: which method, kind and dtype.
+        timing: ours first.
+        about: what else was found.
+    """
+
+    title: str
+    timing: Timing
+    about: dict[str, Any]
+
+
+class Comparison:
+    """A library and ours, on the same steps with the same weights."""
+
+    def __init__(self, library: Library, work: Path, glue: str, encoder: str) -> None:
+        """Writes into the folder `work` what the two are to do."""
+        self._library, self._work = library, work
+        self._python = side_by_side.environment(library.name, library.requirements)
+        self._each = STEPS[jax.default_backend()]
+        self._ours = {
+            "glue": glue,
+            "encoder": encoder,
+            "method": library.method(huggingface.architecture(encoder).hidden_size),
+            "trainable": TRAINED,
+            "batch_size": BATCH_SIZE,
+            "eval_batch_size": EVAL_ROWS,
+            "optimizer": {"name": "adamw"},
+        }
+        mix = Mix(**self._ours)
+        self._model, variables = mix.experiment.model(), mix.variables()
+        self._tasks = {task.name: task.num_outputs for task in mix.experiment.tasks}
+        heads = []
+        for task, (name, outputs) in enumerate(self._tasks.items()):
+            library.write(self._model, variables, task, work / name)
+            heads += tables.head(name, task, outputs)
+        files.write_tensors(work / "heads.safetensors", tables.write(variables, heads), {})
+        self._steps = all_steps(mix, self._each)
+        for kind in KINDS:
+            for padding in PADDINGS:
+                steps = self._steps[kind][padding].first(ROUNDS * self._each)
+                mix.save_padded(work / f"{kind}, {padding}.npz", steps.draws, steps.splits)
+
+    def run(self, kind: str, dtype: str) -> Result:
+        """Times both, after they have shown that they do the same."""
+        mix = self._ours | {"dtype": dtype}
+        both = {"kind": kind, "check": CHECK}
+        tell = both | {"mix": mix, "each": self._each, "steps": ROUNDS * self._each}
+        (self._work / "ours.json").write_text(json.dumps(tell))
+        tell = both | {"encoder": mix["encoder"], "tasks": self._tasks, "dtype": dtype}
+        (self._work / "theirs.json").write_text(json.dumps(tell))
+        with (
+            Worker(PEERS / "ours.py", self._work) as ours,
+            Worker(PEERS / self._library.script, self._work, self._python) as theirs,
+        ):
+            if (theirs.ready["device"] == "cpu") != (jax.default_backend() == "cpu"):
+                raise SystemExit("JAX and PyTorch must both see the GPU, or neither.")
+            losses = [worker.ready.pop("losses") for worker in (ours, theirs)]
+            np.testing.assert_allclose(*losses, rtol=TOLERANCES[dtype])
+            ready = {"losses": losses} | ours.ready | theirs.ready
+            return self._time(kind, dtype, ours, theirs, ready)
+
+    def _time(
+        self, kind: str, dtype: str, ours: Worker, theirs: Worker, ready: dict[str, Any]
+    ) -> Result:
+        asks = {OURS: ours.ask} | {
+            padding: partial(theirs.ask, padding=padding) for padding in PADDINGS
+        }
+        timing = side_by_side.run(asks, ROUNDS, self._each, BATCH_SIZE)
+        of_mix = self._steps[kind]
+        timed = {side: steps.first(ROUNDS * self._each) for side, steps in of_mix.items()}
+        count = self._flops(kind)
+        about = ready | {
+            "positions_per_example": {side: steps.positions() for side, steps in timed.items()},
+            "of_the_mix": {side: steps.positions() for side, steps in of_mix.items()},
+            "model_tflops": {
+                side: count(steps.lengths()) / sum(timing.seconds[side]) / 1e12
+                for side, steps in timed.items()
+            },
+        }
+        return Result(f"{self._library.title}, {kind}, {dtype}", timing, about)
+
+    def _flops(self, kind: str) -> Callable[[np.ndarray], float]:
+        """What the model computes for texts of some lengths, of which padding is no part."""
+        at = (32, 64, 128)  # a parabola goes through three points
+        if kind == "training":
+            known = [flops.training(self._model, TRAINED, length) for length in at]
+        else:
+            known = [flops.forward(self._model, length) for length in at]
+        parabola = np.polyfit(at, known, 2)
+        return lambda lengths: float(np.polyval(parabola, lengths).sum())
+
+
+def main() -> None:
+    """Compares with each library, in each dtype."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--glue", required=True, help="the official GLUE files")
+    parser.add_argument("--encoder", required=True, help="a BERT, as Hugging Face saves")
+    parser.add_argument("--out", required=True, type=Path, help="receives the figures")
+    parser.add_argument("--dimensions", choices=("base", "large"), help="random weights of these")
+    parser.add_argument("--peak", type=float, help="of the GPU, TFLOP/s in bfloat16")
+    args = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share a GPU's memory
+    args.out.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = Path(folder) / "encoder"
+        write_encoder(encoder, Path(args.encoder), args.dimensions)
+        for library in LIBRARIES:
+            work = Path(folder) / library.name
+            work.mkdir()
+            comparison = Comparison(library, work, args.glue, str(encoder))
+            for dtype in DTYPES[jax.default_backend()]:
+                results += [comparison.run(kind, dtype) for kind in KINDS]
+    summaries = {r.title: r.timing.summary() | r.about for r in results}
+    (args.out / "adapter_libraries.json").write_text(json.dumps(summaries, indent=1))
+    timings = {result.title: result.timing for result in results}
+    side_by_side.plot(args.out / "adapter_libraries.png", timings, columns=2)
+    print("\n\n".join(markdown(summaries, args.peak)))
+
+
+def write_encoder(directory: Path, source: Path, dimensions: str | None) -> None:
+    """Writes an encoder that lacks no weight, as some lack a pooler; or random ones."""
+    config = huggingface.KNOWN[f"bert-{dimensions}-uncased"] if dimensions else None
+    model = MultiTaskModel(config or huggingface.read_config(source), num_outputs=(2,))
+    if dimensions:
+        variables = init_variables(model, jax.random.key(0))
+    else:
+        variables = huggingface.load_variables(model, source, seed=0)
+    load_tokenizer(source).save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(dataclasses.asdict(model.config)))
+    tensors = tables.write(variables, tables.bert(model.config))
+    files.write_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
+
+
+def markdown(summaries: Mapping[str, dict[str, Any]], peak: float | None) -> Iterator[str]:
+    """The tables of docs/results.md: speed, memory, and what the device's peak is used for."""
+    over = [f"ours over {padding}" for padding in PADDINGS]
+    yield _table(
+        ["examples per second", OURS, *PADDINGS, *over],
+        {
+            title: [f"{rate:.1f}" for rate in found["examples_per_second"].values()]
+            + [
+                "{median:.2f} ({lowest:.2f} to {highest:.2f})".format(**ratio)
+                for ratio in found["times_as_fast"].values()
+            ]
+            for title, found in summaries.items()
+        },
+    )
+    yield _table(
+        ["peak memory, MiB", OURS, *PADDINGS],
+        {
+            title: [f"{size / 2**20:.0f}" for size in found["peak_bytes"].values()]
+            for title, found in summaries.items()
+        },
+    )
+    used = {
+        title: [f"{tflops / peaks:.1%}" for tflops in found["model_tflops"].values()]
+        for title, found in summaries.items()
+        if (peaks := peak or PEAKS.get(found["device"]))
+    }
+    if used:
+        yield _table(["model-FLOPs utilisation", OURS, *PADDINGS], used)
+
+
+def _table(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines += [[title, *cells] for title, cells in rows.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""pals_jax as a worker: what `pals-jax train` and `evaluate` do in their loops, no less."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from serving import Peak, serve
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from glue_mix import Mix, taken
+
+from pals_jax.data.batches import Batch
+from pals_jax.evaluate import Evaluator
+from pals_jax.models.rows import Packing
+from pals_jax.optim import make_optimizer
+from pals_jax.parallel import DataParallel
+from pals_jax.step import create_state, example_losses, make_train_step
+
+
+def main() -> None:
+    """Compiles every shape of the steps to come, then takes those that it is asked for."""
+    given = json.loads((Path(sys.argv[1]) / "ours.json").read_text())
+    steps = Steps(Mix(**given["mix"]), given["each"])
+    losses = [steps.loss(i) for i in range(given["check"])]
+    shapes = steps.compile(given["kind"], given["steps"])
+
+    def do(begin: int, end: int) -> None:
+        getattr(steps, given["kind"])(range(begin, end))
+
+    device = jax.devices()[0]
+    peak = None
+    if device.platform != "cpu":  # of the whole process: it cannot be reset
+        peak = Peak(lambda: None, lambda: device.memory_stats()["peak_bytes_in_use"])
+    serve({"losses": losses, "shapes": shapes}, do, peak)
+
+
+class Steps:
+    """The compiled steps of a mix and their state."""
+
+    def __init__(self, mix: Mix, each: int) -> None:
+        """Loads the weights; see `Mix.inference` for `each`."""
+        experiment, self._parallel = mix.experiment, DataParallel.over()
+        config, self._model = experiment.config, experiment.model()
+        optimizer, _ = make_optimizer(config.optimizer, len(experiment.tasks), 60_000)
+        step = make_train_step(self._model, optimizer, config.seed)
+        self._mix, self._batches, self._dev = mix, mix.packed(), mix.inference(each, by_length=True)
+        self._step = self._parallel.compile(step, donate=True)
+        self._evaluator = Evaluator(experiment, self._parallel)
+        self._state = self._parallel.put(create_state(mix.variables(), config.trainable, optimizer))
+
+    def training(self, steps: range) -> None:
+        """Takes training steps."""
+        for i in steps:
+            self._state, _ = self._step(self._state, self._batch(i))
+        jax.block_until_ready(self._state)
+
+    def inference(self, steps: range) -> None:
+        """Answers the examples of steps of one task, divided as `pals-jax evaluate` does."""
+        draws = self._dev[steps.start : steps.stop]
+        (task,) = {int(draw.task_ids[0]) for draw in draws}
+        split = taken(self._mix.dev[task], np.concatenate([draw.examples[0] for draw in draws]))
+        self._evaluator.logits(self._state.variables, self._mix.experiment.tasks[task], split)
+
+    def compile(self, kind: str, steps: int) -> list[tuple[int, ...]]:
+        """Takes a step of each shape among the first steps; returns the shapes."""
+        if kind == "inference":
+            self.inference(range(1))
+            experiment = self._mix.experiment
+            return [(experiment.config.eval_batch_size, experiment.layout.max_length)]
+        shapes = {self._batches.place(self._mix.draw(i))[0].shape: i for i in range(steps)}
+        for i in shapes.values():
+            self.training(range(i, i + 1))
+        return sorted(shapes)
+
+    def loss(self, i: int) -> float:
+        """Of a training batch of one task, without dropout."""
+        batch = {name: x[0] for name, x in self._batch(i).items()}
+        tokens = (batch[name] for name in ("input_ids", "token_type_ids", "attention_mask"))
+        packing = Packing(batch["first"], batch["numbers"])
+        task_ids, targets = batch["task_ids"], batch["targets"].reshape(-1)
+        logits = self._model.apply(self._state.variables, *tokens, task_ids, packing=packing)
+        logits = logits.reshape(-1, logits.shape[-1])
+        is_regression = self._mix.experiment.tasks[task_ids[0]].is_regression
+        regression = np.repeat(is_regression, len(targets))
+        losses = example_losses(logits, targets, regression) * batch["weights"].reshape(-1)
+        return float(losses.sum() / batch["weights"].sum())
+
+    def _batch(self, i: int) -> Batch:
+        return self._batches(self._mix.draw(i))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Training and inference with a library of PyTorch as a worker, with its best settings.
+
+A batch is as long as its longest text; attention is the fused one; on a GPU the model is compiled.
+bfloat16 is PyTorch's mixed precision (autocast): what is trained stays float32, as ours does.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from serving import Peak, serve
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+TOKENS = ("input_ids", "token_type_ids", "attention_mask")
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+
+class Library(NamedTuple):
+    """A model that holds an adapter and a head for each task, as the library makes it.
+
+    Attributes:
+        model: takes `TOKENS` and returns something with `logits`.
+        activate: makes the adapter and the head of a task, by name, the ones in use.
+        trained: the parameters of all adapters and heads.
+    """
+
+    model: nn.Module
+    activate: Callable[[str], Any]
+    trained: list[nn.Parameter]
+
+
+def main(load: Callable[..., Library]) -> None:
+    """Loads, says the losses of the first steps without dropout, then works when asked.
+
+    Args:
+        load: makes the library's model of what is to be done.
+    """
+    work = Path(sys.argv[1])
+    given = json.loads((work / "theirs.json").read_text())
+    torch.set_num_threads(os.cpu_count() or 1)
+    steps, kind = Steps(load(work, given), given), given["kind"]
+    check = _read(work / "training, longest.npz")[: given["check"]]
+    losses = [steps.loss(batch) for batch in check]
+    padded = {path.stem: _read(path) for path in work.glob(f"{kind}, *.npz")}
+    steps.warm_up(kind, [batch for batches in padded.values() for batch in batches])
+
+    def do(padding: str, begin: int, end: int) -> None:
+        for batch in padded[f"{kind}, {padding}"][begin:end]:
+            getattr(steps, kind)(batch)
+        if ON_GPU:
+            torch.cuda.synchronize()
+
+    cuda = torch.cuda
+    peak = Peak(cuda.reset_peak_memory_stats, cuda.max_memory_allocated) if ON_GPU else None
+    name = cuda.get_device_name() if ON_GPU else "cpu"
+    serve({"losses": losses, "device": name, "compiled": steps.is_compiled}, do, peak)
+
+
+def _read(path: Path) -> list[Batch]:
+    """The batches of a file, each cut to its longest text."""
+    arrays = {name: torch.tensor(x) for name, x in np.load(path).items()}
+    batches = [{name: x[i] for name, x in arrays.items()} for i in range(len(arrays["task_ids"]))]
+    for batch in batches:
+        longest = int(batch["attention_mask"].sum(1).max())
+        batch |= {name: batch[name][:, :longest].long().contiguous() for name in TOKENS}
+    return batches
+
+
+class Steps:
+    """What a training loop and an evaluation loop do with a batch."""
+
+    def __init__(self, library: Library, given: dict[str, Any]) -> None:
+        """`given` has the dtype, and the name and the number of outputs of each task."""
+        self._library, self._tasks = library, list(given["tasks"].items())
+        self._autocast = torch.autocast(
+            DEVICE.type, torch.bfloat16, enabled=given["dtype"] == "bfloat16"
+        )
+        self._model = library.model.to(DEVICE)
+        self.is_compiled = False
+        self._optimizer = torch.optim.AdamW(library.trained, 2e-5, weight_decay=0.01, fused=True)
+
+    def training(self, batch: Batch) -> None:
+        """One step."""
+        self._model.train()
+        logits, targets = self._logits(batch), batch["targets"].to(DEVICE)
+        _mean_loss(logits, targets).backward()
+        nn.utils.clip_grad_norm_(self._library.trained, 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def inference(self, batch: Batch) -> np.ndarray:
+        """The logits."""
+        self._model.eval()
+        with torch.inference_mode():
+            return self._logits(batch).float().cpu().numpy()
+
+    def loss(self, batch: Batch) -> float:
+        """The loss without dropout."""
+        return float(_mean_loss(torch.tensor(self.inference(batch)), batch["targets"]))
+
+    def warm_up(self, kind: str, batches: list[Batch]) -> None:
+        """On a GPU compiles the model, if it can be; takes a step."""
+        if ON_GPU:
+            self._compile(kind, batches)
+        getattr(self, kind)(batches[0])
+
+    def _compile(self, kind: str, batches: list[Batch]) -> None:
+        plain = self._model
+        torch._dynamo.config.recompile_limit = 100  # once for each task and mode
+        self._model = torch.compile(plain, dynamic=True)
+        try:
+            for batch in batches:
+                getattr(self, kind)(batch)
+            self.is_compiled = True
+        except Exception as error:  # of many kinds; what cannot be compiled runs as it is
+            print(f"not compiled: {error}", file=sys.stderr)
+            self._model = plain
+
+    def _logits(self, batch: Batch) -> Tensor:
+        name, outputs = self._tasks[int(batch["task_ids"])]
+        self._library.activate(name)
+        with self._autocast:
+            logits = self._model(**{name: batch[name].to(DEVICE) for name in TOKENS}).logits
+        assert logits.shape[-1] == outputs
+        return logits
+
+
+def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    if logits.shape[-1] == 1:
+        return nn.functional.mse_loss(logits[:, 0].float(), targets)
+    return nn.functional.cross_entropy(logits.float(), targets.long())

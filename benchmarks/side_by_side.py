@@ -1,0 +1,150 @@
+"""Times several programs that do the same work, in turns, on one machine.
+
+Each program is a process of its own, in an environment of its own. It is asked for parts of the
+work over its standard input, one JSON object a line, and answers how long they took; while one of
+them works, the others wait. What is published is the ratio within each round, which a machine's
+moods cancel from.
+"""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from tqdm import tqdm
+
+PEERS = Path(__file__).resolve().parent / "peers"
+
+
+def environment(name: str, requirements: Sequence[str]) -> Path:
+    """The Python of an environment with these requirements, which is made once."""
+    home = PEERS / ".environments" / name
+    python = home / "bin" / "python"
+    if not (home / "done").exists():
+        venv.create(home, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *requirements], check=True)
+        (home / "done").touch()
+    return python
+
+
+class Worker:
+    """A program that does parts of the work."""
+
+    def __init__(self, script: Path, work: Path, python: Path = Path(sys.executable)) -> None:
+        """Starts `script` on the folder `work`, which describes it; waits until it is ready."""
+        self._process = subprocess.Popen(
+            [python, script, work], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.ready = self._answer()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets it end."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """Its answer."""
+        assert self._process.stdin is not None
+        print(json.dumps(question), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self._process.args!r} has ended with {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How several did the same; the first one is what the others are compared with.
+
+    Attributes:
+        seconds: of each round, by name.
+        peaks: the largest amount of memory in use while they worked, in bytes, by name.
+        examples: of a round.
+    """
+
+    seconds: Mapping[str, list[float]]
+    peaks: Mapping[str, int]
+    examples: int
+
+    def summary(self) -> dict[str, Any]:
+        """Medians and, of the first one's rate over each other's, median, lowest and highest."""
+        ours, *others = self.seconds
+        ratios = {
+            name: [a / b for a, b in zip(self._rates(ours), self._rates(name), strict=True)]
+            for name in others
+        }
+        totals = {name: sum(seconds) for name, seconds in self.seconds.items()}
+        return {
+            "times_as_fast_in_all": {name: totals[name] / totals[ours] for name in others},
+            "examples_per_second": {
+                name: statistics.median(self._rates(name)) for name in self.seconds
+            },
+            "times_as_fast": {
+                name: {"median": statistics.median(r), "lowest": min(r), "highest": max(r)}
+                for name, r in ratios.items()
+            },
+            "peak_bytes": dict(self.peaks),
+            "seconds": {name: list(seconds) for name, seconds in self.seconds.items()},
+            "rounds": len(self.seconds[ours]),
+            "examples_per_round": self.examples,
+        }
+
+    def draw(self, axes: Any, title: str) -> None:
+        """The rates as bars, every round a dot."""
+        for place, name in enumerate(self.seconds):
+            rates = self._rates(name)
+            axes.barh(place, statistics.median(rates), color="C7" if place else "C0")
+            axes.plot(rates, [place] * len(rates), "k.", markersize=3)
+        axes.set_yticks(range(len(self.seconds)), list(self.seconds))
+        axes.invert_yaxis()
+        axes.set_xlabel("examples per second")
+        axes.set_title(title, loc="left")
+
+    def _rates(self, name: str) -> list[float]:
+        return [self.examples / seconds for seconds in self.seconds[name]]
+
+
+def plot(path: Path, timings: Mapping[str, Timing], columns: int = 1) -> None:
+    """Writes a figure with a panel for each of the timings, by title, all with the same bars."""
+    rows, bars = -(-len(timings) // columns), max(len(t.seconds) for t in timings.values())
+    size = 7 * columns, (0.6 * bars + 1.4) * rows
+    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axes, (title, timing) in zip(panels.flat, timings.items(), strict=True):
+        timing.draw(axes, title)
+    figure.tight_layout()
+    figure.savefig(path, bbox_inches="tight", dpi=120)
+
+
+def run(
+    workers: Mapping[str, Callable[..., dict[str, Any]]], rounds: int, steps: int, batch_size: int
+) -> Timing:
+    """In each round all take the same `steps` steps, one after the other.
+
+    Args:
+        workers: by name, what asks for the steps from `begin` to `end`, as `Worker.ask` does.
+        rounds: how many.
+        steps: of each round; no step comes twice.
+        batch_size: examples of a step.
+    """
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+    for number in tqdm(range(rounds), unit="round"):
+        for name, ask in workers.items():
+            answers[name].append(ask(begin=number * steps, end=(number + 1) * steps))
+    seconds = {name: [answer["seconds"] for answer in given] for name, given in answers.items()}
+    peaks = {name: max(answer["peak"] for answer in given) for name, given in answers.items()}
+    return Timing(seconds, peaks, steps * batch_size)

@@ -1,0 +1,28 @@
+"""Work of the host that is done ahead, while the devices are busy."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+_AHEAD = 2  # items that are ready before they are asked for
+
+
+def prefetch(make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
+    """`make(number)` of each number in order, made on another thread.
+
+    What `make` raises is raised here, in its place.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
+        ready: deque[Future[T]] = deque()
+        try:
+            for number in numbers:
+                ready.append(pool.submit(make, number))
+                if len(ready) > _AHEAD:
+                    yield ready.popleft().result()
+            while ready:
+                yield ready.popleft().result()
+        finally:
+            for future in ready:
+                future.cancel()

@@ -1,0 +1,103 @@
+"""Who is where in the rows of a batch: several examples may share a row and not see each other.
+
+The encoder computes rows; what counts are the examples in them. `attention_mask` says which
+example of its row a position belongs to, and from that follow its place within the example and
+what it may look at. An example has the same outputs, and the same dropout masks, in whatever row
+it lies, beside whatever others.
+
+Dimension letters: see `pals_jax.models.layers`.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+_PROMPTS = 2048  # where the places of prompts begin: behind those of any text
+
+
+class Packing(NamedTuple):
+    """The M examples of each row; where there are fewer, the last ones are empty.
+
+    Attributes:
+        first: int [B, M]; the position of each example's first token.
+        numbers: int [B, M]; each example's number in the whole batch, of which its dropout masks
+            are a function.
+    """
+
+    first: Array
+    numbers: Array
+
+    @classmethod
+    def alone(cls, rows: int) -> "Packing":
+        """Each row is one example, in order."""
+        return cls(jnp.zeros((rows, 1), jnp.int32), jnp.arange(rows)[:, None])
+
+
+class Places(NamedTuple):
+    """What makes a position's dropout masks its own.
+
+    Attributes:
+        position: int [B, L], within the example.
+        salt: uint32 [B, L, 2], the example's; None where dropout is off.
+    """
+
+    position: Array
+    salt: Array | None = None
+
+    @classmethod
+    def of_examples(cls, salts: Array | None, like: Array) -> "Places":
+        """Those of arrays like `like`, [B, M, ...], with one entry for each example."""
+        return cls(jnp.zeros(like.shape[:2], jnp.int32), salts)
+
+
+class Rows(NamedTuple):
+    """The rows as the encoder's blocks see them.
+
+    Attributes:
+        mask: bool [B, 1, 1 or L, L]; True where a position may look at another.
+        places: of the positions.
+        first: see `Packing`.
+    """
+
+    mask: Array
+    places: Places
+    first: Array
+
+
+def make_rows(segments: Array, first: Array, salts: Array | None = None, prompts: int = 0) -> Rows:
+    """The rows of a batch.
+
+    Args:
+        segments: int [B, L]; 0 at padding, else, from 1, which of its row's examples a position
+            belongs to.
+        first: int [B, M].
+        salts: uint32 [B, M, 2], or None.
+        prompts: how many positions every example has at the end of its row besides, position p
+            of example m at L + p * M + m.
+    """
+    (rows, length), count = segments.shape, first.shape[1]
+    position = jnp.arange(length)[None] - _of_example(first, segments)
+    if count > 1:  # alone, padding counts on, as it does where BERT comes from
+        position = jnp.where(segments > 0, position, 0)
+    if prompts:
+        index = jnp.broadcast_to(jnp.arange(prompts * count), (rows, prompts * count))
+        segments = jnp.concatenate([segments, index % count + 1], axis=1)
+        position = jnp.concatenate([position, _PROMPTS + index // count], axis=1)
+    mask = segments[:, None, None, :] > 0
+    if count > 1:
+        mine, theirs = segments[:, None, :, None], segments[:, None, None, :]
+        mask &= (mine == theirs) | (mine == 0)
+    salt = None if salts is None else _of_example(salts, segments)
+    return Rows(mask, Places(position, salt), first)
+
+
+def _of_example(values: Array, segments: Array) -> Array:
+    """[B, M, ...] -> [B, L, ...]: of the example that each position belongs to."""
+    index = jnp.maximum(segments - 1, 0).reshape(*segments.shape, *[1] * (values.ndim - 2))
+    return jnp.take_along_axis(values, index, axis=1)
+
+
+def one_position() -> Rows:
+    """One position of one example, to find shapes with."""
+    return make_rows(jnp.ones((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32))

@@ -1,0 +1,136 @@
+"""Sweeps: one run for each of a configuration's `sweep`, and one table of what they reached.
+
+Runs on a frozen encoder that differ in seed and learning rate alone are trained by one step.
+"""
+
+import json
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from pals_jax import config as config_lib
+from pals_jax import hosts, metrics
+from pals_jax.checkpoint import newest_step
+from pals_jax.compiled import forget_compiled
+from pals_jax.errors import UserError
+from pals_jax.evaluate import Results
+from pals_jax.experiment import Experiment
+from pals_jax.logging import say
+from pals_jax.together import can_be_trained_together
+from pals_jax.train import train_together
+
+FILE = "sweep.json"
+
+
+def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
+    """Trains the configuration under each of its overrides, in `workdir/NAME`.
+
+    It goes on from where it was stopped: finished runs are only evaluated again.
+
+    Args:
+        config: its `sweep` is a list of {dotted key: value}.
+        workdir: receives a directory for each run, and sweep.json.
+
+    Returns:
+        What sweep.json holds, for each run: overrides, workdir, results, scores of the tasks
+        (`pals_jax.metrics.score`) and score, their mean; the best first.
+
+    Raises:
+        UserError: the list is empty or repeats itself, or holds what is no mapping of keys that the
+            configuration has.
+    """
+    for each in config.sweep:
+        if not (isinstance(each, dict) and each and all(isinstance(key, str) for key in each)):
+            raise UserError(
+                f"configuration: sweep has {each!r}, which is no {{key: value}} of a configuration;"
+                " a single one has a comma behind it, ({'seed': 0},)."
+            )
+    overrides = {_name(each): dict(each) for each in config.sweep}
+    runs = {name: _under(config, each) for name, each in overrides.items()}
+    if not runs or len(runs) < len(config.sweep):
+        raise UserError(
+            "configuration: sweep is empty or names a run twice; give a list of overrides such as"
+            " ({'seed': 0}, {'seed': 1})."
+        )
+    for one in runs.values():
+        Experiment.from_config(one).model()  # refuses what is wrong before any is trained
+    rows: list[dict[str, Any]] = []
+    for names in _in_one_step(runs, workdir):
+        say(f"training {', '.join(names)}")
+        of_all = train_together([runs[name] for name in names], [workdir / name for name in names])
+        for name, results in zip(names, of_all, strict=True):
+            rows.append(_row(runs[name], name, overrides[name], results))
+        forget_compiled()
+        rows.sort(key=lambda row: -row["score"])
+        if hosts.is_main():
+            (workdir / FILE).write_text(json.dumps(rows, indent=1))
+    Console(stderr=True, quiet=not hosts.is_main()).print(table(rows))
+    return rows
+
+
+def _in_one_step(runs: dict[str, ConfigDict], workdir: epath.Path) -> list[list[str]]:
+    """The names of the runs, divided into those that one step can train from where they stand."""
+    groups: list[list[str]] = []
+    for name, config in runs.items():
+        for group in groups:
+            same = newest_step(workdir / group[0]) == newest_step(workdir / name)
+            if same and can_be_trained_together(runs[group[0]], config):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
+
+
+def _row(
+    config: ConfigDict, name: str, overrides: dict[str, Any], results: Results
+) -> dict[str, Any]:
+    """What sweep.json holds of a run."""
+    tasks = Experiment.from_config(config).tasks
+    scores = {task.name: metrics.score(task.metrics, results[task.name]) for task in tasks}
+    score = sum(scores.values()) / len(scores)
+    return {
+        "overrides": overrides,
+        "workdir": name,
+        "results": results,
+        "scores": scores,
+        "score": score,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The runs for a person, the best first: overrides, score of each task x 100, their mean."""
+    keys = list(dict.fromkeys(key for row in rows for key in row["overrides"]))
+    tasks = list(dict.fromkeys(task for row in rows for task in row["scores"]))
+    columns = Table(title="sweep, dev scores (x 100)", title_justify="left")
+    for key in keys:
+        columns.add_column(key)
+    for name in (*tasks, "mean"):
+        columns.add_column(name, justify="right")
+    for row in rows:
+        given = (str(row["overrides"].get(key, "")) for key in keys)
+        scores = [*(row["scores"].get(task) for task in tasks), row["score"]]
+        columns.add_row(*given, *("" if x is None else f"{100 * x:.1f}" for x in scores))
+    return columns
+
+
+def _under(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
+    one = ConfigDict(config.to_dict())
+    one.sweep = ()
+    one.lock()  # so that an unknown key is refused
+    try:
+        one.update_from_flattened_dict(dict(overrides))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error.args[0]).split())
+        raise UserError(f"configuration: the sweep's {dict(overrides)}: {reason}.") from error
+    config_lib.check(one)
+    return one
+
+
+def _name(overrides: dict[str, Any]) -> str:
+    """A directory's name that says what is different in it."""
+    plain = ",".join(f"{key.rsplit('.')[-1]}={value}" for key, value in overrides.items())
+    return "".join(c if c.isalnum() or c in "=,.-+()" else "_" for c in plain)

@@ -1,0 +1,58 @@
+"""The configurations of `configs/`: each is whole, and those that can be run here run."""
+
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from pals_jax import config as config_lib
+from pals_jax.cli import main
+from pals_jax.models import methods
+
+CONFIGS = sorted(path.name for path in (REPOSITORY / "configs").glob("*.py"))
+
+
+def load(name: str, argument: str = "") -> config_lib.ConfigDict:
+    colon = f":{argument}" if argument else ""
+    return config_lib.load([f"--config={REPOSITORY / 'configs' / name}{colon}"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_is_whole(name: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.tsv").write_text("sentence\tlabel\na\tb\n")
+    config = load(name, str(tmp_path) if name == "houlsby_extra.py" else "")
+    assert methods.parse(config.method)
+    for overrides in config.sweep:
+        assert all(key.split(".")[0] in config for key in overrides)
+    docstring = (REPOSITORY / "configs" / name).read_text()
+    assert f"pals-jax train --config=configs/{name}" in docstring
+
+
+def test_houlsby_on_glue_is_the_papers() -> None:
+    config = load("houlsby_glue.py", "rte,256,3e-5")
+    assert config.method == "houlsby(size=256)"
+    assert config.optimizer.learning_rate == 3e-5
+    assert (config.batch_size, config.epochs, config.steps_per_epoch) == (32, 20, 78)
+    assert tuple(config.trainable) == ("adapters/",)
+    assert len(config.sweep) == 3 * 3 * 2 * 5
+
+
+def test_the_unified_view_takes_any_method() -> None:
+    config = load("unified_glue.py", "mnli,lora(rank=16, alpha=32.0)")
+    assert config.tasks == ("mnli",)
+    assert config.method == "lora(rank=16, alpha=32.0)"
+    assert [run["seed"] for run in config.sweep] == [42, 2, 4, 6, 8]
+
+
+@pytest.mark.optimized
+def test_the_papers_own_tasks(shared: Path, minilm: Path, tmp_path: Path) -> None:
+    """Five of the seventeen extra tasks on a frozen encoder take a few steps together."""
+    command = [
+        *("train", f"--config={REPOSITORY / 'configs/houlsby_extra.py'}:{shared / 'extra_tasks'}"),
+        *(f"--workdir={tmp_path / 'run'}", f"--config.encoder={minilm}"),
+        *(f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.data.max_length=32"),
+        *("--config.epochs=1", "--config.steps_per_epoch=4", "--config.eval_batch_size=256"),
+    ]
+    assert main(command) == 0
+    assert main(["evaluate", f"--workdir={tmp_path / 'run'}", "--json"]) == 0

@@ -1,0 +1,152 @@
+"""Methods that no golden file holds, in a whole model of another size, against PyTorch.
+
+The encoder is that of transformers, taken apart where a method changes it; the methods are written
+anew in PyTorch. (Each of their forms alone, at the tiny size: tests/test_forms.py.)
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from torch.nn.functional import gelu, layer_norm
+
+from pals_jax.convert import from_huggingface
+from pals_jax.models import methods
+from pals_jax.models.methods import Method
+from pals_jax.models.multitask import MultiTaskModel
+
+DEPTH, WIDTH, HEADS, LENGTH = 4, 20, 5, 11
+Theta = Mapping[str, Any]
+Change = Callable[[Theta, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, MultiTaskModel, Any]:
+    """A random BERT of transformers, and ours of two tasks around it."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=31,
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        intermediate_size=28,
+        max_position_embeddings=LENGTH,
+        initializer_range=0.2,
+    )
+    folder = tmp_path_factory.mktemp("encoder")
+    theirs = transformers.BertModel(config).eval()
+    theirs.save_pretrained(folder)
+    model, variables = from_huggingface(folder, tasks=(2, 3))
+    return theirs, model, variables["params"]
+
+
+# The methods in PyTorch: theta holds one task's parameters in one layer; x is [B, L, D], and
+# visible, bool [B, L], says which positions may be looked at.
+
+
+def linear(theta: Theta, x: torch.Tensor) -> torch.Tensor:
+    return x @ theta["kernel"] + theta["bias"]
+
+
+def pal(theta: Theta, x: torch.Tensor, visible: torch.Tensor, heads: int = 3) -> torch.Tensor:
+    z = linear(theta["down"], x)
+    query, key, value = (
+        linear(theta[name], z).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for name in ("query", "key", "value")
+    )
+    z = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=visible[:, None, None]
+    )
+    return gelu(linear(theta["up"], z.transpose(1, 2).flatten(2)))
+
+
+def low_rank(theta: Theta, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    return linear(theta["up"], gelu(linear(theta["down"], x)))
+
+
+def projected_ffn(theta: Theta, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    z = gelu(linear(theta["ffn_0"], linear(theta["down"], x)))
+    return linear(theta["up"], linear(theta["ffn_1"], z) if "ffn_1" in theta else z)
+
+
+def top_ffn(theta: Theta, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    z = linear(theta["down"], x)
+    blocks = theta["blocks"]
+    for i in range(len(blocks["norm"]["bias"])):
+        ffn, norm = (jax.tree.map(lambda p, i=i: p[i], blocks[name]) for name in ("ffn", "norm"))
+        y = linear(ffn["output"], gelu(linear(ffn["intermediate"], z)))
+        z = layer_norm(z + y, z.shape[-1:], norm["scale"], norm["bias"], eps=1e-12)
+    return linear(theta["up"], z)
+
+
+def top_dense(theta: Theta, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(linear(theta["dense"], x))
+
+
+def beside(change: Change, layers: tuple[int, ...], serial: bool = False) -> Callable[..., Any]:
+    """LN(a + FFN(a) + change(h)) in some layers; or serially, LN(s + change(s)) of that sum s."""
+
+    def run(model: Any, theta: Theta, h: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        for number, layer in enumerate(model.encoder.layer):
+            a = layer.attention(h, attention_mask=visible[:, None, None])[0]
+            s = a + layer.output.dense(layer.intermediate(a))
+            if number in layers:
+                place = layers.index(number)
+                own = jax.tree.map(lambda p, place=place: p[place], theta.get("layers", {}))
+                s = s + change({**theta.get("shared", {}), **own}, s if serial else h, visible)
+            h = layer.output.LayerNorm(s)
+        return h
+
+    return run
+
+
+def on_top(change: Change) -> Callable[..., Any]:
+    def run(model: Any, theta: Theta, h: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        return change(theta["shared"], beside(change, ())(model, theta, h, visible), visible)
+
+    return run
+
+
+ALL = tuple(range(DEPTH))
+CASES: dict[str, tuple[Method, Callable[..., Any]]] = {
+    "projected_ffn": (methods.projected_ffn(7), beside(projected_ffn, ALL)),
+    "projected_ffn, two layers": (
+        methods.projected_ffn(9, depth=2, layers="final_half"),
+        beside(projected_ffn, (2, 3)),
+    ),
+    "pals, serial": (methods.pals(6, heads=3, serial=True), beside(pal, ALL, serial=True)),
+    "pals, V not shared, serial": (
+        methods.pals(9, heads=3, layers=(1, 3), shared=False, serial=True),
+        beside(pal, (1, 3), serial=True),
+    ),
+    "low_rank, serial": (
+        methods.low_rank(3, "gelu", layers="first_half", serial=True),
+        beside(low_rank, (0, 1), serial=True),
+    ),
+    "top_ffn": (methods.top_ffn(8, blocks=3), on_top(top_ffn)),
+    "top_dense": (methods.top_dense("tanh"), on_top(top_dense)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_against_pytorch(case: str, encoder: tuple[Any, MultiTaskModel, Any]) -> None:
+    method, reference = CASES[case]
+    theirs, model, params = encoder
+    model = model.clone(method=method)
+    adapters = tiny.variables(model)["adapters"]
+    tokens = tiny.inputs(rows=3, length=LENGTH).values()
+    with jax.disable_jit():  # ten times as fast as compiling
+        variables = {"params": params, "adapters": adapters}
+        actual = np.asarray(model.apply(variables, *tokens, 1, method="encode"))
+    ids, types, mask = (torch.tensor(x).long() for x in tokens)
+    theta = jax.tree.map(torch.tensor, tiny.rows(adapters[method[0].name], 1))
+    with torch.no_grad():
+        bare = theirs(ids, mask, types).last_hidden_state.numpy()
+        expected = reference(theirs, theta, theirs.embeddings(ids, types), mask > 0).numpy()
+    assert np.abs(expected - bare).max() > 0.1  # the method does something
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)

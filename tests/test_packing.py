@@ -1,0 +1,97 @@
+"""Packing is exact: a step with several examples in a row is the step with one in each."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from pals_jax.data.batches import Batch, Layout, Shards, TrainBatches, eval_batches
+from pals_jax.data.packing import Packed, Padded, Shape
+from pals_jax.data.sampler import Draw
+from pals_jax.data.tokenize import TokenizedSplit
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.step import make_eval_step, make_every_task_step
+
+_QUICK = ("pals", "mam", "prompt_tuning")
+METHODS = [
+    name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in ("shared", *tiny.METHODS)
+]
+MIXED, SINGLE = ([2, 0, 2], 3), ([1], 8)
+PACKED = Packed((Shape(3, 24), Shape(9, 9)), 3)
+DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+
+
+def split(rng: np.random.Generator) -> TokenizedSplit:
+    """Eleven examples of 3 to 9 tokens."""
+    lengths = rng.integers(3, 10, 11)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = rng.integers(1, 31, offsets[-1]).astype(np.int32)
+    return TokenizedSplit(tokens, offsets, lengths - 1, rng.integers(0, 2, 11).astype(np.float32))
+
+
+def batch(placing: Any, tasks: list[int], size: int, pad_id: int = 0, types: int = 2) -> Batch:
+    rng = np.random.default_rng(0)
+    splits = [split(rng) for _ in tiny.NUM_OUTPUTS]
+    draw = Draw(np.array(tasks, np.int32), rng.integers(0, 11, (len(tasks), size)))
+    make = TrainBatches(splits, Layout(9, pad_id, types), placing, Shards(), 0, len(splits))
+    return {name: x[0] for name, x in make(draw).items()}
+
+
+def assert_same_step(model: MultiTaskModel, padded: Batch, packed: Batch) -> None:
+    """Loss and every gradient to 1e-5."""
+    step, state = tiny.training(model)
+    assert packed["attention_mask"].max() > 2
+    (one, theirs), (other, ours) = (step(state, each) for each in (padded, packed))
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
+
+    def close(a: Any, b: Any) -> None:
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, abs(b).max()))
+
+    jax.tree.map(close, other.opt_state[1], one.opt_state[1])
+
+
+@pytest.mark.parametrize("draw", [MIXED, pytest.param(SINGLE, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_the_padded_step(name: str, draw: Any) -> None:
+    """Of one task and of several, with dropout on: an example has its masks wherever it lies."""
+    model = tiny.model(tiny.METHODS.get(name, ()), **DROPOUT)
+    padded, packed = (batch(placing, *draw) for placing in (Padded(9, 9), PACKED))
+    assert_same_step(model, padded, packed)
+
+
+@pytest.mark.parametrize("pad_id", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_positions_of_roberta(pad_id: int) -> None:
+    """They count from behind the padding's, in each example anew."""
+    changes = {"model_type": "roberta", "pad_token_id": pad_id, "type_vocab_size": 1}
+    model = tiny.model((), max_position_embeddings=10 + pad_id, **changes)
+    padded, packed = (batch(p, *SINGLE, pad_id, types=1) for p in (Padded(8, 9), PACKED))
+    real = padded["attention_mask"] > 0  # no token of a text is padding
+    padded["input_ids"] = np.where(real, np.maximum(padded["input_ids"], 2), pad_id)
+    real = packed["attention_mask"] > 0
+    packed["input_ids"] = np.where(real, np.maximum(packed["input_ids"], 2), pad_id)
+    assert_same_step(model, padded, packed)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_evaluation_of_every_method_is_that_of_padded_rows(name: str) -> None:
+    """Logits to 1e-5: of one task, with the adapters of some layers alone, and of every task."""
+    model = tiny.model(tiny.METHODS.get(name, ()), **DROPOUT)
+    variables, held_out = tiny.variables(model), split(np.random.default_rng(0))
+    active = np.array([True, False, True])
+    evaluate, every = jax.jit(make_eval_step(model)), jax.jit(make_every_task_step(model))
+    found = []
+    for placing in (Padded(4, 9), Packed.into(2, 24)):
+        logits = np.full((5, 11, 3), np.nan)
+        for shards, places in eval_batches(held_out, 1, Layout(9), placing, Shards()):
+            there, one = places >= 0, {k: x[0] for k, x in shards.items()}
+            logits[0, places[there]] = evaluate((variables, None), one)[there]
+            logits[1, places[there]] = evaluate((variables, active), one)[there]
+            logits[2:, places[there]] = every(variables, one)[:, there]
+        found.append(logits)
+    padded, packed = found
+    np.testing.assert_allclose(packed, padded, rtol=0, atol=1e-5)
+    assert abs(padded[0] - padded[2]).max() > 0.1  # of other tasks

@@ -1,0 +1,176 @@
+"""Never lose work: killed, told to stop, on damaged, full and vanished disks, on other devices."""
+
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_train import arguments, checkpoint, lines
+
+from pals_jax.cli import main
+
+
+def start(
+    small: Path, workdir: Path, *overrides: str, devices: int = 2, shell: str = ""
+) -> subprocess.Popen:
+    """The run as a process of its own, after `shell`; its log is beside the workdir."""
+    command = [sys.executable, "-m", "pals_jax", *arguments(small, workdir, *overrides)]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    log = shlex.quote(str(workdir.with_suffix(".log")))
+    script = f'exec 2> >(cat >>{log}); {shell} exec "$@"'
+    return subprocess.Popen(["bash", "-c", script, "run", *command], env=env)
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Bit for bit: the newest and the best checkpoint, and the steps and losses of the log."""
+    for folder in ("checkpoints", "best"):
+        (step, mine), (last, other) = checkpoint(one, folder), checkpoint(two, folder)
+        assert step == last
+        assert mine.keys() == other.keys()
+        for key, x in mine.items():
+            np.testing.assert_array_equal(x, other[key], err_msg=key)
+    mine, other = ([x for x in lines(w) if "score" in x] for w in (one, two))
+    assert mine == other
+
+
+def wait_for(path: Callable[[], object], process: subprocess.Popen | None = None) -> None:
+    deadline = time.monotonic() + 300
+    while not path() and time.monotonic() < deadline:
+        assert process is None or process.poll() is None
+        time.sleep(0.002)
+
+
+def newest(workdir: Path) -> int:
+    return max(
+        (int(p.name) for p in workdir.glob("checkpoints/[0-9]*") if p.name.isdigit()), default=0
+    )
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_and_run_again_is_an_unbroken_run_bit_for_bit(small: Path, kills: int) -> None:
+    """At random moments, most of them while a checkpoint is being written."""
+    every = ("--config.checkpoint_every=1", f"--config.steps_per_epoch={10 * kills}")
+    whole, broken = small / "whole", small / "broken"
+    assert start(small, whole, *every).wait(timeout=600) == 0, whole.with_suffix(".log").read_text()
+
+    rng, at = random.Random(0), []
+    for _ in range(kills):
+        process = start(small, broken, *every)
+        begin = newest(broken)
+        wait_for(lambda begin=begin: newest(broken) > begin, process)
+        time.sleep(rng.uniform(0.0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        at.append(newest(broken))
+    assert at == sorted(set(at))
+    assert start(small, broken, *every).wait(timeout=600) == 0
+    assert f"going on from step {at[-1]}" in broken.with_suffix(".log").read_text()
+    assert_same_run(whole, broken)
+
+
+@pytest.mark.slow
+def test_told_to_stop_it_saves_and_says_so(small: Path, capsys: pytest.CaptureFixture) -> None:
+    """SIGTERM: exit status 143; run again, it is an unbroken run."""
+    every = ("--config.steps_per_epoch=20",)
+    whole, broken = small / "whole", small / "broken"
+    assert main(arguments(small, whole, *every)) == 0
+
+    def tell() -> None:
+        wait_for(lambda: newest(broken))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(arguments(small, broken, *every)) == 143
+    teller.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    step, _ = checkpoint(broken)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"pals-jax: told to stop; step {step} of 40 is saved in {broken}.")
+    assert main(arguments(small, broken, *every)) == 0
+    assert f"going on from step {step} of 40" in capsys.readouterr().err
+    assert_same_run(whole, broken)
+
+
+def damage(directory: Path) -> None:
+    """Cuts the largest file of a checkpoint to its half."""
+    largest = max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    with largest.open("r+b") as file:
+        file.truncate(largest.stat().st_size // 2)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    small: Path, capsys: pytest.CaptureFixture
+) -> None:
+    whole, run = small / "whole", small / "run"
+    assert main(arguments(small, whole)) == 0
+    shutil.copytree(whole, run)
+    damage(run / "checkpoints" / "8")
+    assert main(arguments(small, run)) == 0
+    err = capsys.readouterr().err
+    assert "the checkpoint of step 8" in err
+    assert "is damaged (1 of its files are not as they were written); it is set aside" in err
+    assert "going on from step 6 of 8" in err
+    assert (run / "checkpoints" / "damaged-8.1").is_dir()
+    assert_same_run(whole, run)
+
+    for step in ("6", "8"):
+        damage(run / "checkpoints" / step)
+    assert main(arguments(small, run)) == 2
+    assert "there is none before it" in capsys.readouterr().err.splitlines()[-1]
+    assert len(list(run.glob("checkpoints/damaged-*"))) == 3
+
+
+@pytest.mark.slow
+def test_it_goes_on_with_other_devices(small: Path) -> None:
+    """Two devices begin, eight go on: the same tasks, examples and masks, so the same losses."""
+    begun, whole = small / "begun", small / "whole"
+    assert start(small, begun, "--config.epochs=2").wait(timeout=300) == 0
+    assert main(arguments(small, whole)) == 0
+    shutil.rmtree(begun / "checkpoints" / "8")
+    shutil.rmtree(begun / "best")
+    assert main(arguments(small, begun)) == 0
+    for mine, other in zip(lines(begun), lines(whole), strict=True):
+        for line in (mine, other):
+            line.pop("examples_per_second", None)
+        assert mine == pytest.approx(other, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full(small: Path) -> None:
+    """No file may grow beyond 6 kB: the largest of the parameters, of 7, does not fit."""
+    run = small / "run"
+    assert start(small, run, shell="ulimit -f 6;").wait(timeout=300) == 2
+    log = run.with_suffix(".log")
+    wait_for(lambda: "pals-jax:" in log.read_text())
+    message = next(x for x in log.read_text().splitlines() if x.startswith("pals-jax:"))
+    assert "a checkpoint could not be written to" in message
+    assert "make room" in message
+
+
+@pytest.mark.slow
+def test_a_workdir_that_vanishes(small: Path, capsys: pytest.CaptureFixture) -> None:
+    run = small / "run"
+
+    def remove() -> None:
+        wait_for(lambda: newest(run))
+        run.rename(small / "elsewhere")
+
+    remover = threading.Thread(target=remove)
+    remover.start()
+    assert main(arguments(small, run, "--config.steps_per_epoch=40")) == 2
+    remover.join()
+    assert f"{run} has vanished" in capsys.readouterr().err.splitlines()[-1]
+    shutil.rmtree(run, ignore_errors=True)  # what the last save left behind
+    (small / "elsewhere").rename(run)
+    assert main(arguments(small, run, "--config.steps_per_epoch=40")) == 0

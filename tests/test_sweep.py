@@ -1,0 +1,146 @@
+"""Sweeps: one run for each override, one table of all."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from test_train import arguments, checkpoint, lines
+
+from pals_jax import hosts, sweep
+from pals_jax.cli import main
+from pals_jax.evaluate import Results
+from pals_jax.experiment import Experiment
+from pals_jax.step import TrainState
+from pals_jax.together import sharing
+
+CONFIG = Path(__file__).with_name("tiny_experiment.py")
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_every_run_and_makes_one_table(
+    small: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, programs = sweep.train_together, jax.devices()[0].client.live_executables
+    begin, end = [], []  # how many there are when a run begins, and when it ends
+
+    def trained(*given: Any) -> list[Results]:
+        begin.append(len(programs()))
+        results = real(*given)
+        end.append(len(programs()))
+        return results
+
+    monkeypatch.setattr(sweep, "train_together", trained)
+    overrides = [{"seed": 0, "method": "shared"}, {"optimizer.learning_rate": 0.01, "seed": 1}]
+    command = ["train", f"--config={CONFIG}:{small}", f"--workdir={small / 'sweep'}", "--sweep"]
+    command += [f"--config.sweep={tuple(overrides)}", "--config.epochs=1"]
+    assert main(command) == 0
+    rows = json.loads((small / "sweep" / "sweep.json").read_text())
+    assert sorted(row["workdir"] for row in rows) == [
+        "learning_rate=0.01,seed=1",
+        "seed=0,method=shared",
+    ]
+    assert rows[0]["score"] >= rows[1]["score"]
+    for row in rows:
+        assert row["overrides"] in overrides
+        run = Experiment.load(small / "sweep" / row["workdir"])
+        assert run.config.seed == row["overrides"]["seed"]
+        assert row["scores"]["colour"] == row["results"]["colour"]["dev"]["accuracy"]
+        assert row["score"] == pytest.approx(sum(row["scores"].values()) / 3)
+    assert begin[1] < end[0] / 4  # or some dozens of runs would use up the memory maps
+    table = capsys.readouterr().err.split("sweep, dev scores")[1]
+    assert all(word in table for word in ("optimizer.learning_rate", "seed", "colour", "mean"))
+
+    assert main(command) == 0  # finished runs are not trained again
+    assert json.loads((small / "sweep" / "sweep.json").read_text()) == rows
+
+
+@pytest.fixture
+def without_pooler(small: Path) -> Path:
+    """The small experiment's directory, its encoder a copy whose pooler comes of the seed."""
+    bare = small / "bare"
+    shutil.copytree(small / "encoder", bare)
+    tensors = load_file(bare / "model.safetensors")
+    kept = {name: x for name, x in tensors.items() if not name.startswith("pooler.")}
+    assert len(kept) < len(tensors)
+    save_file(kept, bare / "model.safetensors")
+    (small / "encoder").unlink()
+    return bare.rename(small / "encoder").parent
+
+
+FROZEN = ("--config.trainable=('adapters/',)", "--config.method=houlsby(size=4)")
+RATES = [{"optimizer.learning_rate": rate} for rate in (1e-3, 1e-2)]
+BOTH = [{"seed": 1} | RATES[0], {"seed": 2} | RATES[1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [RATES, BOTH], ids=["one seed", "two seeds"])
+def test_what_one_step_trains_is_what_is_trained_alone(
+    without_pooler: Path, overrides: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters, moments and results; the sweep is told to stop, and goes on, half way."""
+    small, workdirs = without_pooler, []
+    real = sweep.train_together
+    monkeypatch.setattr(
+        sweep, "train_together", lambda configs, at: workdirs.append(at) or real(configs, at)
+    )
+    command = [*arguments(small, small / "sweep", *FROZEN), "--sweep"]
+    command.append(f"--config.sweep={tuple(overrides)}")
+    monkeypatch.setattr(hosts.Preemption, "reached", lambda self, step: step == 5)
+    assert main(command) == 143
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert [len(at) for at in workdirs] == [2]
+    for row in json.loads((small / "sweep" / "sweep.json").read_text()):
+        changes = [f"--config.{key}={value}" for key, value in row["overrides"].items()]
+        together, alone = small / "sweep" / row["workdir"], small / row["workdir"]
+        assert main(arguments(small, alone, *FROZEN, *changes)) == 0
+        for folder in ("checkpoints", "best"):
+            (step, mine), (last, other) = (checkpoint(at, folder) for at in (together, alone))
+            assert (step, mine.keys()) == (last, other.keys())
+            for key, x in mine.items():
+                np.testing.assert_allclose(x, other[key], rtol=0, atol=1e-5, err_msg=key)
+        mine, other = ([x for x in lines(at) if "score" in x] for at in (together, alone))
+        assert len(mine) == len(other) == 2
+        for x, y in zip(mine, other, strict=True):
+            assert x == pytest.approx(y, abs=1e-5)
+
+
+def test_what_is_frozen_alike_is_in_memory_once() -> None:
+    """As states are made or restored, one after the other; what differs stays."""
+
+    def state(seed: float) -> TrainState:
+        ones, other = jnp.ones((2, 3)), jnp.full(4, seed)
+        return TrainState(0, {"theta": ones}, {"encoder": ones, "pooler": other}, ())
+
+    first, second, third = sharing(state(seed) for seed in (0.0, 0.0, 1.0))
+    assert first.frozen["encoder"] is second.frozen["encoder"] is third.frozen["encoder"]
+    assert first.frozen["pooler"] is second.frozen["pooler"]
+    np.testing.assert_array_equal(third.frozen["pooler"], np.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ((), "sweep is empty"),
+        (({"seed": 1}, {"seed": 1}), "names a run twice"),
+        ("({'seed': 0})", "sweep has 'seed', which is no {key: value}"),  # no comma behind it
+        (({}, {"seed": 1}), "sweep has {}, which is no"),
+        (({0: 1},), "sweep has {0: 1}, which is no"),
+        (({"sede": 1},), "the sweep's {'sede': 1}"),
+        (({"seed": "one"},), "the sweep's {'seed': 'one'}"),
+        (({"seed": 1}, {"method": "nope"}), "nope"),
+    ],
+)
+def test_a_sweep_that_cannot_be(
+    small: Path, capsys: pytest.CaptureFixture, sweep: object, message: str
+) -> None:
+    command = ["train", f"--config={CONFIG}:{small}", f"--workdir={small / 'sweep'}", "--sweep"]
+    assert main([*command, f"--config.sweep={sweep}"]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (small / "sweep").exists()

@@ -1,0 +1,137 @@
+"""Tasks added, removed and re-ordered between two steps: the others train on, bit for bit."""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from pals_jax.errors import UserError
+from pals_jax.models import tasks
+from pals_jax.models.multitask import MultiTaskModel, init_variables
+from pals_jax.optim import make_optimizer, map_tasks, moves_idle_tasks
+from pals_jax.step import TrainState, create_state, make_train_step
+
+METHOD = tiny.METHODS["low_rank"]
+TWO, FIVE = (1, 2), (1, 2, 3, 2, 1)  # numbers of outputs; the heads of five are wider
+
+
+class Training:
+    """Tasks trained by the real step and optimiser, on a frozen encoder."""
+
+    def __init__(self, name: str, num_outputs: tuple[int, ...]):
+        self.model = MultiTaskModel(tiny.config(num_hidden_layers=1), num_outputs, METHOD)
+        self.config = tiny.optimizer_config(name, learning_rate=0.01, clip=0.2)
+        self.optimizer, _ = make_optimizer(self.config, len(num_outputs), tiny.TOTAL_STEPS)
+        self.step = tiny.fused(make_train_step(self.model, self.optimizer, seed=0))
+        self.apply = tiny.fused(self.model.apply)
+
+    def batch(self, drawn: tuple[int, int], seed: int) -> dict[str, np.ndarray]:
+        """Says which tasks may move as the trainer's batches do."""
+        batch, every = tiny.batch(drawn, seed=seed), np.arange(len(self.model.num_outputs))
+        if moves_idle_tasks(self.config) or len(every) <= 2:
+            return batch
+        may_move = np.append(np.unique(drawn), np.setdiff1d(every, drawn))[:2]
+        return batch | {"tasks": may_move.astype(np.int32)}
+
+    def start(self) -> TrainState:
+        variables = jax.jit(lambda: init_variables(self.model, jax.random.key(0)))()
+        return create_state(variables, ("adapters/",), self.optimizer)
+
+    def run(self, state: TrainState, *draws: tuple[int, int]) -> TrainState:
+        """A step for each pair of tasks; its examples depend on the number of the step only."""
+        for drawn in draws:
+            state, _ = self.step(state, self.batch(drawn, seed=int(state.step)))
+        return state
+
+    def logits(self, state: TrainState, task: int) -> np.ndarray:
+        logits = self.apply(state.variables, **tiny.inputs(), task_ids=task)
+        return np.asarray(logits[:, : self.model.num_outputs[task]])
+
+
+training = cache(Training)
+
+
+def change(edit: Any, state: TrainState, *others: TrainState) -> TrainState:
+    """`edit` of what belongs to tasks: parameters, and the optimiser's state of them."""
+    return state.replace(
+        trainable={"adapters": edit(*(x.trainable["adapters"] for x in (state, *others)))},
+        opt_state=map_tasks(edit, state.opt_state, *(x.opt_state for x in others)),
+    )
+
+
+def of_task(own: Training, state: TrainState, task: int) -> list[Any]:
+    """Parameters, moments and step counts of one task, and the logits that it gives."""
+    outputs = own.model.num_outputs[task]
+    held: list[Any] = [own.logits(state, task)]
+
+    def unpadded(path: Any, x: np.ndarray) -> np.ndarray:
+        return x[..., :outputs] if "'head'" in jax.tree_util.keystr(path) else x
+
+    def look(tree: Any) -> Any:
+        held.append(jax.tree_util.tree_map_with_path(unpadded, tiny.rows(tree, task)))
+        return tree
+
+    change(look, state)
+    return held
+
+
+def check_kept(
+    old: Training, before: TrainState, new: Training, after: TrainState, kept: dict[int, int]
+) -> None:
+    """The tasks `kept`, {old: new number}, are the same, and so they are after further steps."""
+    first, second = kept
+    draws = [(first, first), (second, first), (second, second), (first, second)]
+    last = old.run(before, *draws)
+    further = new.run(after, *((kept[a], kept[b]) for a, b in draws))
+    for was, now in ((before, after), (last, further)):
+        for task, number in kept.items():
+            tiny.assert_same(of_task(new, now, number), of_task(old, was, task))
+    for task in kept:
+        assert all(tiny.moved(*(of_task(old, x, task)[:2] for x in (before, last))))
+
+
+@pytest.mark.parametrize("name", ["bert_n_pals", "adamw"])
+def test_tasks_are_appended(name: str) -> None:
+    two, five = training(name, TWO), training(name, FIVE)
+    state = two.run(two.start(), (0, 1), (1, 1), (0, 0))
+    new = Training(name, FIVE[2:])
+    params = state.frozen["params"]
+    adapters = tasks.fresh(new.model.config, FIVE[2:], METHOD, params, jax.random.key(1))
+    fresh = create_state({"params": params, "adapters": adapters}, ("adapters/",), new.optimizer)
+    more = change(tasks.append, state, fresh)
+    assert more.trainable["adapters"]["head"]["bias"].shape == (5, 3)
+    check_kept(two, state, five, more, {0: 0, 1: 1})
+    # Steps that draw the new ones teach them, from the state that they would have alone.
+    tiny.assert_same(of_task(five, more, 3), of_task(new, fresh, 1))
+    taught = five.run(more, (3, 4), (4, 3))
+    assert all(tiny.moved(*(of_task(five, x, 4)[:2] for x in (more, taught))))
+
+
+@pytest.mark.parametrize("name", ["bert_n_pals", "adamw"])
+def test_tasks_are_removed_and_reordered(name: str) -> None:
+    two, five = training(name, TWO), training(name, FIVE)
+    state = five.run(five.start(), (0, 4), (3, 2), (1, 4), (3, 3))
+    left = change(lambda tree: tasks.take(tree, FIVE, [4, 3]), state)
+    assert left.trainable["adapters"]["head"]["bias"].shape == (2, 2)
+    check_kept(five, state, two, left, {4: 0, 3: 1})
+
+
+@pytest.mark.parametrize("name", ["bert_n_pals", "adamw"])
+def test_the_parts_of_a_state_are_all_of_it(name: str) -> None:
+    five = training(name, FIVE)
+    state = five.run(five.start(), (0, 4), (3, 2))
+
+    def around(tree: Any) -> Any:
+        return tasks.append(*(tasks.take(tree, FIVE, part) for part in ([0, 1], [2, 3, 4])))
+
+    tiny.assert_same(change(around, state), state)
+
+
+def test_tasks_that_do_not_exist() -> None:
+    tree = {"head": {"bias": jnp.zeros((2, 3))}}
+    with pytest.raises(UserError, match="task id -1 is out of range; the 2 tasks are 0 to 1"):
+        tasks.take(tree, (3, 3), [0, -1])
