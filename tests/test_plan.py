@@ -224,7 +224,7 @@ def test_a_scanned_step_counts_as_much_as_the_same_unrolled(monkeypatch: pytest.
     monkeypatch.setattr(jax.lax, "scan", partial(jax.lax.scan, unroll=True))
     unrolled = tpu_step().compile()
     flops = unrolled.cost_analysis()["flops"]
-    assert unrolled.as_text().count(" while(") == 1  # what writes the rows of tasks, and no more
+    assert " while(" not in unrolled.as_text()
     assert hlo.read(unrolled.as_text()).flops == pytest.approx(flops, rel=1e-4)
     assert scanned.flops == pytest.approx(flops, rel=0.02)
     assert compiled.cost_analysis()["flops"] < 0.5 * flops
