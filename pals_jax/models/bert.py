@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -221,9 +220,6 @@ class FeedForward(Block):
         config = self.config
         z = self.dense(config.intermediate_size, "intermediate")(x)
         z = ACTIVATIONS[config.hidden_act](sites("ffn.intermediate", z, x))
-        # Apart from the product after it, into which XLA for TPUs would fuse it where the backward
-        # pass computes it anew, and take a third longer to compile.
-        z = jax.lax.optimization_barrier(z)
         z = sites("ffn.hidden", z, x)
         y = sites("ffn.projection", self.dense(config.hidden_size, "output")(z), z)
         return self.dropout(y, config.hidden_dropout_prob, rows.places)
