@@ -62,6 +62,27 @@ def with_hidden(experiment: Experiment, variables: Tree, splits: Tree) -> Tree:
     return jax.tree.map(below.complete, splits)
 
 
+def check_same(experiment: Experiment, given: Tree, restored: Tree) -> None:
+    """Sees that what is kept, if anything, was computed with the encoder that a run began with.
+
+    Args:
+        experiment: of the run.
+        given: {"params", ...}, with the weights of `config.encoder`.
+        restored: those of the run's checkpoint.
+
+    Raises:
+        UserError: the layers below the first adapter differ.
+    """
+    if experiment.config.lower_dropout:
+        return
+    one, other = (Below.of(experiment, each["params"]["encoder"]) for each in (given, restored))
+    if one.digest.digest() != other.digest.digest():
+        raise UserError(
+            f"{experiment.config.encoder} is not the encoder that the run began with: the layers"
+            " below the first adapter differ; name the one it began with as config.encoder."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Below:
     """The layers below the first adapter, and where their hidden states are kept.
@@ -106,7 +127,7 @@ class Below:
 
     def file(self, split: TokenizedSplit) -> Path:
         """Where they are kept, under the digest of all that they follow from."""
-        digest = self._digest.copy()
+        digest = self.digest.copy()
         for x in (split.tokens, split.offsets, split.first):
             digest.update(np.ascontiguousarray(x).data)
         return self.cache_dir / f"{digest.hexdigest()}.hidden"
@@ -167,7 +188,7 @@ class Below:
         return self.parallel.compile(step)
 
     @functools.cached_property
-    def _digest(self) -> Any:
+    def digest(self) -> Any:
         """Of all that the hidden states follow from besides the texts."""
         # Kinds of devices round differently.
         facts = _FORMAT, self.encoder.config, self.encoder.dtype, jax.default_backend()

@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from pals_jax import evaluate, hosts, metrics, params
-from pals_jax.below import with_hidden
+from pals_jax.below import check_same, with_hidden
 from pals_jax.checkpoint import restore_best
 from pals_jax.compiled import forget_compiled, keep_compiled
 from pals_jax.convert import huggingface
@@ -110,12 +110,14 @@ def train_together(
             opened.enter_context(Record(each, workdir, tokenizer, sampler, parallel))
             for each, workdir, sampler in zip(experiments, workdirs, samplers, strict=True)
         ]
+        given = states[0].variables
         states = sharing(r.restore(state) for r, state in zip(records, states, strict=True))
         start = _common_step(states)
-        state = parallel.put(together.stack(states))
-        del states  # their memory is the state's now, which the first step gives back
         if start:
+            check_same(experiment, given, states[0].variables)
             say(f"going on from step {start} of {total_steps}")
+        state = parallel.put(together.stack(states))
+        del given, states  # their memory is the state's now, which the first step gives back
 
         # ------------------------------------------------------------ loop
         with progress(total_steps, start, "step") as bar:

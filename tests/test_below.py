@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import tiny
 from flax.traverse_util import flatten_dict
 from jax.flatten_util import ravel_pytree
+from safetensors.numpy import load_file, save_file
 from test_hosts import assert_one_run, ends, start
 from test_train import arguments, checkpoint, lines
 
@@ -255,6 +257,24 @@ def test_a_run_begins_above(small: Path, capsys: pytest.CaptureFixture[str]) -> 
     results = flatten_dict(json.loads(capsys.readouterr().out)["results"], sep="/")
     (evaluation,) = (line for line in lines(small / "run") if "score" in line)
     assert evaluation.items() >= results.items()
+
+
+def test_going_on_with_another_encoder(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose hidden states are not those that the run began with."""
+    given = *ABOVE, "--config.tasks=('colour',)"
+    assert main(arguments(small, small / "run", *given, "--config.epochs=1")) == 0
+    shutil.copytree(small / "encoder", small / "other")
+    weights = load_file(small / "other" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layer.0.output.dense.weight"))
+    save_file(weights | {name: weights[name] + 0.5}, small / "other" / "model.safetensors")
+    before = checkpoint(small / "run")
+    capsys.readouterr()
+    elsewhere = f"--config.encoder={small / 'other'}"
+    assert main([*arguments(small, small / "run", *given, "--config.epochs=1"), elsewhere]) == 2
+    assert f"{small / 'other'} is not the encoder that the run began" in capsys.readouterr().err
+    np.testing.assert_equal(checkpoint(small / "run"), before)
 
 
 def test_told_to_stop_before_the_first_step(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
