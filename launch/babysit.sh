@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # babysit.sh: brings a run to its end. Creates the TPU if it is not there, sets it up and starts the
-# run; after a preemption does all of that again; when the run fails, starts it again. It ends when
-# the run ends with 0, at once when it ends with 2 (a wrong input), and after too many failures.
-# It may be stopped at any time and called again: a run that is going on is only watched. It never
-# deletes a TPU that works, and says at the end what is left.
+# run; after a preemption does all of that again, for as long as there is no capacity; when the run
+# fails, starts it again. It ends when the run ends with 0, at once when it ends with 2 (a wrong
+# input), and after too many failures. It may be stopped at any time and called again: the same run,
+# if it is going on, is only watched. It never deletes a TPU that works, and says at the end what is
+# left.
 #
 #   launch/babysit.sh --name=pals --project=my-project --zone=europe-west4-a [OPTION...] -- \
 #     train --config=configs/pals_glue.py --workdir=gs://my-bucket/glue
 #
 #   --kind=KIND, --spot, --queued  as for create.sh
+#   --copy=PATH, --to=DIR          what to copy there before each start, and where, as for copy.sh
 #   --failures=N                   give up at the Nth failure that is not a preemption; 3 by default
 #   --poll=SECONDS                 how often to look; 60 by default
 
 set -euo pipefail
-options=(kind spot queued failures poll)
+options=(kind spot queued copy to failures poll)
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
@@ -23,17 +25,19 @@ matches failures '^[1-9][0-9]*$' 'a number from 1'
 matches poll '^[0-9]+(\.[0-9]+)?$' 'a number of seconds'
 [[ ${arguments[0]-} == train && " ${arguments[*]}" == *" --workdir="* ]] ||
   die "nothing to babysit: write -- train --config=FILE --workdir=DIR, or see --help."
+[[ ! $copy || -e $copy ]] || die "there is no $copy to copy."
 [[ " ${arguments[*]}" =~ " --workdir="(/|gs://) ]] ||
   say "the workdir is on the TPU's own disk: a run that is preempted starts over (see README.md)."
 
 tpu=(--name="$name" --project="$project" --zone="$zone" ${dry_run:+--dry-run})
 create() { "$here/create.sh" "${tpu[@]}" --kind="$kind" ${spot:+--spot} ${queued:+--queued}; }
 setup() { "$here/setup.sh" "${tpu[@]}"; }
+bring() { [[ ! $copy ]] || "$here/copy.sh" "${tpu[@]}" ${to:+--to="$to"} -- "$copy"; }
 start() { "$here/run.sh" "${tpu[@]}" -- "${arguments[@]}"; }
 remove() { "$here/delete.sh" "${tpu[@]}"; }
 
 if [[ $dry_run ]]; then # one round, on a TPU that is not there yet
-  create && setup && start && run_state >/dev/null
+  create && setup && bring && start && run_state >/dev/null
   exit
 fi
 
@@ -61,17 +65,31 @@ fail() {
   pause
 }
 
-# Returns when the TPU is ready, created anew if it is not there or was taken away.
+# Returns when the TPU is ready, created anew if it is not there or was taken away. Once it has been
+# there, what keeps it from being created again is want of capacity, and no failure.
+was_ready=
 ensure() {
-  local request vm seen=
+  local request vm seen='' silent=0
   while true; do
     if ! request=$(state queued-resources) || ! vm=$(state tpu-vm); then
-      fail "Google Cloud does not say how $name is"
+      silent=$((silent + 1))
+      say "Google Cloud does not say how $name is ($silent of $failures in a row)."
+      ((silent < failures)) || { say "giving up."; exit 1; }
+      pause
       continue
     fi
+    silent=0
     case "$request $vm" in
-      *" READY") return ;;
-      "ABSENT ABSENT") create || fail "$name could not be created" ;;
+      *" READY") was_ready=1; return ;;
+      "ABSENT ABSENT")
+        if create; then
+          :
+        elif [[ $was_ready ]]; then
+          say "$name could not be created again yet; trying on."
+          pause
+        else
+          fail "$name could not be created"
+        fi ;;
       *" PREEMPTED" | *" TERMINATED" | "SUSPENDED "* | "ACTIVE ABSENT")
         say "$name was preempted; it is created again."
         remove || fail "what was left of $name could not be deleted" ;;
@@ -105,8 +123,11 @@ watch() {
 while true; do
   ensure
   if [[ $(run_state 2>/dev/null) == running ]]; then
-    say "a run is going on; watching it."
-  elif ! setup || ! start; then
+    going=$(on_tpu 0 command | sed -n 's/^command: //p') || { pause; continue; }
+    [[ $going == "${arguments[*]@Q}" ]] ||
+      die "another run is going on: $going; wait for its end, or delete $name."
+    say "the run is going on; watching it."
+  elif ! setup || ! bring || ! start; then
     pause
     [[ $(state tpu-vm) != READY ]] || fail "the run could not be started"
     continue

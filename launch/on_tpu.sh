@@ -4,6 +4,7 @@
 #   on_tpu.sh install            makes the environment .venv and installs the project in it
 #   on_tpu.sh start COMMAND...   starts pals-jax COMMAND in the background
 #   on_tpu.sh state              prints `run: running`, `run: EXIT STATUS` or `run: none`
+#   on_tpu.sh command            prints `command: COMMAND...`, of the last start
 #   on_tpu.sh kill               ends the run
 #   on_tpu.sh log | follow       prints the end of the log, or goes on printing it
 #
@@ -28,8 +29,10 @@ start() {
   [[ -x .venv/bin/pals-jax ]] || { echo "pals-jax is not installed here." >&2; exit 1; }
   lock || { echo "a run is going on already." >&2; exit 1; }
   rm -f run.exit
+  echo "${*@Q}" >run.command
   # shellcheck disable=SC2016 # the inner shell expands it
   setsid bash -c '
+    trap : TERM # which reaches the whole group: the run saves and ends, and then we say with what
     status=0
     "$@" >>run.log 2>&1 || status=$?
     echo "$status" >run.exit.new
@@ -58,6 +61,7 @@ case $1 in
   install) install ;;
   start) start "${@:2}" ;;
   state) state ;;
+  command) echo "command: $(<run.command)" ;;
   kill) kill_run ;;
   log) echo "== $HOSTNAME" && tail -n 100 run.log ;;
   follow) tail -n 100 -F run.log ;;

@@ -1,20 +1,28 @@
 """The scripts of launch/ at work: TPU VMs and runs from creation to deletion, and babysitting."""
 
+import os
 import re
 import shlex
 import signal
 import subprocess
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from fake_cloud import ENDS, TRAIN, Cloud
 
 
 @pytest.fixture
-def cloud(tmp_path: Path):
+def cloud(tmp_path):
     with Cloud(tmp_path) as made:
         yield made
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_create_status_stop_delete(cloud):
@@ -100,6 +108,17 @@ def test_there_is_one_run_at_a_time_and_its_exit_status_is_kept(cloud):
     assert cloud.wait_for_run() == "none"
 
 
+def test_a_run_that_is_told_to_stop_says_how_it_ended(cloud):
+    """The signal of a machine that shuts down reaches all of its process group."""
+    cloud.trainer('trap "exit 143" TERM; touch "$BUCKET/up"; while :; do sleep 0.05; done')
+    cloud("create")
+    cloud("setup")
+    cloud("run", "--", "train")
+    until((cloud.root / "up").exists)
+    os.killpg(int((cloud.home() / "pals_jax" / "run.pid").read_text()), signal.SIGTERM)
+    assert cloud.wait_for_run() == "143"
+
+
 def test_setup_again_updates_the_code_and_keeps_what_is_there(cloud, tmp_path):
     cloud("create")
     cloud("setup")
@@ -137,6 +156,24 @@ def test_babysit_brings_a_run_through_preemptions(cloud, times, options):
     assert cloud.calls.count(f"{group} create") == times + 1
     assert "the run is complete" in err
     assert "tpu-vm pals is READY: you may be paying" in err.splitlines()[-1]
+
+
+def test_babysit_waits_for_capacity_and_brings_the_data_again(cloud, tmp_path):
+    """A TPU that was preempted cannot be had again at once, and has nothing of what was copied."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "train.tsv").write_text("text")
+    cloud.trainer("test -e data/tasks/train.tsv || exit 2" + PREEMPTED)
+    (cloud.root / "preemptions").write_text("1")
+    process = cloud.start(
+        *("babysit", "--poll=0.3", "--failures=1", "--spot"),
+        *(f"--copy={tmp_path / 'tasks'}", "--to=data", *TRAIN),
+    )
+    until((cloud.root / "epochs").exists)
+    (cloud.root / "fail-create").write_text("3")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert err.count("could not be created again yet") == 3
+    assert (cloud.root / "epochs").read_text() == "epoch\n" * 2
 
 
 def test_babysit_warns_of_a_workdir_that_a_preemption_takes_away(cloud):
@@ -180,14 +217,13 @@ def test_babysit_starts_again_what_was_told_to_stop(cloud):
 def test_babysit_interrupted_says_what_is_left_and_can_go_on(cloud, number):
     cloud.trainer('until [[ -e "$BUCKET/go" ]]; do sleep 0.05; done')
     process = cloud.start("babysit", "--poll=0.02", *TRAIN)
-    deadline = time.monotonic() + 10
-    while not (cloud.home() / "pals_jax" / "run.pid").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until((cloud.home() / "pals_jax" / "run.pid").exists)
     process.send_signal(number)
     err = process.communicate(timeout=10)[1]
     assert process.returncode == 128 + number
     assert "interrupted" in err
     assert "tpu-vm pals is READY: you may be paying" in err
+    _, err = cloud("babysit", *TRAIN, "--config.seed=1", status=2)
+    assert "another run is going on: 'train' '--config=configs/demo.py'" in err
     (cloud.root / "go").touch()
     cloud("babysit", "--poll=0.02", *TRAIN)
