@@ -33,7 +33,7 @@ class Mix:
     """The steps of a mix: of training, and of inference for the same tasks.
 
     Attributes:
-        experiment: configs/pals_glue.py with another encoder, method or batch size.
+        experiment: configs/pals_glue.py in float32, with another encoder, method or batch size.
         splits: of its tasks.
         draws: of 256 steps, any first of which are spread over the run, too.
         steps: of the whole run.
@@ -42,7 +42,7 @@ class Mix:
     def __init__(self, glue: str, encoder: str, **changes: Any) -> None:
         """Reads and tokenises what is at `glue`, the official files."""
         config = config_lib.load([f"--config={CONFIG}"])
-        config.update({"encoder": encoder, **changes})
+        config.update({"encoder": encoder, "dtype": "float32", **changes})
         config.data.update({"source": "glue_dir", "dir": glue})
         self.experiment = Experiment.from_config(config)
         self._tokenizer = load_tokenizer(huggingface.resolve(config.encoder))

@@ -49,7 +49,7 @@ def main() -> None:
         create_state(init_variables(model, jax.random.key(0)), ["params/", "adapters/"], optimizer)
     )
     shards = parallel.shards
-    batches = TrainBatches([_split()], Layout(8), Padded(32, 8, shards.total), shards, 0, 8)
+    batches = TrainBatches([_split()], Layout(), Padded(32, 8, shards.total), shards, 0, 8)
     batch = batches(Draw(np.zeros(1, np.int32), _rows()))
     steps = {"pmap": parallel.compile(step), "shard_map": _shard_mapped(step, parallel)}
     times: dict[str, list[float]] = {name: [] for name in steps}

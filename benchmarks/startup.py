@@ -28,6 +28,7 @@ def main() -> None:
         command += [f"--config.encoder={args.encoder}", f"--config.data.dir={args.glue}"]
         command += ["--config.data.source=glue_dir", f"--config.data.cache_dir={cache}"]
         command += ["--config.method=pals(size=108)", "--config.checkpoint_every=1"]
+        command += ["--config.dtype=float32"]
         first, *again = (_first_step(command) for _ in range(4))
     print(json.dumps({"nothing kept": first, "again": again}))
 

@@ -23,6 +23,7 @@ def get_config(directory: str) -> ConfigDict:
     config = default()
     config.method = "houlsby(size=64)"
     config.trainable = ("adapters/",)
+    config.dtype = "bfloat16"
     folders = sorted(path for path in Path(directory).expanduser().iterdir() if path.is_dir())
     config.data.own = ConfigDict({folder.name: _task(folder) for folder in folders})
     config.tasks = tuple(config.data.own)

@@ -31,6 +31,8 @@ def get_config(argument: str = "") -> ConfigDict:
     """One task at a time: with a frozen encoder, tasks never touch each other."""
     given = [x for x in argument.split(",") if x]
     task, size, learning_rate, epochs = given + ["mrpc", "64", "3e-4", "20"][len(given) :]
+    if task not in SIZES:
+        raise ValueError(f"task {task!r} is not one of {', '.join(SIZES)}")
     config = default()
     config.encoder = "bert-large-uncased"
     config.method = f"houlsby(size={int(size)})"

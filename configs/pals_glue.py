@@ -15,9 +15,13 @@ from pals_jax.config import default
 
 
 def get_config(method: str = "pals(size=204)") -> ConfigDict:
-    """The defaults are the paper's; its code's optimiser is asked for by name."""
+    """The defaults are the paper's; its code's optimiser is asked for by name.
+
+    Computed in bfloat16, as TPUs multiply: `--config.dtype=float32` is as the paper's GPUs did.
+    """
     config = default()
     config.method = method or "pals(size=204)"
+    config.dtype = "bfloat16"
     config.optimizer.name = "bert_n_pals"
     config.optimizer.schedule = "bert"
     return config

@@ -21,6 +21,8 @@ SIZES = {"mnli": 392702, "sst2": 67349}  # training examples
 def get_config(argument: str = "") -> ConfigDict:
     """Ten epochs of batches of 32."""
     task, _, method = argument.partition(",")
+    if (task or "sst2") not in SIZES:
+        raise ValueError(f"task {task!r} is not one of {', '.join(SIZES)}")
     config = default()
     config.encoder = "roberta-base"
     config.method = method or "mam(prefix=16, size=16, scale=2)"

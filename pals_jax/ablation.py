@@ -6,6 +6,7 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
+from pals_jax import storage
 from pals_jax.errors import UserError
 from pals_jax.logging import progress
 from pals_jax.models.adapters import Adapter
@@ -64,5 +65,5 @@ def plot(changes: Mapping[str, np.ndarray], path: epath.Path) -> None:
         image = axes.imshow(100 * change, cmap="RdBu", vmin=-100 * largest, vmax=100 * largest)
         axes.set(title=name, xlabel="last layer without adapters", ylabel="first layer")
         figure.colorbar(image, ax=axes, label="change of the score x 100", shrink=0.8)
-    with path.open("wb") as file:
+    with storage.reported(path), path.open("wb") as file:
         figure.savefig(file)

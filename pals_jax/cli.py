@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -70,6 +71,16 @@ def _workdir(text: str) -> "epath.Path":
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _price(text: str) -> float:
+    try:
+        price = float(text)
+    except ValueError:
+        price = math.nan
+    if not 0 <= price < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no price")
+    return price
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pals-jax", description="One encoder, many tasks.")
     parser.add_argument("--version", action="version", version=f"pals-jax {__version__}")
@@ -102,11 +113,12 @@ def _parser() -> argparse.ArgumentParser:
         "--topology", required=True, metavar="KIND", help="v3-8 or any other kind of launch/"
     )
     plan.add_argument(
-        "--price", type=float, metavar="USD", help="of the whole TPU per hour, for the cost"
+        "--price", type=_price, metavar="USD", help="of the whole TPU per hour, for the cost"
     )
     methods = commands.add_parser("methods", help="list the methods and their design space")
     methods.set_defaults(run=_methods)
-    methods.add_argument("--markdown", action="store_true", help="as Markdown, to stdout")
+    listed = methods.add_mutually_exclusive_group()
+    listed.add_argument("--markdown", action="store_true", help="as Markdown, to stdout")
     evaluate = commands.add_parser("evaluate", help="score the best checkpoint on the dev sets")
     evaluate.set_defaults(run=_evaluate)
     evaluate.add_argument(
@@ -153,8 +165,10 @@ def _parser() -> argparse.ArgumentParser:
         hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
         hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
         hosts.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
-    for command in (params, plan, methods, evaluate, predict):
-        command.add_argument("--json", action="store_true", help="machine-readable, to stdout")
+    for machine_readable in (params, plan, listed, evaluate, predict):
+        machine_readable.add_argument(
+            "--json", action="store_true", help="machine-readable, to stdout"
+        )
 
     what = predict.add_mutually_exclusive_group(required=True)
     what.add_argument("--task", metavar="NAME", help="the task to answer, or all")
@@ -262,6 +276,8 @@ def _predict(args: argparse.Namespace) -> None:
     from pals_jax import predict
     from pals_jax.run import Run
 
+    if args.input if args.submission else args.fill_missing:
+        raise UserError("--input goes with --task, and --fill-missing with --submission.")
     run = Run.load(args.workdir)
     if args.submission:
         path = predict.write_submission(run, args.submission, args.fill_missing)

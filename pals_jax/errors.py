@@ -17,6 +17,10 @@ class Unavailable(UserError):  # noqa: N818 - the sentence says what
     status = 75  # EX_TEMPFAIL of sysexits.h
 
 
+class Diverged(UserError):  # noqa: N818 - the sentence says what
+    """A training whose loss or outputs are not finite, or far too large."""
+
+
 class Preempted(Exception):  # noqa: N818 - nothing went wrong
     """A run that was told to stop and has saved where it stands. Exit status 143."""
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from pals_jax import metrics
 from pals_jax.data.tasks import Task
 from pals_jax.data.tokenize import TokenizedSplit
-from pals_jax.errors import UserError
+from pals_jax.errors import Diverged
 from pals_jax.experiment import Experiment
 from pals_jax.parallel import DataParallel
 from pals_jax.step import make_eval_step, make_every_task_step
@@ -99,9 +99,9 @@ class Evaluator:
 
 
 def _finite(task: Task, logits: np.ndarray) -> np.ndarray:
-    """The logits; UserError if the model has diverged."""
+    """The logits; Diverged if they are not numbers."""
     if not np.isfinite(logits).all():
-        raise UserError(
+        raise Diverged(
             f"task {task.name}: the model's outputs are not finite; the training has diverged,"
             " lower optimizer.learning_rate."
         )

@@ -38,7 +38,7 @@ from pals_jax.optim import make_optimizer, moves_idle_tasks
 
 FILE = "experiment.json"
 _SIZES = "train_examples"
-# What may differ when a run goes on: where things lie, not what they are.
+# What may differ when a run goes on: where things lie and how it is computed, not what it is.
 _MAY_DIFFER = (
     r"config\.(encoder|data\.dir|data\.cache_dir|eval_batch_size|checkpoint_every|packing|sweep"
     r"|data\.own\.[^.]+\.(train|dev|test))$"
@@ -70,8 +70,9 @@ class Experiment:
 
         Raises:
             UserError: an unknown encoder, a task that is unknown or wrongly declared, a
-                configuration under which the base's tasks would not stay as they are, or one that
-                asks to keep what lies below the first adapter where nothing does.
+                configuration under which the base's tasks would not stay as they are, one that
+                asks to keep what lies below the first adapter where nothing does, or an unknown
+                method, optimiser, schedule or sampling.
         """
         if not config.tasks or len(set(config.tasks)) < len(config.tasks):
             raise UserError(f"configuration: tasks {list(config.tasks)} is empty or repeats one.")
@@ -89,6 +90,9 @@ class Experiment:
                         config.data.own[task.name] = base.config.data.own[task.name]
             experiment = cls(config, base.tasks + tasks, base.architecture)
         _check_below(experiment)
+        experiment.model()  # these refuse what they do not know
+        experiment.optimizer()
+        experiment.sampler([1] * len(config.tasks))
         return experiment
 
     @property
@@ -124,7 +128,7 @@ class Experiment:
     def layout(self) -> Layout:
         """What the encoder takes."""
         encoder = self.architecture
-        return Layout(self.config.data.max_length, encoder.pad_token_id, encoder.type_vocab_size)
+        return Layout(encoder.pad_token_id, encoder.type_vocab_size)
 
     def sampler(self, sizes: Sequence[int]) -> Sampler:
         """The plan of the run, for these numbers of training examples of the trained tasks."""

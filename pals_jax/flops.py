@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from pals_jax.models.adapters import overlay
-from pals_jax.models.multitask import MultiTaskModel, init_variables
+from pals_jax.models.multitask import MultiTaskModel, variable_shapes
 from pals_jax.step import partition
 
 
@@ -24,7 +24,9 @@ def forward(model: MultiTaskModel, length: int, kept: bool = False) -> int:
         length: L, the positions of the row.
         kept: whether it begins with what was computed below the first adapter, and kept.
     """
-    return _products(jax.make_jaxpr(_sum_of_logits(model, length, kept))(_shapes(model)).jaxpr)
+    return _products(
+        jax.make_jaxpr(_sum_of_logits(model, length, kept))(variable_shapes(model)).jaxpr
+    )
 
 
 def training(
@@ -39,13 +41,9 @@ def training(
         kept: see `forward`.
     """
     loss = _sum_of_logits(model.clone(remat=False), length, kept)
-    trained, frozen = partition(_shapes(model), trainable)
+    trained, frozen = partition(variable_shapes(model), trainable)
     gradient = jax.grad(lambda trained, frozen: loss(overlay(frozen, trained)))
     return _products(jax.make_jaxpr(gradient)(trained, frozen).jaxpr)
-
-
-def _shapes(model: MultiTaskModel) -> Any:
-    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
 
 
 def _sum_of_logits(model: MultiTaskModel, length: int, kept: bool) -> Any:

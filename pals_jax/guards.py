@@ -10,7 +10,7 @@ import numpy as np
 
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tasks import Task
-from pals_jax.errors import UserError
+from pals_jax.errors import Diverged
 
 _LOWERING = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # JAX's event, once per executable
 _DIVERGED = 1e4  # cross-entropies and errors of rescaled targets never come near it
@@ -79,7 +79,7 @@ def check_finite(
         tasks: its tasks.
 
     Raises:
-        UserError: a loss or gradient is not finite, or the loss is beyond all measure.
+        Diverged: a loss or gradient is not finite, or the loss is beyond all measure.
     """
     bad = ~np.isfinite(scalars["loss"]) | ~np.isfinite(scalars["grad_norm"])
     bad |= scalars["loss"] > _DIVERGED
@@ -91,7 +91,7 @@ def check_finite(
         f"{tasks[task].name}: {', '.join(map(str, examples))}"
         for task, examples in zip(seen.task_ids.tolist(), seen.examples.tolist(), strict=True)
     )
-    raise UserError(
+    raise Diverged(
         f"the training has diverged: in step {first_step + at + 1} the loss is"
         f" {scalars['loss'][at]:.4g} and the gradient's norm {scalars['grad_norm'][at]:.4g}. Its"
         f" examples, by row of the train data from 0: {what}. Look at them, or lower"

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import sys
 import threading
@@ -32,10 +33,14 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
         UserError: not all three are given, or the environment does not say all.
         Unavailable: they do not find each other.
     """
-    given = (coordinator, processes, process)
-    if any(x is not None for x in given):
-        if None in given:
+    if any(x is not None for x in (coordinator, processes, process)):
+        if coordinator is None or processes is None or process is None:
             raise UserError("--coordinator, --processes and --process go together; give all three.")
+        if not re.fullmatch(r".+:\d+", coordinator) or not 0 <= process < processes:
+            raise UserError(
+                f"--coordinator={coordinator} is not HOST:PORT, or --process={process} not one of"
+                f" {processes} from 0 on."
+            )
         where: dict[str, Any] = {
             "coordinator_address": coordinator,
             "num_processes": processes,

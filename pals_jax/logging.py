@@ -88,7 +88,9 @@ class Window:
 
 def _lines_until(path: epath.Path, step: int) -> Iterator[str]:
     """The lines of steps up to `step`; a run that was killed may have left half of one."""
-    for line in path.read_text().splitlines() if path.exists() else []:
+    with storage.reported(path):
+        lines = path.read_text().splitlines() if path.exists() else []
+    for line in lines:
         try:
             keep = json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from pals_jax.models.multitask import MultiTaskModel, init_variables
+from pals_jax.models.multitask import MultiTaskModel, variable_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Counts:
 
 def count(model: MultiTaskModel) -> Counts:
     """The counts of a model, from shapes alone: no array is built."""
-    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    shapes = variable_shapes(model)
     num_tasks = len(model.num_outputs)
 
     def size(tree: Any) -> int:

@@ -274,8 +274,9 @@ def _train_batch(experiment: Experiment, shards: Shards) -> tuple[Batch, Shape, 
 def _training_data(experiment: Experiment) -> list[TokenizedSplit] | None:
     """The splits that are trained on; None where they, or the tokenizer, are not here."""
     try:
-        if not all(experiment.source(task).is_here(task) for task in experiment.trained):
-            return None
+        for task in experiment.trained:
+            if not experiment.source(task).is_here(task):
+                raise UserError(f"the data of {task.name} are not on this machine.")
         tokenizer = load_tokenizer(huggingface.resolve(experiment.config.encoder))
         splits = [experiment.read(task, "train", tokenizer) for task in experiment.trained]
         return [as_if_kept(experiment, split) for split in splits]

@@ -17,7 +17,7 @@ from pals_jax.evaluate import Evaluator, Results
 from pals_jax.experiment import Experiment
 from pals_jax.logging import say
 from pals_jax.models import tasks as tasks_lib
-from pals_jax.models.multitask import init_variables
+from pals_jax.models.multitask import variable_shapes
 from pals_jax.parallel import DataParallel
 
 _TOKENIZER = "tokenizer"  # its folder in the workdir
@@ -51,7 +51,7 @@ class Run:
         experiment = Experiment.load(workdir)
         keep_compiled(experiment.config.data.cache_dir)
         model = experiment.model()
-        shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+        shapes = variable_shapes(model)
         parallel = DataParallel.over()
         step, variables = restore_best(workdir, shapes, parallel)
         with storage.fetched(workdir / _TOKENIZER) as folder:

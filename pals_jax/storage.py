@@ -95,9 +95,14 @@ def kind_of(error: Exception) -> type[UserError]:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Writes a file as a whole: who reads it meanwhile, or after a crash, sees no half of it."""
+    """Writes a file as a whole: who reads it meanwhile, or after a crash, sees no half of it.
+
+    Raises:
+        UserError: see `reported`.
+    """
     if in_bucket(path):  # where nothing is seen of what is not whole
-        path.write_text(text)
+        with reported(path):
+            path.write_text(text)
         return
     part = path.with_name(f"{path.name}.part")
     part.write_text(text)

@@ -6,16 +6,17 @@ Runs on a frozen encoder that differ in seed and learning rate alone are trained
 import json
 from typing import Any
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from pals_jax import config as config_lib
-from pals_jax import hosts, metrics
+from pals_jax import hosts, metrics, storage
 from pals_jax.checkpoint import newest_step
 from pals_jax.compiled import forget_compiled
-from pals_jax.errors import UserError
+from pals_jax.errors import Diverged, UserError
 from pals_jax.evaluate import Results
 from pals_jax.experiment import Experiment
 from pals_jax.logging import say
@@ -28,7 +29,8 @@ FILE = "sweep.json"
 def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
     """Trains the configuration under each of its overrides, in `workdir/NAME`.
 
-    It goes on from where it was stopped: finished runs are only evaluated again.
+    It goes on from where it was stopped: finished runs are only evaluated again. Runs that diverge
+    have no results, and hold up no others.
 
     Args:
         config: its `sweep` is a list of {dotted key: value}.
@@ -36,7 +38,7 @@ def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
 
     Returns:
         What sweep.json holds, for each run: overrides, workdir, results, scores of the tasks
-        (`pals_jax.metrics.score`) and score, their mean; the best first.
+        (`pals_jax.metrics.score`) and score, their mean, or None where it diverged; the best first.
 
     Raises:
         UserError: the list is empty or repeats itself, or holds what is no mapping of keys that the
@@ -56,17 +58,28 @@ def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
             " ({'seed': 0}, {'seed': 1})."
         )
     for one in runs.values():
-        Experiment.from_config(one).model()  # refuses what is wrong before any is trained
+        Experiment.from_config(one)  # refuses what is wrong before any is trained
     rows: list[dict[str, Any]] = []
-    for names in _in_one_step(runs, workdir):
+    left = _in_one_step(runs, workdir)
+    while left:
+        names = left.pop(0)
         say(f"training {', '.join(names)}")
-        of_all = train_together([runs[name] for name in names], [workdir / name for name in names])
+        configs, workdirs = [runs[name] for name in names], [workdir / name for name in names]
+        of_all: list[Results | None] = [None]
+        try:
+            of_all = [*train_together(configs, workdirs)]
+        except Diverged as error:
+            say(str(error))
+            if len(names) > 1:
+                left = [[name] for name in names] + left
+                continue
+        finally:
+            forget_compiled()
         for name, results in zip(names, of_all, strict=True):
             rows.append(_row(runs[name], name, overrides[name], results))
-        forget_compiled()
-        rows.sort(key=lambda row: -row["score"])
+        rows.sort(key=lambda row: -np.inf if row["score"] is None else row["score"], reverse=True)
         if hosts.is_main():
-            (workdir / FILE).write_text(json.dumps(rows, indent=1))
+            storage.write_text(workdir / FILE, json.dumps(rows, indent=1))
     Console(stderr=True, quiet=not hosts.is_main()).print(table(rows))
     return rows
 
@@ -86,19 +99,16 @@ def _in_one_step(runs: dict[str, ConfigDict], workdir: epath.Path) -> list[list[
 
 
 def _row(
-    config: ConfigDict, name: str, overrides: dict[str, Any], results: Results
+    config: ConfigDict, name: str, overrides: dict[str, Any], results: Results | None
 ) -> dict[str, Any]:
-    """What sweep.json holds of a run."""
+    """What sweep.json holds of a run; one without results has diverged."""
+    row = {"overrides": overrides, "workdir": name, "results": results, "scores": {}, "score": None}
+    if results is None:
+        return row
     tasks = Experiment.from_config(config).tasks
-    scores = {task.name: metrics.score(task.metrics, results[task.name]) for task in tasks}
-    score = sum(scores.values()) / len(scores)
-    return {
-        "overrides": overrides,
-        "workdir": name,
-        "results": results,
-        "scores": scores,
-        "score": score,
-    }
+    of_tasks = {task.name: task.metrics for task in tasks}
+    scores = {name: metrics.score(names, results[name]) for name, names in of_tasks.items()}
+    return row | {"scores": scores, "score": metrics.selection_score(of_tasks, results)}
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -112,8 +122,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
         columns.add_column(name, justify="right")
     for row in rows:
         given = (str(row["overrides"].get(key, "")) for key in keys)
-        scores = [*(row["scores"].get(task) for task in tasks), row["score"]]
-        columns.add_row(*given, *("" if x is None else f"{100 * x:.1f}" for x in scores))
+        scores = (row["scores"].get(task) for task in tasks)
+        cells = ["" if x is None else f"{100 * x:.1f}" for x in scores]
+        mean = "diverged" if row["score"] is None else f"{100 * row['score']:.1f}"
+        columns.add_row(*given, *cells, mean)
     return columns
 
 

@@ -24,7 +24,7 @@ from pals_jax.data.tasks import Task
 from pals_jax.errors import UserError
 from pals_jax.models import methods
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel, init_variables
+from pals_jax.models.multitask import MultiTaskModel, variable_shapes
 from pals_jax.models.tasks import append
 
 _FORMAT = "pals_jax task, version 1"
@@ -95,14 +95,12 @@ class Loaded:
     """Several task files on one base.
 
     Attributes:
-        model: their model.
-        variables: its variables.
+        variables: of their model.
         tasks: in the order of the files.
         method: the expression of their method.
         max_length: the largest of theirs.
     """
 
-    model: MultiTaskModel
     variables: dict[str, Any]
     tasks: tuple[Task, ...]
     method: str
@@ -142,7 +140,7 @@ def load(paths: Sequence[Path], base: Base) -> Loaded:
         row = unflatten_dict({k: jnp.asarray(x)[None] for k, x in tensors.items()}, sep="/")
         adapters = row if adapters is None else append(adapters, row)
     max_length = max(int(metadata["max_length"]) for _, metadata in read)
-    return Loaded(model, {"params": base.params, "adapters": adapters}, tasks, method, max_length)
+    return Loaded({"params": base.params, "adapters": adapters}, tasks, method, max_length)
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -159,7 +157,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def _check_tensors(path: Path, model: MultiTaskModel, tensors: Mapping[str, np.ndarray]) -> None:
     """Refuses what is not just the row of one task."""
-    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))["adapters"]
+    shapes = variable_shapes(model)["adapters"]
     wanted = {name: x.shape[1:] for name, x in flatten_dict(shapes, sep="/").items()}
     found = {name: x.shape for name, x in tensors.items()}
     if wrong := sorted(k for k in wanted | found if wanted.get(k) != found.get(k)):

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from pals_jax import evaluate, hosts, metrics, params
+from pals_jax import evaluate, hosts, metrics, params, storage
 from pals_jax.below import check_same, with_hidden
 from pals_jax.checkpoint import restore_best
 from pals_jax.compiled import forget_compiled, keep_compiled
@@ -182,7 +182,7 @@ def train_separately(config: ConfigDict, workdir: epath.Path) -> Results:
         forget_compiled()
     if hosts.is_main():
         Console(stderr=True).print(evaluate.table(tasks, results))
-        (workdir / "results.json").write_text(json.dumps(results, indent=1))
+        storage.write_text(workdir / "results.json", json.dumps(results, indent=1))
     return results
 
 

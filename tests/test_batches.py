@@ -27,7 +27,7 @@ MIXED = Draw(np.array([1, 0], np.int32), np.array([[1, 0], [2, 1]]))  # of 9, 3,
 
 
 def batches(placing: Any, **changes: Any) -> TrainBatches:
-    fields = {"layout": Layout(12), "shards": Shards(), "first_task": 0, "num_tasks": 2}
+    fields = {"layout": Layout(), "shards": Shards(), "first_task": 0, "num_tasks": 2}
     return TrainBatches(SPLITS, placing=placing, **fields | changes)
 
 
@@ -109,7 +109,7 @@ def test_the_hosts_make_the_parts_of_one_batch(placing: Any):
 
 
 def test_a_padded_batch_holds_the_drawn_examples():
-    batch = batches(Padded(4, 12), layout=Layout(12, pad_id=7))(MIXED)
+    batch = batches(Padded(4, 12), layout=Layout(pad_id=7))(MIXED)
     assert {len(x) for x in batch.values()} == {1}
     batch = {name: x[0] for name, x in batch.items()}
     np.testing.assert_array_equal(batch["task_ids"], [1, 1, 0, 0])
@@ -128,7 +128,7 @@ def test_a_padded_batch_holds_the_drawn_examples():
 
 def test_a_packed_batch_holds_them_too():
     packed = Packed((Shape(3, 16), Shape(4, 16)), 4)
-    batch = {name: x[0] for name, x in batches(packed, layout=Layout(12, pad_id=7))(MIXED).items()}
+    batch = {name: x[0] for name, x in batches(packed, layout=Layout(pad_id=7))(MIXED).items()}
     np.testing.assert_array_equal(batch["task_ids"], [0, 1, 1])  # the last one is empty
     np.testing.assert_array_equal(batch["numbers"], [[3, 2, -1, -1], [0, 1, -1, -1], [-1] * 4])
     np.testing.assert_array_equal(batch["first"], [[0, 6, 0, 0], [0, 9, 0, 0], [0] * 4])
@@ -153,7 +153,7 @@ def test_the_tasks_that_may_move():
 
 
 def test_an_encoder_with_one_token_type_gets_one():
-    one, two = (batches(Padded(4, 12), layout=Layout(12, 0, types))(MIXED) for types in (1, 2))
+    one, two = (batches(Padded(4, 12), layout=Layout(0, types))(MIXED) for types in (1, 2))
     assert one["token_type_ids"].max() == 0
     assert two["token_type_ids"].max() == 1
 
@@ -163,7 +163,7 @@ def test_an_encoder_with_one_token_type_gets_one():
 @pytest.mark.parametrize("placing", [Padded, Packed.into])
 def test_evaluation_sees_every_example_once(count: int, shards: int, placing: Any):
     rng = np.random.default_rng(count)
-    split, layout = make_split(rng.integers(3, 40, count)), Layout(40)
+    split, layout = make_split(rng.integers(3, 40, count)), Layout()
     seen = []
     parts = Shards(shards, 0, shards)
     for batch, examples in eval_batches(split, 2, layout, placing(4, 40, shards), parts):

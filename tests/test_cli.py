@@ -135,6 +135,23 @@ def test_wrong_configurations(small, capsys):
     refused(capsys, ["train", f"--config={broken}", workdir], "missing", "optimizer.b1")
 
 
+def test_wrong_arguments(small, capsys):
+    run = f"--workdir={small / 'run'}"
+    both = "--input goes with --task, and --fill-missing with --submission"
+    refused(capsys, ["predict", run, "--task=colour", "--fill-missing"], both)
+    refused(capsys, ["predict", run, f"--submission={small}", f"--input={small}"], both)
+    for name, known in (("unified_glue", "mnli, sst2"), ("houlsby_glue", "cola, sst2")):
+        config = REPOSITORY / "configs" / f"{name}.py"
+        refused(capsys, ["params", f"--config={config}:mrcp"], f"'mrcp' is not one of {known}")
+    for where in ("localhost --processes=2 --process=0", "localhost:1 --processes=2 --process=2"):
+        command = ["train", f"--config={CONFIG}:{small}", run, *f"--coordinator={where}".split()]
+        refused(capsys, command, "is not HOST:PORT, or --process=")
+    for price in ("nan", "-5", "much"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["plan", f"--config={CONFIG}:{small}", "--topology=v3-8", f"--price={price}"])
+        assert f"{price} is no price" in capsys.readouterr().err
+
+
 def test_wrong_data(small, capsys):
     colour = small / "colour.tsv"
     good = colour.read_text()

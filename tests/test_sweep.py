@@ -124,6 +124,23 @@ def test_what_is_frozen_alike_is_in_memory_once() -> None:
     np.testing.assert_array_equal(third.frozen["pooler"], np.ones(4))
 
 
+@pytest.mark.slow
+def test_a_run_that_diverges_holds_up_no_other(small: Path, capsys: pytest.CaptureFixture) -> None:
+    """Neither those that are trained with it in one step, nor those behind it."""
+    rates = [{"optimizer.learning_rate": rate} for rate in (1e-3, 1e30)]
+    rates.append({"optimizer.learning_rate": 1e30, "method": "shared"})
+    command = ["train", f"--config={CONFIG}:{small}", f"--workdir={small / 'sweep'}", "--sweep"]
+    command += [f"--config.sweep={tuple(rates)}", "--config.trainable=('adapters/',)"]
+    assert main([*command, "--config.epochs=1"]) == 0
+    assert "diverged: in step" in (said := capsys.readouterr().err)
+    good, *bad = json.loads((small / "sweep" / "sweep.json").read_text())
+    assert good["overrides"] == rates[0]
+    assert good["score"] > 0
+    for row in bad:
+        assert (row["results"], row["scores"], row["score"]) == (None, {}, None)
+    assert said.split("sweep, dev scores")[1].count("diverged") == 2
+
+
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
@@ -135,6 +152,8 @@ def test_what_is_frozen_alike_is_in_memory_once() -> None:
         (({"sede": 1},), "the sweep's {'sede': 1}"),
         (({"seed": "one"},), "the sweep's {'seed': 'one'}"),
         (({"seed": 1}, {"method": "nope"}), "nope"),
+        (({"seed": 1}, {"optimizer.name": "sgd"}), "sgd"),
+        (({"seed": 1}, {"sampling": "some"}), "some"),
     ],
 )
 def test_a_sweep_that_cannot_be(

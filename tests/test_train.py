@@ -179,7 +179,7 @@ def test_a_roberta(small, tiny_roberta, capsys):
     assert "above the encoder's position table of 32" in capsys.readouterr().err
     assert run(32) == 0
     assert max(line.get("colour/dev/accuracy", 0) for line in lines(small / "run")) > 0.75
-    assert Experiment.load(small / "run").layout == Layout(32, pad_id=1, token_types=1)
+    assert Experiment.load(small / "run").layout == Layout(pad_id=1, token_types=1)
     assert main(["evaluate", f"--workdir={small / 'run'}", "--json"]) == 0
 
 

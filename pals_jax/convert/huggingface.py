@@ -8,6 +8,7 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from pals_jax.convert import files, tables
 from pals_jax.errors import Unavailable, UserError
@@ -74,12 +75,21 @@ def resolve(name: str | Path) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=_FILES))
     except Exception as error:  # the hub's client raises many kinds, offline and on
-        status = getattr(getattr(error, "response", None), "status_code", 0)
-        kind = Unavailable if status == 429 or status >= 500 else UserError
-        raise kind(
+        raise _kind_of(error)(
             f"the encoder {name!r} is neither a directory, nor one of {', '.join(PACKAGED)},"
             f" nor can it be had from the Hugging Face hub ({type(error).__name__})."
         ) from error
+
+
+def _kind_of(error: Exception) -> type[UserError]:
+    """Whether what the hub's client failed with may go well later."""
+    # When it has no copy either, the client says so, and why it asked is behind that.
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if status is not None:
+        return Unavailable if status == 429 or status >= 500 else UserError
+    no_answer = cause is not error and not isinstance(cause, OfflineModeIsEnabled)
+    return Unavailable if no_answer else UserError
 
 
 def from_huggingface(

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from pals_jax.errors import UserError
 from pals_jax.models.adapters import Owned
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel, init_variables
+from pals_jax.models.multitask import MultiTaskModel, init_variables, variable_shapes
 
 Path = tuple[str, ...]
 Tensors = Mapping[str, np.ndarray]
@@ -66,8 +66,8 @@ def bert(config: BertConfig) -> Iterator[Slot]:
     """The encoder under the names of Hugging Face's `BertModel`."""
     root = ("params", "encoder")
     embeddings = (*root, "embeddings")
-    for ours, theirs in (("word", "word"), ("position", "position"), ("token_type", "token_type")):
-        yield Slot(f"embeddings.{theirs}_embeddings.weight", (*embeddings, ours, "embedding"))
+    for name in ("word", "position", "token_type"):
+        yield Slot(f"embeddings.{name}_embeddings.weight", (*embeddings, name, "embedding"))
     yield from norm("embeddings.LayerNorm", (*embeddings, "norm"))
     for i in range(config.num_hidden_layers):
         yield from bert_layer(f"encoder.layer.{i}", (*root, "layers"), (i,))
@@ -145,7 +145,7 @@ def read(
     Raises:
         UserError: lists every missing, unused, mis-shaped and contradictory tensor.
     """
-    shapes = flatten_dict(jax.eval_shape(lambda: init_variables(model, jax.random.key(0))))
+    shapes = flatten_dict(variable_shapes(model))
     leaves = {path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items()}
     given = {path: np.zeros(leaf.shape, bool) for path, leaf in shapes.items()}
     filled: dict[tuple[Path, str], np.ndarray] = {}

@@ -18,12 +18,10 @@ class Layout:
     """What an encoder takes.
 
     Attributes:
-        max_length: the largest number of tokens of an example.
         pad_id: the token that fills rows up.
         token_types: how many the encoder tells apart; where it is one, every token is of type 0.
     """
 
-    max_length: int
     pad_id: int = 0
     token_types: int = 2
 
@@ -115,7 +113,7 @@ class TrainBatches:
 
 
 def sizes(splits: Sequence[TokenizedSplit], draw: Draw) -> Sizes:
-    """The tasks and the lengths, int64 [G * b] each, of the examples of a draw."""
+    """The tasks, int32, and the lengths, int64, of the examples of a draw, [G * b] each."""
     groups = zip(draw.task_ids.tolist(), draw.examples, strict=True)
     lengths = [splits[task].offsets[i + 1] - splits[task].offsets[i] for task, i in groups]
     return np.repeat(draw.task_ids, draw.examples.shape[1]), np.concatenate(lengths)

@@ -21,7 +21,7 @@ class Tfds:
     names and class ids are those of `tasks.GLUE`; its texts are those of the official files.
 
     Attributes:
-        data_dir: TFDS's data directory; None means its default, ~/tensorflow_datasets.
+        data_dir: TFDS's data directory; None means its default.
     """
 
     data_dir: Path | None = None
@@ -33,8 +33,7 @@ class Tfds:
 
     def is_here(self, task: Task) -> bool:
         """See `sources.Source`."""
-        home = self.data_dir or Path("~/tensorflow_datasets").expanduser()
-        return (home / "glue" / task.name).is_dir()
+        return bool(self._builder(task).is_prepared())
 
     def read(self, task: Task, split: str) -> Examples:
         """The examples of a split; see `sources.Source`.
@@ -56,17 +55,21 @@ class Tfds:
             targets = np.array([task.label_to_target(label) for label in targets], np.float32)
         return Examples(texts, targets)
 
-    def _prepared(self, task: Task) -> Any:
+    def _builder(self, task: Task) -> Any:
         # Imported here because few need it, by module because TFDS finds only builders it knows.
-        import requests
         import tensorflow_datasets
         import tensorflow_datasets.text.glue
 
-        name = f"glue/{task.name}"
+        return tensorflow_datasets.builder(
+            f"glue/{task.name}", data_dir=self.data_dir, file_format="array_record"
+        )
+
+    def _prepared(self, task: Task) -> Any:
+        import requests
+        import tensorflow_datasets
+
         try:
-            builder = tensorflow_datasets.builder(
-                name, data_dir=self.data_dir, file_format="array_record"
-            )
+            builder = self._builder(task)
             # TFDS prints its progress; standard output is for results.
             with contextlib.redirect_stdout(sys.stderr):
                 builder.download_and_prepare()
@@ -80,7 +83,7 @@ class Tfds:
             )
             kind = Unavailable if isinstance(error, elsewhere) else UserError
             raise kind(
-                f"TensorFlow Datasets cannot prepare {name} in {where}:"
+                f"TensorFlow Datasets cannot prepare glue/{task.name} in {where}:"
                 f" {type(error).__name__}: {error}"
             ) from error
         return builder

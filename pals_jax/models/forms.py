@@ -282,7 +282,7 @@ class Prefix:
         return merge_heads(jnp.einsum("bhqp,bhpk->bhqk", weights, value))
 
     def gate(self, theta: Theta, x: Array, context: Context) -> Array:
-        """lambda(x) of He et al., equation 5: the prefix's share of a joint softmax, [B, L, D]."""
+        """lambda(x) of He et al., equation 8: the prefix's share of a joint softmax, [B, L, D]."""
         scores, value = self._scores(theta, x, context)
         assert context.log_normaliser is not None  # which comes with the queries
         share = jax.nn.sigmoid(jax.nn.logsumexp(scores, axis=-1) - context.log_normaliser)

@@ -30,7 +30,7 @@ from pals_jax.models.rows import Packing, Places
 
 
 class _Own(NamedTuple):
-    """What a row has of its own: random keys (those of all rows), `first` [1, M] and salts."""
+    """What a row is computed with: the step's random keys, and its own `first` [1, M] and salts."""
 
     rngs: dict[str, Array]
     first: Array
@@ -262,12 +262,16 @@ class MultiTaskModel(nn.Module):
 
 
 def init_variables(model: MultiTaskModel, key: Array) -> dict[str, Any]:
-    """Random `variables` of a model; with `jax.eval_shape` their shapes only."""
+    """Random `variables` of a model."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return dict(model.init(key, tokens, tokens, tokens, jnp.int32(0)))
 
 
+def variable_shapes(model: MultiTaskModel) -> dict[str, Any]:
+    """The same as `jax.ShapeDtypeStruct`: no array is built."""
+    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+
+
 def adapter_shapes(model: MultiTaskModel) -> TaskAdapters:
     """A model's method with the shapes of its parameters, task axis in, to ask where they are."""
-    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
-    return TaskAdapters(model.method, shapes["adapters"], model.config)
+    return TaskAdapters(model.method, variable_shapes(model)["adapters"], model.config)
