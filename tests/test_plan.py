@@ -306,8 +306,12 @@ def test_packing_leaves_a_third_of_the_operations(
 
 @pytest.mark.optimized
 @pytest.mark.usefixtures("libtpu")
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_configuration_fits(config: Path, minilm: Path, shared: Path):
+@pytest.mark.parametrize(
+    "config",
+    [path for path in CONFIGS if path.stem != "pals_glue"],  # whose kinds are all above
+    ids=lambda path: path.stem,
+)
+def test_every_other_configuration(config: Path, minilm: Path, shared: Path):
     argument = f":{shared / 'extra_tasks'}" if config.stem == "houlsby_extra" else ""
     assert_good(planned(f"{config}{argument}", "v3-8"))
 
