@@ -60,28 +60,29 @@ def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
     for one in runs.values():
         Experiment.from_config(one)  # refuses what is wrong before any is trained
     rows: list[dict[str, Any]] = []
-    left = _in_one_step(runs, workdir)
-    while left:
-        names = left.pop(0)
-        say(f"training {', '.join(names)}")
-        configs, workdirs = [runs[name] for name in names], [workdir / name for name in names]
-        of_all: list[Results | None] = [None]
-        try:
-            of_all = [*train_together(configs, workdirs)]
-        except Diverged as error:
-            say(str(error))
-            if len(names) > 1:
-                left = [[name] for name in names] + left
-                continue
-        finally:
-            forget_compiled()
-        for name, results in zip(names, of_all, strict=True):
-            rows.append(_row(runs[name], name, overrides[name], results))
+    for names in _in_one_step(runs, workdir):
+        of_all = _train({name: runs[name] for name in names}, workdir)
+        rows += [_row(runs[name], name, overrides[name], of_all[name]) for name in names]
         rows.sort(key=lambda row: -np.inf if row["score"] is None else row["score"], reverse=True)
         if hosts.is_main():
             storage.write_text(workdir / FILE, json.dumps(rows, indent=1))
     Console(stderr=True, quiet=not hosts.is_main()).print(table(rows))
     return rows
+
+
+def _train(runs: dict[str, ConfigDict], workdir: epath.Path) -> dict[str, Results | None]:
+    """Trains runs in one step, or where one diverges each alone; None for those that do."""
+    say(f"training {', '.join(runs)}")
+    try:
+        of_all = train_together([*runs.values()], [workdir / name for name in runs])
+        return dict(zip(runs, of_all, strict=True))
+    except Diverged as error:
+        say(str(error))
+        if len(runs) == 1:
+            return dict.fromkeys(runs)
+    finally:
+        forget_compiled()
+    return {name: _train({name: config}, workdir)[name] for name, config in runs.items()}
 
 
 def _in_one_step(runs: dict[str, ConfigDict], workdir: epath.Path) -> list[list[str]]:
