@@ -1,6 +1,6 @@
-"""Tasks added, removed and re-ordered between two steps: the others train on, bit for bit."""
+"""Tasks added, removed and re-ordered between two steps: the others stay, bit for bit."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -82,15 +82,18 @@ def of_task(own: Training, state: TrainState, task: int) -> list[Any]:
 def check_kept(
     old: Training, before: TrainState, new: Training, after: TrainState, kept: dict[int, int]
 ) -> None:
-    """The tasks `kept`, {old: new number}, are the same, and so they are after further steps."""
+    """The tasks `kept`, {old: new number}, are the same; to rounding also after further steps.
+
+    These are other programs, of other numbers of tasks, which XLA may round apart.
+    """
     first, second = kept
     draws = [(first, first), (second, first), (second, second), (first, second)]
     last = old.run(before, *draws)
     further = new.run(after, *((kept[a], kept[b]) for a, b in draws))
-    for was, now in ((before, after), (last, further)):
-        for task, number in kept.items():
-            tiny.assert_same(of_task(new, now, number), of_task(old, was, task))
-    for task in kept:
+    for task, number in kept.items():
+        tiny.assert_same(of_task(new, after, number), of_task(old, before, task))
+        ours, theirs = of_task(new, further, number), of_task(old, last, task)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), ours, theirs)
         assert all(tiny.moved(*(of_task(old, x, task)[:2] for x in (before, last))))
 
 
