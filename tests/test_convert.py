@@ -325,6 +325,7 @@ def test_a_hub_that_is_busy_may_answer_later(
     with HTTPServer(("127.0.0.1", 0), Hub) as hub:
         url = f"http://127.0.0.1:{hub.server_address[1]}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         if answer is None:
             hub.server_close()  # nothing listens there any more
         else:
