@@ -1,6 +1,6 @@
-"""Tasks added, removed and re-ordered between two steps: the others stay, bit for bit."""
+"""Tasks added, removed and re-ordered between two steps: the others train on, bit for bit."""
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -82,18 +82,15 @@ def of_task(own: Training, state: TrainState, task: int) -> list[Any]:
 def check_kept(
     old: Training, before: TrainState, new: Training, after: TrainState, kept: dict[int, int]
 ) -> None:
-    """The tasks `kept`, {old: new number}, are the same; to rounding also after further steps.
-
-    These are other programs, of other numbers of tasks, which XLA may round apart.
-    """
+    """The tasks `kept`, {old: new number}, are the same, and so they are after further steps."""
     first, second = kept
     draws = [(first, first), (second, first), (second, second), (first, second)]
     last = old.run(before, *draws)
     further = new.run(after, *((kept[a], kept[b]) for a, b in draws))
-    for task, number in kept.items():
-        tiny.assert_same(of_task(new, after, number), of_task(old, before, task))
-        ours, theirs = of_task(new, further, number), of_task(old, last, task)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), ours, theirs)
+    for was, now in ((before, after), (last, further)):
+        for task, number in kept.items():
+            tiny.assert_same(of_task(new, now, number), of_task(old, was, task))
+    for task in kept:
         assert all(tiny.moved(*(of_task(old, x, task)[:2] for x in (before, last))))
 
 
@@ -116,11 +113,16 @@ def test_tasks_are_appended(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bert_n_pals", "adamw"])
 def test_tasks_are_removed_and_reordered(name: str) -> None:
-    two, five = training(name, TWO), training(name, FIVE)
+    five, left = training(name, FIVE), training(name, (1, 3))
     state = five.run(five.start(), (0, 4), (3, 2), (1, 4), (3, 3))
-    left = change(lambda tree: tasks.take(tree, FIVE, [4, 3]), state)
-    assert left.trainable["adapters"]["head"]["bias"].shape == (2, 2)
-    check_kept(five, state, two, left, {4: 0, 3: 1})
+    check_kept(
+        five, state, left, change(lambda x: tasks.take(x, FIVE, [4, 2]), state), {4: 0, 2: 1}
+    )
+    # Narrower heads hold the same, but XLA may sum their product's gradient in another order.
+    two, narrow = training(name, TWO), change(lambda x: tasks.take(x, FIVE, [4, 3]), state)
+    assert narrow.trainable["adapters"]["head"]["bias"].shape == (2, 2)
+    for task, number in {4: 0, 3: 1}.items():
+        tiny.assert_same(of_task(two, narrow, number), of_task(five, state, task))
 
 
 @pytest.mark.parametrize("name", ["bert_n_pals", "adamw"])
