@@ -33,12 +33,16 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 
-LONGEST = ("test_recovery", "test_below", "test_gcs", "test_packing", "test_train", "test_parallel")
+LONGEST = [
+    f"test_{name}"
+    for name in ("recovery", "packing", "below", "gcs", "hosts", "sweep", "train", "parallel")
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Modules that take longest come first, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="module", autouse=True)

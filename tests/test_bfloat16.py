@@ -35,7 +35,7 @@ def test_two_hundred_steps_of_a_real_task(shared: Path, minilm: Path, tmp_path: 
             *("train", f"--config={REPOSITORY / 'configs/small_glue.py'}", f"--workdir={workdir}"),
             *(f"--config.dtype={dtype}", f"--config.encoder={minilm}", "--config.tasks=('mrpc',)"),
             *(f"--config.data.dir={shared / 'glue'}", f"--config.data.cache_dir={tmp_path / 'c'}"),
-            *("--config.data.max_length=48", "--config.batch_size=16", "--config.epochs=1"),
+            *("--config.data.max_length=32", "--config.batch_size=8", "--config.epochs=1"),
         ]
         assert main(command) == 0
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

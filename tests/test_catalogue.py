@@ -18,32 +18,27 @@ from pals_jax.models.forms import Param
 from pals_jax.models.multitask import MultiTaskModel
 
 ARRAYS = tuple(tiny.inputs().values())
-EVERY = pytest.mark.parametrize("name", tiny.METHODS)
-
+EVERY = tiny.METHODS | tiny.TOGETHER
 # Compiling takes seconds; by default one method of each kind.
-_QUICK = ("pals", "top_layers", "houlsby", "mam", "lora", "prompt_tuning")
-QUICK = pytest.mark.parametrize(
-    "name",
-    [
-        name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in tiny.METHODS
-    ],
-)
+QUICK = ("pals", "top_layers", "houlsby", "mam", "lora", "prompt_tuning")
+SLOW = tuple(pytest.param(names, marks=pytest.mark.slow) for names in tiny.TOGETHER)
 
 
 def test_the_tiny_methods_are_all() -> None:
     """Nothing that the catalogue offers goes untested here."""
     tested = {text.split(",")[0] for text in tiny.METHODS}
     assert tested == set(methods.METHODS) - {"shared"}
+    together = [name for names in tiny.TOGETHER for name in names.split(" + ")]
+    assert sorted(together) == sorted(tiny.METHODS)
 
 
 @cache
 def compiled(name: str) -> tuple[MultiTaskModel, Any, Any]:
-    model = tiny.model(tiny.METHODS[name])
+    model = tiny.model(EVERY[name])
     return model, tiny.variables(model), tiny.fused(model.apply)
 
 
-@QUICK
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_mixed_batches_equal_single_tasks(name: str) -> None:
     """A scalar, one id for each row, and one for each group of rows."""
     _, variables, apply = compiled(name)
@@ -56,10 +51,10 @@ def test_mixed_batches_equal_single_tasks(name: str) -> None:
             np.testing.assert_allclose(mixed[row], single[task][row], rtol=0, atol=1e-6)
 
 
-@QUICK
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_training_a_task_moves_its_own_rows_only(name: str) -> None:
     """With a frozen encoder: every parameter of the task, and nothing else, bit for bit."""
-    step, state = tiny.training(tiny.model(tiny.METHODS[name]), ("adapters/",))
+    step, state = tiny.training(tiny.model(EVERY[name]), ("adapters/",))
     state, _ = step(state, tiny.batch([1] * 4))  # At step 0 the learning rate is 0.
     after, _ = step(state, tiny.batch([1] * 4))
     tiny.assert_same(after.variables["params"], state.variables["params"])
@@ -70,13 +65,10 @@ def test_training_a_task_moves_its_own_rows_only(name: str) -> None:
         assert (leaf[1] != before[1]).any(), path
 
 
-@pytest.mark.slow
-@EVERY
+@pytest.mark.parametrize("name", SLOW)
 def test_other_sizes(name: str) -> None:
     """Two heads, two layers, one task, and thirty: the task axis is no part of the arithmetic."""
-    one = MultiTaskModel(
-        tiny.config(num_attention_heads=2, num_hidden_layers=2), (3,), tiny.METHODS[name]
-    )
+    one = MultiTaskModel(tiny.config(num_attention_heads=2, num_hidden_layers=2), (3,), EVERY[name])
     many = one.clone(num_outputs=(3,) * 30)
     variables = tiny.variables(many)
     row = jax.tree.map(lambda x: x[17:18], variables["adapters"])

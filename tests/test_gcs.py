@@ -58,6 +58,7 @@ def run(small_of_module: Path, bucket: epath.Path) -> epath.Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(whole: Path, run: epath.Path) -> None:
     """And leaves what it leaves in a directory."""
     assert_same_run(whole, run)
@@ -136,10 +137,10 @@ def test_what_may_go_well_later_has_a_status_of_its_own(error: Exception, status
 def test_killed_and_run_again_is_an_unbroken_run_bit_for_bit(
     small: Path, bucket: epath.Path
 ) -> None:
-    """At random moments, some of them while a checkpoint is being written."""
+    """Three times at random moments; twenty times in test_recovery.py, on a disk."""
 
     def start(workdir: epath.Path | Path) -> subprocess.Popen:
-        every = ("--config.checkpoint_every=1", "--config.steps_per_epoch=20")
+        every = ("--config.checkpoint_every=1", "--config.steps_per_epoch=8")
         command = [sys.executable, "-m", "pals_jax", *arguments(small, workdir, *every)]
         env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
         return subprocess.Popen(command, env=env)
@@ -147,7 +148,7 @@ def test_killed_and_run_again_is_an_unbroken_run_bit_for_bit(
     whole, broken = small / "whole", bucket / "broken"
     assert start(whole).wait(timeout=300) == 0
     rng = random.Random(0)
-    for _ in range(5):
+    for _ in range(3):
         process = start(broken)
         begin = newest(broken)
         wait_for(lambda begin=begin: newest(broken) > begin + 1, process)

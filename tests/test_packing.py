@@ -14,10 +14,10 @@ from pals_jax.data.tokenize import TokenizedSplit
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.step import make_eval_step, make_every_task_step
 
-_QUICK = ("pals", "mam", "prompt_tuning")
+EVERY = {"shared": (), **tiny.METHODS, **tiny.TOGETHER}
 METHODS = [
-    name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow)
-    for name in ("shared", *tiny.METHODS)
+    *("pals", "mam", "prompt_tuning"),
+    *(pytest.param(names, marks=pytest.mark.slow) for names in ("shared", *tiny.TOGETHER)),
 ]
 MIXED, SINGLE = ([2, 0, 2], 3), ([1], 8)
 PACKED = Packed((Shape(3, 24), Shape(9, 9)), 3)
@@ -58,7 +58,7 @@ def assert_same_step(model: MultiTaskModel, padded: Batch, packed: Batch) -> Non
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_takes_the_padded_step(name: str, draw: Any) -> None:
     """Of one task and of several, with dropout on: an example has its masks wherever it lies."""
-    model = tiny.model(tiny.METHODS.get(name, ()), **DROPOUT)
+    model = tiny.model(EVERY[name], **DROPOUT)
     padded, packed = (batch(placing, *draw) for placing in (Padded(9, 9), PACKED))
     assert_same_step(model, padded, packed)
 
@@ -79,7 +79,7 @@ def test_positions_of_roberta(pad_id: int) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_evaluation_of_every_method_is_that_of_padded_rows(name: str) -> None:
     """Logits to 1e-5: of one task, with the adapters of some layers alone, and of every task."""
-    model = tiny.model(tiny.METHODS.get(name, ()), **DROPOUT)
+    model = tiny.model(EVERY[name], **DROPOUT)
     variables, held_out = tiny.variables(model), split(np.random.default_rng(0))
     active = np.array([True, False, True])
     evaluate, every = jax.jit(make_eval_step(model)), jax.jit(make_every_task_step(model))

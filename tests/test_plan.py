@@ -32,6 +32,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = Path(__file__).with_name("tiny_experiment.py")
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
 FOUR_CHIPS = ("v2-8", "v3-8", "v4-8", "v5litepod-4", "v6e-4")
+# What the plain step below takes to compile in the hour in which v4's step takes 16 s, going by
+# their ratio in another hour (5.6 to 41).
+PLAIN_SECONDS = 2.2
 
 
 @pytest.fixture(scope="session")
@@ -275,18 +278,33 @@ def assert_good(plan: Plan) -> None:
     assert plan.train.program.host_transfers == plan.evaluation.program.host_transfers == 0
 
 
+def seconds_of_a_plain_step() -> float:
+    """What this machine now takes to compile a program that never changes: the same has taken
+    2.5 times as long in one hour as in another.
+    """
+    device = tpus.KINDS["v2-8"].compile_devices()[0]
+
+    def loss(layers: Any, x: Any) -> Any:
+        for query, key, value, inner, outer in layers:
+            scores = jax.nn.softmax((x @ query) @ (x @ key).swapaxes(-1, -2))
+            x = x + scores @ (x @ value)
+            x = x + jax.nn.gelu(x @ inner) @ outer
+        return jnp.sum(x * x)
+
+    step = jax.jit(jax.grad(loss), in_shardings=jax.sharding.SingleDeviceSharding(device))
+    shapes = [(D, D)] * 3 + [(D, F), (F, D)]
+    layers = [[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]] * 4
+    return compile_step(step, layers, jax.ShapeDtypeStruct((8, L, D), jnp.float32)).seconds
+
+
 @pytest.mark.optimized
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("topology", FOUR_CHIPS)
 def test_a_step_of_bert_base(topology: str):
-    asked = REPOSITORY / "configs" / "pals_glue.py", topology
-    glue = planned(*asked)
+    """It compiles in 30 s on two cores, in an hour in which the plain step takes PLAIN_SECONDS."""
+    glue = planned(REPOSITORY / "configs" / "pals_glue.py", topology)
     assert_good(glue)
-    if topology != "v6e-4":  # 24 s where the others take 16, and too near on a slow day
-        seconds = [glue.train.compiled.seconds]
-        while min(seconds) > 30 and len(seconds) < 3:  # what else a machine does can only add
-            seconds.append(planned(*asked).train.compiled.seconds)
-        assert min(seconds) <= 30
+    assert glue.train.compiled.seconds <= 30 * max(1.0, seconds_of_a_plain_step() / PLAIN_SECONDS)
 
 
 @pytest.mark.optimized  # two compilations

@@ -51,6 +51,20 @@ METHODS = {
     "ia3": methods.ia3(),
 }
 
+# All of them again, as many in one model as do not collide: most of what a test costs is the
+# encoder, and what holds for every parameter of such a model holds for each of its methods.
+TOGETHER = {
+    " + ".join(names): sum((METHODS[name] for name in names), ())
+    for names in (
+        ("pals", "low_rank", "bert_n_pals_houlsby", "lhuc", "pooler", "prefix_tuning"),
+        ("pals, V not shared", "top_ffn", "houlsby", "prefix_tuning, flat, ungated", "ia3"),
+        ("pals, serial", "top_layer", "top_layers", "adapter"),
+        ("houlsby_plus_pals", "top_dense", "pfeiffer", "bitfit"),
+        ("scaled_parallel", "parallel", "top_attention", "layer_norms", "prompt_tuning"),
+        ("mam", "multi_head_parallel", "lora", "projected_ffn"),
+    )
+}
+
 
 def config(**changes: Any) -> BertConfig:
     """A tiny architecture without dropout, save for `changes`."""
