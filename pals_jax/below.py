@@ -50,14 +50,14 @@ def with_hidden(experiment: Experiment, variables: Tree, splits: Tree) -> Tree:
     say(
         f"what the lowest {below.encoder.config.num_hidden_layers} of"
         f" {experiment.architecture.num_hidden_layers} layers give is computed once for each"
-        f" example, and kept in {below.cache_dir}: {size}"
+        f" example, and kept in {experiment.cache_dir}: {size}"
     )
     try:
         below.write({file: split for file, split in files.items() if not file.is_file()})
     except OSError as error:
         raise UserError(
-            f"cannot write {size} of hidden states to {below.cache_dir}: {error.strerror}; make"
-            " room, name another data.cache_dir, or set lower_dropout to True."
+            f"cannot write {size} of hidden states to {experiment.cache_dir}: {error.strerror};"
+            " make room, name another data.cache_dir, or set lower_dropout to True."
         ) from error
     return jax.tree.map(below.complete, splits)
 
@@ -112,11 +112,6 @@ class Below:
         return cls(Encoder(architecture, model.dtype), own, experiment, parallel)
 
     @property
-    def cache_dir(self) -> Path:
-        """Where the tokens are, too."""
-        return Path(self.experiment.config.data.cache_dir).expanduser()
-
-    @property
     def _token_size(self) -> int:
         """Bytes of one token's."""
         return self.encoder.config.hidden_size * self.encoder.dtype.itemsize
@@ -130,7 +125,7 @@ class Below:
         digest = self.digest.copy()
         for x in (split.tokens, split.offsets, split.first):
             digest.update(np.ascontiguousarray(x).data)
-        return self.cache_dir / f"{digest.hexdigest()}.hidden"
+        return self.experiment.cache_dir / f"{digest.hexdigest()}.hidden"
 
     def complete(self, split: TokenizedSplit) -> TokenizedSplit:
         """The split with its hidden states, which are there, memory-mapped."""
@@ -148,8 +143,9 @@ class Below:
         """
         if not missing:
             return
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(self.cache_dir).free < sum(map(self.size, missing.values())):
+        directory = self.experiment.cache_dir
+        directory.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(directory).free < sum(map(self.size, missing.values())):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with progress(sum(map(len, missing.values())), 0, "example") as bar:
             for path, split in missing.items():

@@ -14,11 +14,10 @@ from pals_jax import hlo
 from pals_jax.errors import UserError
 
 
-def keep_compiled(cache_dir: str) -> None:
+def keep_compiled(cache_dir: Path) -> None:
     """Keeps what this process compiles on disk, where JAX was not told of another place."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        directory = Path(cache_dir).expanduser() / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir / "compiled"))
         # The many small programs of a start take two of its twelve seconds.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -203,6 +203,11 @@ class Experiment:
             )
         return glue_source(data.source, Path(data.dir).expanduser() if data.dir else None)
 
+    @property
+    def cache_dir(self) -> Path:
+        """Where tokens and hidden states are kept."""
+        return Path(self.config.data.cache_dir).expanduser()
+
     def read(self, task: Task, split: str, tokenizer: PreTrainedTokenizerFast) -> TokenizedSplit:
         """The examples of a split, tokenised or out of the cache.
 
@@ -210,8 +215,7 @@ class Experiment:
             UserError: the data are missing or wrong.
         """
         examples = self.source(task).read(task, split)
-        cache_dir = Path(self.config.data.cache_dir).expanduser()
-        return tokenize_split(examples, tokenizer, self.config.data.max_length, cache_dir)
+        return tokenize_split(examples, tokenizer, self.config.data.max_length, self.cache_dir)
 
     def read_eval(
         self, task: Task, tokenizer: PreTrainedTokenizerFast
@@ -293,17 +297,19 @@ class Experiment:
         """The experiment of a workdir; keys that were not known then have their defaults.
 
         Raises:
-            UserError: none is there, or its file is damaged.
+            UserError: none is there, or its file is damaged, or its bucket does not answer.
         """
         storage.check(workdir)
         path = workdir / FILE
+        with storage.reported(path):
+            text = path.read_text() if path.exists() else None
+        if text is None:
+            raise UserError(f"{workdir} is not the workdir of a run: it has no {FILE}.")
         try:
-            saved = json.loads(path.read_text())
+            saved = json.loads(text)
             config = config_lib.from_json(saved["config"])
             tasks = tuple(Task.from_json(task) for task in saved["tasks"])
             return cls(config, tasks, BertConfig(**saved["architecture"]))
-        except FileNotFoundError:
-            raise UserError(f"{workdir} is not the workdir of a run: it has no {FILE}.") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}).") from error
 

@@ -49,7 +49,7 @@ class Run:
             UserError: there is no run, or nothing to evaluate yet, or it is damaged.
         """
         experiment = Experiment.load(workdir)
-        keep_compiled(experiment.config.data.cache_dir)
+        keep_compiled(experiment.cache_dir)
         model = experiment.model()
         shapes = variable_shapes(model)
         parallel = DataParallel.over()

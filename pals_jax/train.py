@@ -80,7 +80,7 @@ def train_together(
         experiment.check(workdir)
     experiment, config = experiments[0], experiments[0].config  # for what does not differ
     tasks, total_steps = experiment.trained, experiment.steps
-    keep_compiled(config.data.cache_dir)
+    keep_compiled(experiment.cache_dir)
 
     # ---------------------------------------------------------------- weights and data
     tokenizer = earlier.tokenizer if earlier else _tokenizer(experiment)

@@ -20,7 +20,8 @@ from test_train import arguments, lines
 
 from pals_jax import hosts, storage
 from pals_jax.cli import main
-from pals_jax.errors import UserError
+from pals_jax.errors import Unavailable, UserError
+from pals_jax.experiment import Experiment
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,20 @@ def test_what_may_go_well_later_has_a_status_of_its_own(error: Exception, status
     with pytest.raises(UserError, match=refused) as raised, storage.reported(path):
         raise error
     assert raised.value.status == status
+
+
+def test_a_bucket_that_fails_while_a_run_is_read(
+    bucket: epath.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir = bucket / "read"
+    storage.write_text(workdir / "experiment.json", "{}")
+
+    def fail(_: epath.Path) -> str:
+        raise HttpError({"code": 503, "message": "busy"})
+
+    monkeypatch.setattr(type(workdir), "read_text", fail)
+    with pytest.raises(Unavailable, match="cannot be read or written"):
+        Experiment.load(workdir)
 
 
 @pytest.mark.slow

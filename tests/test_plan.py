@@ -124,11 +124,11 @@ def test_no_program_for_devices_elsewhere_is_cached(cache: Path):
 
 
 def test_what_is_compiled_is_kept_where_jax_was_not_told_otherwise(cache: Path, tmp_path: Path):
-    keep_compiled(str(tmp_path / "elsewhere"))
+    keep_compiled(tmp_path / "elsewhere")
     assert jax.config.values["jax_compilation_cache_dir"] == str(cache)
     jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    keep_compiled(str(tmp_path / "elsewhere"))
+    keep_compiled(tmp_path / "elsewhere")
     assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "elsewhere/compiled")
     jax.jit(lambda x: x + 1).lower(np.ones(3)).compile()
     assert list((tmp_path / "elsewhere/compiled").iterdir()), "small programs are kept, too"
