@@ -1,4 +1,4 @@
-"""A strict session: eight CPU devices, warnings are errors, rank promotion raises."""
+"""A strict session: eight CPU devices (but see `pytest_configure`), warnings are errors, rank promotion raises."""
 
 import csv
 import importlib.util
@@ -14,7 +14,6 @@ import pytest
 import tokenizers
 
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Runs in tests compile the same few programs again and again, also in processes of their own.
@@ -26,8 +25,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Most tests are mostly compilation, and that mostly optimisation."""
-    if config.option.markexpr != "optimized":
+    """Most tests are mostly compilation, and that mostly optimisation.
+
+    The others are run as by users, who have one CPU, not eight that each update all parameters.
+    """
+    optimized = config.option.markexpr == "optimized"
+    jax.config.update("jax_num_cpu_devices", 1 if optimized else 8)
+    if not optimized:
         os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
         if jax.__version_info__ < (0, 12):  # later ones do not know it; see `tiny.fused`
             os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
