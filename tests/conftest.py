@@ -1,4 +1,4 @@
-"""A strict session: eight CPU devices (but see `pytest_configure`), warnings are errors, rank promotion raises."""
+"""A strict session: eight CPU devices, warnings are errors, rank promotion raises."""
 
 import csv
 import importlib.util
