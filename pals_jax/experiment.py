@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
@@ -238,7 +239,10 @@ class Experiment:
         path = workdir / FILE
         if not path.exists():
             return
-        saved, mine = (_flat(x._to_json()) for x in (Experiment.load(workdir), self))
+        saved, mine = (
+            flatten_dict(x._to_json(), keep_empty_nodes=True, sep=".")
+            for x in (Experiment.load(workdir), self)
+        )
         differing = sorted(
             key
             for key in saved.keys() | mine.keys()
@@ -391,13 +395,3 @@ def _check_metrics(task: Task) -> None:
 def _task(data: ConfigDict, name: str) -> Task:
     """A task of your own where `data.own` declares it; else one of GLUE's."""
     return own_task(name, data.own[name])[0] if name in data.own else glue_task(name)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping of dotted keys."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix.removesuffix("."): tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.")
-    return flat
