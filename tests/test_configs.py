@@ -52,7 +52,7 @@ def test_the_papers_own_tasks(shared: Path, minilm: Path, tmp_path: Path) -> Non
         *("train", f"--config={REPOSITORY / 'configs/houlsby_extra.py'}:{shared / 'extra_tasks'}"),
         *(f"--workdir={tmp_path / 'run'}", f"--config.encoder={minilm}"),
         "--config.dtype=float32",  # bfloat16 takes a CPU several times as long
-        *(f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.data.max_length=32"),
+        *(f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.data.max_length=16"),
         *("--config.epochs=1", "--config.steps_per_epoch=4", "--config.eval_batch_size=256"),
     ]
     assert main(command) == 0
