@@ -302,9 +302,11 @@ def seconds_of_a_plain_step() -> float:
 @pytest.mark.parametrize("topology", FOUR_CHIPS)
 def test_a_step_of_bert_base(topology: str):
     """It compiles in 30 s on two cores, in an hour in which the plain step takes PLAIN_SECONDS."""
+    before = seconds_of_a_plain_step()
     glue = planned(REPOSITORY / "configs" / "pals_glue.py", topology)
     assert_good(glue)
-    assert glue.train.compiled.seconds <= 30 * max(1.0, seconds_of_a_plain_step() / PLAIN_SECONDS)
+    slower = max(before, seconds_of_a_plain_step()) / PLAIN_SECONDS  # as other work comes and goes
+    assert glue.train.compiled.seconds <= 30 * max(1.0, slower)
 
 
 @pytest.mark.optimized  # two compilations
