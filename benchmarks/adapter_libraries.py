@@ -5,8 +5,10 @@
 The encoder is frozen; both sides have an adapter and a head for each task of GLUE, begin with the
 same weights, and must compute the same losses before they are timed. Ours packs, as `train` and
 `evaluate` of `pals-jax` do; theirs pads to the longest text of a batch, with and without grouping
-by length. What is inferred are the dev sets, in each round another one. Writes
-adapter_libraries.json and a plot, and prints the tables of docs/results.md.
+by length. What is inferred are the dev sets, in each round a part of another one. Beside them the
+encoder's matrix products are timed alone, of the texts without any padding: what they take, nothing
+that computes this model with such products can take less than. Writes adapter_libraries.json and a
+plot, and prints the tables of docs/results.md.
 
 On a GPU that both JAX and PyTorch see: in bfloat16 only, theirs compiled where that works, with the
 model-FLOPs utilisation (of the operations that the texts need without any padding);
@@ -16,6 +18,7 @@ has not been run: no GPU was at hand.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import tempfile
@@ -33,7 +36,7 @@ from side_by_side import PEERS, Timing, Worker
 from pals_jax import flops
 from pals_jax.convert import files, huggingface, tables, to_adapterhub, to_peft
 from pals_jax.data.batches import sizes
-from pals_jax.data.packing import Packed, Shape
+from pals_jax.data.packing import Packed, Padded, Shape
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
 from pals_jax.models.multitask import MultiTaskModel, init_variables
@@ -42,11 +45,15 @@ TORCH = "torch==2.13.0"
 OURS, TRAINED = "pals_jax", ("adapters/",)
 BATCH_SIZE, CHECK, ROUNDS = 32, 3, 5
 EVAL_ROWS = 8  # which hold about 28 texts of GLUE
-STEPS = {"cpu": 4, "gpu": 50}  # of a round
+STEPS = {  # of a round
+    "cpu": {"inference": 8, "training": 4},
+    "gpu": {"inference": 50, "training": 50},
+}
 DTYPES = {"cpu": ("float32", "bfloat16"), "gpu": ("bfloat16",)}
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # relative, of the losses
 KINDS = ("inference", "training")
 PADDINGS = ("longest", "by length")
+BOUND = "products alone"
 PEAKS = {"NVIDIA H200": 989.0}  # TFLOP/s in bfloat16, dense
 
 
@@ -103,7 +110,7 @@ class Steps:
 
     draws: Sequence[Draw]
     splits: Sequence[TokenizedSplit]
-    placing: Packed | None = None
+    placing: Padded | Packed | None = None
     together: int = 0
 
     def first(self, count: int) -> "Steps":
@@ -135,8 +142,8 @@ class Steps:
 def all_steps(mix: Mix, each: int) -> dict[str, dict[str, Steps]]:
     """By kind, and by side: ours, or how theirs pads."""
     longest, by_length = PADDINGS
-    sorted_dev = Steps(mix.inference(each, by_length=True), mix.dev)
-    of_ours = Packed.into(EVAL_ROWS, mix.experiment.layout.max_length)
+    dev = Steps(mix.inference(each, by_length=False), mix.dev)
+    of_ours = Packed.into(EVAL_ROWS, mix.experiment.config.data.max_length)
     return {
         "training": {
             OURS: Steps(mix.draws, mix.splits, mix.packed().placing),
@@ -144,9 +151,9 @@ def all_steps(mix: Mix, each: int) -> dict[str, dict[str, Steps]]:
             by_length: Steps(mix.length_grouped(), mix.splits),
         },
         "inference": {
-            OURS: dataclasses.replace(sorted_dev, placing=of_ours, together=each),
-            longest: Steps(mix.inference(each, by_length=False), mix.dev),
-            by_length: sorted_dev,
+            OURS: dataclasses.replace(dev, placing=of_ours, together=each),
+            longest: dev,
+            by_length: Steps(mix.inference(each, by_length=True), mix.dev),
         },
     }
 
@@ -173,7 +180,7 @@ class Comparison:
         self._library, self._work = library, work
         self._python = side_by_side.environment(library.name, library.requirements)
         self._each = STEPS[jax.default_backend()]
-        self._ours = {
+        self._ours: dict[str, Any] = {
             "glue": glue,
             "encoder": encoder,
             "method": library.method(huggingface.architecture(encoder).hidden_size),
@@ -185,22 +192,23 @@ class Comparison:
         mix = Mix(**self._ours)
         self._model, variables = mix.experiment.model(), mix.variables()
         self._tasks = {task.name: task.num_outputs for task in mix.experiment.tasks}
-        heads = []
+        heads: list[tables.Slot] = []
         for task, (name, outputs) in enumerate(self._tasks.items()):
             library.write(self._model, variables, task, work / name)
             heads += tables.head(name, task, outputs)
         files.write_tensors(work / "heads.safetensors", tables.write(variables, heads), {})
-        self._steps = all_steps(mix, self._each)
+        self._steps = all_steps(mix, self._each["inference"])
         for kind in KINDS:
             for padding in PADDINGS:
-                steps = self._steps[kind][padding].first(ROUNDS * self._each)
+                steps = self._steps[kind][padding].first(ROUNDS * self._each[kind])
                 mix.save_padded(work / f"{kind}, {padding}.npz", steps.draws, steps.splits)
 
     def run(self, kind: str, dtype: str) -> Result:
         """Times both, after they have shown that they do the same."""
         mix = self._ours | {"dtype": dtype}
         both = {"kind": kind, "check": CHECK}
-        tell = both | {"mix": mix, "each": self._each, "steps": ROUNDS * self._each}
+        each = self._each[kind]
+        tell = both | {"mix": mix, "each": each, "steps": ROUNDS * each}
         (self._work / "ours.json").write_text(json.dumps(tell))
         tell = both | {"encoder": mix["encoder"], "tasks": self._tasks, "dtype": dtype}
         (self._work / "theirs.json").write_text(json.dumps(tell))
@@ -210,7 +218,7 @@ class Comparison:
         ):
             if (theirs.ready["device"] == "cpu") != (jax.default_backend() == "cpu"):
                 raise SystemExit("JAX and PyTorch must both see the GPU, or neither.")
-            losses = [worker.ready.pop("losses") for worker in (ours, theirs)]
+            losses = ours.ready.pop("losses"), theirs.ready.pop("losses")
             np.testing.assert_allclose(*losses, rtol=TOLERANCES[dtype])
             ready = {"losses": losses} | ours.ready | theirs.ready
             return self._time(kind, dtype, ours, theirs, ready)
@@ -218,12 +226,13 @@ class Comparison:
     def _time(
         self, kind: str, dtype: str, ours: Worker, theirs: Worker, ready: dict[str, Any]
     ) -> Result:
-        asks = {OURS: ours.ask} | {
-            padding: partial(theirs.ask, padding=padding) for padding in PADDINGS
-        }
-        timing = side_by_side.run(asks, ROUNDS, self._each, BATCH_SIZE)
+        # Not in bfloat16, for which a CPU may have no instructions and PyTorch one slow thread.
+        sides = (*PADDINGS, BOUND) if dtype == "float32" else PADDINGS
+        asks = {OURS: ours.ask} | {side: partial(theirs.ask, padding=side) for side in sides}
+        each = self._each[kind]
+        timing = side_by_side.run(asks, ROUNDS, each, BATCH_SIZE)
         of_mix = self._steps[kind]
-        timed = {side: steps.first(ROUNDS * self._each) for side, steps in of_mix.items()}
+        timed = {side: steps.first(ROUNDS * each) for side, steps in of_mix.items()}
         count = self._flops(kind)
         about = ready | {
             "positions_per_example": {side: steps.positions() for side, steps in timed.items()},
@@ -261,17 +270,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         encoder = Path(folder) / "encoder"
         write_encoder(encoder, Path(args.encoder), args.dimensions)
+        comparisons = []
         for library in LIBRARIES:
             work = Path(folder) / library.name
             work.mkdir()
-            comparison = Comparison(library, work, args.glue, str(encoder))
-            for dtype in DTYPES[jax.default_backend()]:
-                results += [comparison.run(kind, dtype) for kind in KINDS]
+            comparisons.append(Comparison(library, work, args.glue, str(encoder)))
+        dtypes = DTYPES[jax.default_backend()]
+        for dtype, comparison, kind in itertools.product(dtypes, comparisons, KINDS):
+            results.append(comparison.run(kind, dtype))
+            report(results, args.out, args.peak)
+
+
+def report(results: Sequence[Result], out: Path, peak: float | None) -> None:
+    """Writes and prints what has been found so far."""
     summaries = {r.title: r.timing.summary() | r.about for r in results}
-    (args.out / "adapter_libraries.json").write_text(json.dumps(summaries, indent=1))
+    (out / "adapter_libraries.json").write_text(json.dumps(summaries, indent=1))
     timings = {result.title: result.timing for result in results}
-    side_by_side.plot(args.out / "adapter_libraries.png", timings, columns=2)
-    print("\n\n".join(markdown(summaries, args.peak)))
+    side_by_side.plot(out / "adapter_libraries.png", timings, columns=2)
+    print("\n\n".join(markdown(summaries, peak)), flush=True)
 
 
 def write_encoder(directory: Path, source: Path, dimensions: str | None) -> None:
@@ -290,14 +306,14 @@ def write_encoder(directory: Path, source: Path, dimensions: str | None) -> None
 
 def markdown(summaries: Mapping[str, dict[str, Any]], peak: float | None) -> Iterator[str]:
     """The tables of docs/results.md: speed, memory, and what the device's peak is used for."""
-    over = [f"ours over {padding}" for padding in PADDINGS]
+    sides, over = (OURS, *PADDINGS, BOUND), [f"ours over {padding}" for padding in PADDINGS]
     yield _table(
-        ["examples per second", OURS, *PADDINGS, *over],
+        ["examples per second", *sides, *over],
         {
-            title: [f"{rate:.1f}" for rate in found["examples_per_second"].values()]
+            title: [_rate(found["examples_per_second"].get(side)) for side in sides]
             + [
                 "{median:.2f} ({lowest:.2f} to {highest:.2f})".format(**ratio)
-                for ratio in found["times_as_fast"].values()
+                for ratio in map(found["times_as_fast"].get, PADDINGS)
             ]
             for title, found in summaries.items()
         },
@@ -305,7 +321,7 @@ def markdown(summaries: Mapping[str, dict[str, Any]], peak: float | None) -> Ite
     yield _table(
         ["peak memory, MiB", OURS, *PADDINGS],
         {
-            title: [f"{size / 2**20:.0f}" for size in found["peak_bytes"].values()]
+            title: [f"{found['peak_bytes'][side] / 2**20:.0f}" for side in (OURS, *PADDINGS)]
             for title, found in summaries.items()
         },
     )
@@ -316,6 +332,10 @@ def markdown(summaries: Mapping[str, dict[str, Any]], peak: float | None) -> Ite
     }
     if used:
         yield _table(["model-FLOPs utilisation", OURS, *PADDINGS], used)
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:.1f}"
 
 
 def _table(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:

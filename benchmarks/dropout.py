@@ -44,14 +44,20 @@ def main() -> None:
 def _threefry(key: Any, places: Places, shape: tuple[int, ...], columns: Any = None) -> Any:
     """JAX's own bits, of a key for each row as ours."""
     del columns
+    assert places.salt is not None
     salt = places.salt[0, 0] ^ jax.random.key_data(key)
     return jax.random.bits(jax.random.wrap_key_data(salt), shape, np.uint32)
 
 
 def _compiled(rate: float) -> tuple[Any, Any]:
     """A training step and its state, after the call that compiles it."""
-    rates = {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate}
-    encoder = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536, **rates)
+    encoder = BertConfig(
+        hidden_size=384,
+        num_hidden_layers=6,
+        intermediate_size=1536,
+        hidden_dropout_prob=rate,
+        attention_probs_dropout_prob=rate,
+    )
     model = MultiTaskModel(encoder, (2,) * 8, methods.pals(size=102))
     optimizer, _ = make_optimizer(config_lib.default().optimizer, 8, 1000)
     variables = init_variables(model, jax.random.key(0))

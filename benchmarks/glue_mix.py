@@ -8,7 +8,7 @@ Where a local training set is a sample of the official one, its examples come ag
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from pals_jax import config as config_lib
 from pals_jax.convert import huggingface
 from pals_jax.data.batches import Batch, Shards, TrainBatches
 from pals_jax.data.packing import Padded
-from pals_jax.data.sampler import Draw
+from pals_jax.data.sampler import Draw, Sampler
 from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
 from pals_jax.experiment import Experiment
 
@@ -112,7 +112,7 @@ class Mix:
 
     def packed(self) -> TrainBatches:
         """Batches as training makes them."""
-        return self.experiment.train_batches(self.splits, self, Shards())
+        return self.experiment.train_batches(self.splits, cast(Sampler, self), Shards())
 
     def save_padded(
         self, path: Path, draws: Sequence[Draw], splits: Sequence[TokenizedSplit]
@@ -123,7 +123,7 @@ class Mix:
         task_ids [steps], and float32 targets [steps, B].
         """
         batches = [self._padded(draw, splits) for draw in draws]
-        steps = {
+        steps: dict[str, Any] = {
             name: np.stack([batch[name] for batch in batches])
             for name in ("input_ids", "token_type_ids", "attention_mask")
         }
@@ -132,13 +132,12 @@ class Mix:
         np.savez(path, **steps)
 
     def _padded(self, draw: Draw, splits: Sequence[TokenizedSplit]) -> Batch:
-        layout = self.experiment.layout
-        placing = Padded(draw.examples.size, layout.max_length)
-        make = TrainBatches(splits, layout, placing, Shards(), 0, len(splits))
+        length = self.experiment.config.data.max_length
+        placing = Padded(draw.examples.size, length)
+        make = TrainBatches(splits, self.experiment.layout, placing, Shards(), 0, len(splits))
         batch = {name: x[0] for name, x in make(draw).items()}
         for name in ("input_ids", "token_type_ids", "attention_mask"):
-            rest = layout.max_length - batch[name].shape[1]
-            batch[name] = np.pad(batch[name], [(0, 0), (0, rest)])
+            batch[name] = np.pad(batch[name], [(0, 0), (0, length - batch[name].shape[1])])
         return batch
 
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import side_by_side
@@ -39,8 +40,8 @@ def main() -> None:
                 side_by_side.PEERS / "bert_n_pals.py", Path(work), python
             ),
         }
-        losses = [worker.ready["losses"] for worker in workers.values()]
-        np.testing.assert_allclose(*losses, rtol=1e-5)
+        ours, theirs = losses = [worker.ready["losses"] for worker in workers.values()]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
         asks = {name: worker.ask for name, worker in workers.items()}
         timing = side_by_side.run(asks, ROUNDS, STEPS, batch_size=32)
     summary = timing.summary() | {
@@ -63,7 +64,8 @@ def prepare(work: Path, glue: Path, encoder: Path, size: int) -> float:
     mix, steps = Mix(**ours), ROUNDS * STEPS
     given = {"mix": ours, "kind": "training", "each": STEPS, "steps": steps, "check": CHECK}
     (work / "ours.json").write_text(json.dumps(given))
-    np.savez(work / "weights.npz", **to_bert_n_pals(mix.experiment.model(), mix.variables()))
+    weights: dict[str, Any] = to_bert_n_pals(mix.experiment.model(), mix.variables())
+    np.savez(work / "weights.npz", **weights)
     labels = [task.num_outputs for task in mix.experiment.tasks]
     config = json.loads((encoder / "config.json").read_text())
     config |= {"labels": labels, "hidden_size_aug": size, "check": CHECK}

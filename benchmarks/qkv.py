@@ -34,7 +34,7 @@ def backward(project: Any) -> Any:
     """The gradients of a sum of squares of all, with respect to both arguments."""
 
     def loss(x: Array, kernels: list[Array]) -> Array:
-        return sum(jnp.sum(jnp.square(y)) for y in project(x, kernels)) / POSITIONS
+        return sum((jnp.sum(jnp.square(y)) for y in project(x, kernels)), jnp.zeros(())) / POSITIONS
 
     return jax.grad(loss, argnums=(0, 1))
 

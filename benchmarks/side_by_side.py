@@ -124,7 +124,9 @@ def plot(path: Path, timings: Mapping[str, Timing], columns: int = 1) -> None:
     rows, bars = -(-len(timings) // columns), max(len(t.seconds) for t in timings.values())
     size = 7 * columns, (0.6 * bars + 1.4) * rows
     figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    for axes, (title, timing) in zip(panels.flat, timings.items(), strict=True):
+    for axes in panels.flat[len(timings) :]:
+        axes.set_axis_off()
+    for axes, (title, timing) in zip(panels.flat, timings.items(), strict=False):
         timing.draw(axes, title)
     figure.tight_layout()
     figure.savefig(path, bbox_inches="tight", dpi=120)

@@ -202,7 +202,7 @@ class BertAdam:
 
 def main():
     work = Path(sys.argv[1])
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(os.cpu_count() or 1)
     config = json.loads((work / "config.json").read_text())
     state = {k: torch.tensor(v) for k, v in np.load(work / "weights.npz").items()}
     model = MultiTask(config)

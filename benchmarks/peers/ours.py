@@ -3,8 +3,10 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from serving import Peak, serve
 
@@ -45,7 +47,11 @@ class Steps:
         config, self._model = experiment.config, experiment.model()
         optimizer, _ = make_optimizer(config.optimizer, len(experiment.tasks), 60_000)
         step = make_train_step(self._model, optimizer, config.seed)
-        self._mix, self._batches, self._dev = mix, mix.packed(), mix.inference(each, by_length=True)
+        self._mix, self._batches, self._dev = (
+            mix,
+            mix.packed(),
+            mix.inference(each, by_length=False),
+        )
         self._step = self._parallel.compile(step, donate=True)
         self._evaluator = Evaluator(experiment, self._parallel)
         self._state = self._parallel.put(create_state(mix.variables(), config.trainable, optimizer))
@@ -68,7 +74,7 @@ class Steps:
         if kind == "inference":
             self.inference(range(1))
             experiment = self._mix.experiment
-            return [(experiment.config.eval_batch_size, experiment.layout.max_length)]
+            return [(experiment.config.eval_batch_size, experiment.config.data.max_length)]
         shapes = {self._batches.place(self._mix.draw(i))[0].shape: i for i in range(steps)}
         for i in shapes.values():
             self.training(range(i, i + 1))
@@ -80,10 +86,10 @@ class Steps:
         tokens = (batch[name] for name in ("input_ids", "token_type_ids", "attention_mask"))
         packing = Packing(batch["first"], batch["numbers"])
         task_ids, targets = batch["task_ids"], batch["targets"].reshape(-1)
-        logits = self._model.apply(self._state.variables, *tokens, task_ids, packing=packing)
+        logits: Any = self._model.apply(self._state.variables, *tokens, task_ids, packing=packing)
         logits = logits.reshape(-1, logits.shape[-1])
         is_regression = self._mix.experiment.tasks[task_ids[0]].is_regression
-        regression = np.repeat(is_regression, len(targets))
+        regression = jnp.full(len(targets), is_regression)
         losses = example_losses(logits, targets, regression) * batch["weights"].reshape(-1)
         return float(losses.sum() / batch["weights"].sum())
 

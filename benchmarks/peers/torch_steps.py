@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -52,8 +52,10 @@ def main(load: Callable[..., Library]) -> None:
     steps.warm_up(kind, [batch for batches in padded.values() for batch in batches])
 
     def do(padding: str, begin: int, end: int) -> None:
-        for batch in padded[f"{kind}, {padding}"][begin:end]:
-            getattr(steps, kind)(batch)
+        products = padding == "products alone"
+        batches = padded[f"{kind}, {'longest' if products else padding}"]
+        for batch in batches[begin:end]:
+            steps.products(kind, batch) if products else getattr(steps, kind)(batch)
         if ON_GPU:
             torch.cuda.synchronize()
 
@@ -84,6 +86,11 @@ class Steps:
         )
         self._model = library.model.to(DEVICE)
         self.is_compiled = False
+        self._kernels = [  # [out, in], in the order of use
+            x.detach()
+            for name, x in self._model.named_parameters()
+            if ".encoder.layer." in name and x.ndim == 2 and not x.requires_grad
+        ]
         self._optimizer = torch.optim.AdamW(library.trained, 2e-5, weight_decay=0.01, fused=True)
 
     def training(self, batch: Batch) -> None:
@@ -101,6 +108,23 @@ class Steps:
         with torch.inference_mode():
             return self._logits(batch).float().cpu().numpy()
 
+    @torch.no_grad()
+    def products(self, kind: str, batch: Batch) -> None:
+        """Nothing but the products with the encoder's kernels that the texts need, unpadded.
+
+        Training takes those of the gradients, too, down to the first layer's queries, keys and
+        values, below which there is nothing to train.
+        """
+        tokens = int(batch["attention_mask"].sum())
+        sizes = {size for kernel in self._kernels for size in kernel.shape}
+        ones = {size: torch.ones(tokens, size, device=DEVICE) for size in sizes}
+        with self._autocast:
+            for i, kernel in enumerate(self._kernels):
+                outputs, inputs = kernel.shape
+                nn.functional.linear(ones[inputs], kernel)
+                if kind == "training" and i >= 3:
+                    torch.mm(ones[outputs], kernel)
+
     def loss(self, batch: Batch) -> float:
         """The loss without dropout."""
         return float(_mean_loss(torch.tensor(self.inference(batch)), batch["targets"]))
@@ -114,7 +138,7 @@ class Steps:
     def _compile(self, kind: str, batches: list[Batch]) -> None:
         plain = self._model
         torch._dynamo.config.recompile_limit = 100  # once for each task and mode
-        self._model = torch.compile(plain, dynamic=True)
+        self._model = cast(nn.Module, torch.compile(plain, dynamic=True))
         try:
             for batch in batches:
                 getattr(self, kind)(batch)

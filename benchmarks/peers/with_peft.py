@@ -1,7 +1,7 @@
 """LoRA in Hugging Face's library `peft`, as a worker."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch_steps
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -20,7 +20,7 @@ def load(work: Path, given: dict[str, Any]) -> torch_steps.Library:
     model = get_peft_model(encoder, config, adapter_name=first)
     for task in others:
         model.add_adapter(task, config)
-    heads = encoder.classifier.modules_to_save
+    heads = cast(nn.ModuleDict, encoder.classifier.modules_to_save)
     for task, outputs in tasks.items():
         heads[task] = nn.Linear(encoder.config.hidden_size, outputs)  # peft has one size for all
         set_peft_model_state_dict(
