@@ -13,6 +13,7 @@ from serving import Peak, serve
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from glue_mix import Mix, taken
 
+from pals_jax.compiled import forget_compiled
 from pals_jax.data.batches import Batch
 from pals_jax.evaluate import Evaluator
 from pals_jax.models.rows import Packing
@@ -26,6 +27,7 @@ def main() -> None:
     given = json.loads((Path(sys.argv[1]) / "ours.json").read_text())
     steps = Steps(Mix(**given["mix"]), given["each"])
     losses = [steps.loss(i) for i in range(given["check"])]
+    forget_compiled()  # the check's many small programs are not the steps'
     shapes = steps.compile(given["kind"], given["steps"])
 
     def do(begin: int, end: int) -> None:
