@@ -49,11 +49,8 @@ class Steps:
         config, self._model = experiment.config, experiment.model()
         optimizer, _ = make_optimizer(config.optimizer, len(experiment.tasks), 60_000)
         step = make_train_step(self._model, optimizer, config.seed)
-        self._mix, self._batches, self._dev = (
-            mix,
-            mix.packed(),
-            mix.inference(each, by_length=False),
-        )
+        self._mix, self._batches = mix, mix.packed()
+        self._dev = mix.inference(each, by_length=False)
         self._step = self._parallel.compile(step, donate=True)
         self._evaluator = Evaluator(experiment, self._parallel)
         self._state = self._parallel.put(create_state(mix.variables(), config.trainable, optimizer))

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -52,10 +53,11 @@ def main(load: Callable[..., Library]) -> None:
     steps.warm_up(kind, [batch for batches in padded.values() for batch in batches])
 
     def do(padding: str, begin: int, end: int) -> None:
-        products = padding == "products alone"
-        batches = padded[f"{kind}, {'longest' if products else padding}"]
-        for batch in batches[begin:end]:
-            steps.products(kind, batch) if products else getattr(steps, kind)(batch)
+        take = getattr(steps, kind)
+        if padding == "products alone":
+            take, padding = partial(steps.products, kind), "longest"
+        for batch in padded[f"{kind}, {padding}"][begin:end]:
+            take(batch)
         if ON_GPU:
             torch.cuda.synchronize()
 
