@@ -33,13 +33,13 @@ import side_by_side
 from glue_mix import Mix
 from side_by_side import PEERS, Timing, Worker
 
-from pals_jax import flops
-from pals_jax.convert import files, huggingface, tables, to_adapterhub, to_peft
+from pals_jax.convert import huggingface, tables, tensor_files, to_adapterhub, to_peft
 from pals_jax.data.batches import sizes
 from pals_jax.data.packing import Packed, Padded, Shape
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
 from pals_jax.models.multitask import MultiTaskModel, init_variables
+from pals_jax.training.plan import flops
 
 TORCH = "torch==2.13.0"
 OURS, TRAINED = "pals_jax", ("adapters/",)
@@ -196,7 +196,7 @@ class Comparison:
         for task, (name, outputs) in enumerate(self._tasks.items()):
             library.write(self._model, variables, task, work / name)
             heads += tables.head(name, task, outputs)
-        files.write_tensors(work / "heads.safetensors", tables.write(variables, heads), {})
+        tensor_files.write_tensors(work / "heads.safetensors", tables.write(variables, heads), {})
         self._steps = all_steps(mix, self._each["inference"])
         for kind in KINDS:
             for padding in PADDINGS:
@@ -301,7 +301,7 @@ def write_encoder(directory: Path, source: Path, dimensions: str | None) -> None
     load_tokenizer(source).save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(dataclasses.asdict(model.config)))
     tensors = tables.write(variables, tables.bert(model.config))
-    files.write_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
+    tensor_files.write_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
 
 
 def markdown(summaries: Mapping[str, dict[str, Any]], peak: float | None) -> Iterator[str]:

@@ -15,13 +15,13 @@ from unittest import mock
 import jax
 import numpy as np
 
-from pals_jax import config as config_lib
-from pals_jax.models import methods
+from pals_jax.experiment import config as config_lib
+from pals_jax.experiment.optim import make_optimizer
+from pals_jax.models.adapters import methods
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel, init_variables
-from pals_jax.models.rows import Places
-from pals_jax.optim import make_optimizer
-from pals_jax.step import create_state, make_train_step
+from pals_jax.models.segments import Places
+from pals_jax.training.step import create_state, make_train_step
 
 ROWS, LENGTH, ROUNDS = 32, 64, 7
 

@@ -13,13 +13,14 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from pals_jax import config as config_lib
 from pals_jax.convert import huggingface
-from pals_jax.data.batches import Batch, Shards, TrainBatches
+from pals_jax.data.batches import Batch, TrainBatches
 from pals_jax.data.packing import Padded
 from pals_jax.data.sampler import Draw, Sampler
 from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
-from pals_jax.experiment import Experiment
+from pals_jax.experiment import config as config_lib
+from pals_jax.experiment.experiment import Experiment
+from pals_jax.runtime.shards import Shards
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pals_glue.py"
 SIZES = {  # official, of the training sets

@@ -16,8 +16,8 @@ import jax
 from glue_mix import Mix
 from tqdm import tqdm
 
-from pals_jax.parallel import DataParallel
-from pals_jax.step import create_state, make_train_step
+from pals_jax.runtime.parallel import DataParallel
+from pals_jax.training.step import create_state, make_train_step
 
 ROUNDS, STEPS, BATCHES = 5, 4, 50  # of a round
 

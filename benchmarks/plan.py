@@ -9,9 +9,9 @@ of `houlsby_extra`. Needs libtpu and the package of the encoder all-MiniLM-L6-v2
 import argparse
 from pathlib import Path
 
-from pals_jax.config import load
-from pals_jax.experiment import Experiment
-from pals_jax.plan import Plan, duration, plan
+from pals_jax.experiment.config import load
+from pals_jax.experiment.experiment import Experiment
+from pals_jax.training.plan.plan import Plan, duration, plan
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 TOPOLOGIES = ("v2-8", "v3-8", "v4-8", "v5litepod-4", "v6e-4")

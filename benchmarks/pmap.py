@@ -17,17 +17,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from pals_jax import config as config_lib
 from pals_jax.data.batches import Layout, TrainBatches
 from pals_jax.data.packing import Padded
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tokenize import TokenizedSplit
-from pals_jax.models import methods
+from pals_jax.experiment import config as config_lib
+from pals_jax.experiment.optim import make_optimizer
+from pals_jax.models.adapters import methods
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel, init_variables
-from pals_jax.optim import make_optimizer
-from pals_jax.parallel import AXIS, DataParallel
-from pals_jax.step import create_state, make_train_step
+from pals_jax.runtime.parallel import AXIS, DataParallel
+from pals_jax.training.step import create_state, make_train_step
 
 STEPS, ROUNDS = 20, 15
 

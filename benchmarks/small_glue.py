@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pals_jax import params
-from pals_jax.config import load
-from pals_jax.evaluate import Results
-from pals_jax.experiment import Experiment
-from pals_jax.train import train
+from pals_jax.experiment.config import load
+from pals_jax.experiment.experiment import Experiment
+from pals_jax.inference.evaluator import Results
+from pals_jax.models import counts
+from pals_jax.training.train import train
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "small_glue.py"
 METHODS = ("shared", "pals(size=102)")
@@ -41,7 +41,7 @@ def main() -> None:
                     f"--config.data.dir={args.glue}",
                 ]
             )
-            multiples[method] = params.count(Experiment.from_config(config).model()).multiple
+            multiples[method] = counts.count(Experiment.from_config(config).model()).multiple
             results = train(config, args.out / f"{method}-{seed}")
             for key, value in _scores(results):
                 rows.setdefault(key, {}).setdefault(method, []).append(100 * value)

@@ -16,12 +16,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from pals_jax import config as config_lib
-from pals_jax.models import methods
+from pals_jax.experiment import config as config_lib
+from pals_jax.experiment.optim import make_optimizer
+from pals_jax.models.adapters import methods
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel, init_variables
-from pals_jax.optim import make_optimizer
-from pals_jax.step import create_state, make_train_step
+from pals_jax.training.step import create_state, make_train_step
 
 ROWS, LENGTH, SLOTS, ROUNDS = 8, 128, 16, 9
 EVERYTHING, ADAPTERS = ("params/", "adapters/"), ("adapters/",)

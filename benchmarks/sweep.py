@@ -12,9 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from pals_jax import config as config_lib
-from pals_jax.evaluate import Results
-from pals_jax.train import train_together
+from pals_jax.experiment import config as config_lib
+from pals_jax.inference.evaluator import Results
+from pals_jax.training.train import train_together
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.py"
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)

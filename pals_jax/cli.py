@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pals_jax import __version__
-from pals_jax.errors import Preempted, UserError
+from pals_jax.runtime.errors import Preempted, UserError
 
 if TYPE_CHECKING:
     from etils import epath
 
-    from pals_jax.run import Run
+    from pals_jax.inference.run import Run
 
 _CONFIG_HELP = "a file of configs/, with its argument; override any key with --config.KEY=VALUE"
 
@@ -63,7 +63,7 @@ def _path(text: str) -> Path:
 
 
 def _workdir(text: str) -> "epath.Path":
-    from pals_jax import storage
+    from pals_jax.runtime import storage
 
     try:
         return storage.workdir(text)
@@ -105,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="one run in DIR/NAME for each of the configuration's `sweep`, and one table of all",
     )
-    params = commands.add_parser("params", help="count the parameters of an experiment")
-    params.set_defaults(run=_params)
+    counts = commands.add_parser("params", help="count the parameters of an experiment")
+    counts.set_defaults(run=_params)
     plan = commands.add_parser("plan", help="what an experiment takes on a TPU; needs none")
     plan.set_defaults(run=_plan)
     plan.add_argument(
@@ -119,9 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     methods.set_defaults(run=_methods)
     listed = methods.add_mutually_exclusive_group()
     listed.add_argument("--markdown", action="store_true", help="as Markdown, to stdout")
-    evaluate = commands.add_parser("evaluate", help="score the best checkpoint on the dev sets")
-    evaluate.set_defaults(run=_evaluate)
-    evaluate.add_argument(
+    evaluator = commands.add_parser("evaluate", help="score the best checkpoint on the dev sets")
+    evaluator.set_defaults(run=_evaluate)
+    evaluator.add_argument(
         "--ablate",
         action="store_true",
         help="what is lost without the adapters of each span of layers; draws DIR/ablation.png",
@@ -148,9 +148,9 @@ def _parser() -> argparse.ArgumentParser:
         "--base", metavar="BASE", help="with --files: the run or the encoder they were trained on"
     )
 
-    for command in (train, params, plan):
+    for command in (train, counts, plan):
         command.add_argument("--config", required=True, metavar="FILE[:ARG]", help=_CONFIG_HELP)
-    for command in (train, evaluate, predict, convert):
+    for command in (train, evaluator, predict, convert):
         command.add_argument(
             "--workdir",
             required=True,
@@ -158,14 +158,14 @@ def _parser() -> argparse.ArgumentParser:
             metavar="DIR",
             help="of the run: a directory, or gs://BUCKET/DIR",
         )
-    for command in (train, evaluate):
-        hosts = command.add_argument_group(
+    for command in (train, evaluator):
+        processes = command.add_argument_group(
             "several processes, where neither Cloud TPU nor SLURM says which there are"
         )
-        hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-        hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
-        hosts.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
-    for machine_readable in (params, plan, listed, evaluate, predict):
+        processes.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+        processes.add_argument("--processes", type=int, metavar="N", help="how many there are")
+        processes.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    for machine_readable in (counts, plan, listed, evaluator, predict):
         machine_readable.add_argument(
             "--json", action="store_true", help="machine-readable, to stdout"
         )
@@ -191,10 +191,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from pals_jax import config, hosts, sweep, train
+    from pals_jax.experiment import config
+    from pals_jax.runtime import distributed
+    from pals_jax.training import sweep, train
 
-    with hosts.ended_by_sigterm():
-        hosts.connect(args.coordinator, args.processes, args.process)
+    with distributed.ended_by_sigterm():
+        distributed.connect(args.coordinator, args.processes, args.process)
         configuration = config.load([f"--config={args.config}", *args.overrides])
         if args.separate:
             train.train_separately(configuration, args.workdir)
@@ -205,64 +207,68 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _params(args: argparse.Namespace) -> None:
-    from pals_jax import config, params
-    from pals_jax.experiment import Experiment
+    from pals_jax.experiment import config
+    from pals_jax.experiment.experiment import Experiment
+    from pals_jax.models import counts
 
     experiment = Experiment.from_config(config.load([f"--config={args.config}", *args.overrides]))
-    counts = params.count(experiment.model())
+    counted = counts.count(experiment.model())
     names = tuple(task.name for task in experiment.tasks)
     if args.json:
-        print(json.dumps(counts.to_json()))
+        print(json.dumps(counted.to_json()))
     else:
-        _print(params.table(counts, experiment.config.method, names))
+        _print(counts.counts_table(counted, experiment.config.method, names))
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from pals_jax import config, plan
-    from pals_jax.experiment import Experiment
+    from pals_jax.experiment import config
+    from pals_jax.experiment.experiment import Experiment
+    from pals_jax.training.plan import plan
 
     experiment = Experiment.from_config(config.load([f"--config={args.config}", *args.overrides]))
     planned = plan.plan(experiment, args.topology, args.price)
     if args.json:
         print(json.dumps(planned.to_json()))
     else:
-        _print(plan.table(planned))
+        _print(plan.plan_table(planned))
 
 
 def _methods(args: argparse.Namespace) -> None:
-    from pals_jax import catalogue
+    from pals_jax.models import method_table
 
     if args.json:
-        print(json.dumps(catalogue.rows()))
+        print(json.dumps(method_table.rows()))
     elif args.markdown:
-        print(catalogue.markdown())
+        print(method_table.markdown())
     else:
-        _print(catalogue.table(), width=200)
+        _print(method_table.table(), width=200)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from pals_jax import evaluate, hosts
-    from pals_jax.run import Run
+    from pals_jax.inference.evaluator import results_table
+    from pals_jax.inference.run import Run
+    from pals_jax.runtime import distributed
 
-    hosts.connect(args.coordinator, args.processes, args.process)
+    distributed.connect(args.coordinator, args.processes, args.process)
     run = Run.load(args.workdir)
     if args.ablate:
         _ablate(run, args)
         return
     results = run.evaluate()
-    if not hosts.is_main():
+    if not distributed.is_main():
         return
     if args.json:
         print(json.dumps({"step": run.step, "results": results}))
     else:
-        _print(evaluate.table([run.task(name) for name in results], results))
+        _print(results_table([run.task(name) for name in results], results))
 
 
 def _ablate(run: "Run", args: argparse.Namespace) -> None:
-    from pals_jax import ablation, hosts
+    from pals_jax.inference import ablation
+    from pals_jax.runtime import distributed
 
     changes = ablation.ablate(run)
-    if not hosts.is_main():
+    if not distributed.is_main():
         return
     path = args.workdir / "ablation.png"
     ablation.plot(changes, path)
@@ -273,8 +279,8 @@ def _ablate(run: "Run", args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from pals_jax import predict
-    from pals_jax.run import Run
+    from pals_jax.inference import predict
+    from pals_jax.inference.run import Run
 
     if args.input if args.submission else args.fill_missing:
         raise UserError("--input goes with --task, and --fill-missing with --submission.")
@@ -290,14 +296,15 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from pals_jax import exchange, storage
-    from pals_jax.run import Run
+    from pals_jax.inference import export
+    from pals_jax.inference.run import Run
+    from pals_jax.runtime import storage
 
     one, many = (args.task, args.out), (args.files, args.base)
     if all(many) and not any((*one, args.to)):
-        exchange.assemble(str(storage.workdir(args.base)), args.files, args.workdir)
+        export.assemble(str(storage.workdir(args.base)), args.files, args.workdir)
     elif all(one) and not any(many):
-        exchange.export(Run.load(args.workdir), args.task, args.to or "task", args.out)
+        export.export(Run.load(args.workdir), args.task, args.to or "task", args.out)
     else:
         raise UserError("convert takes --task and --out to write a task, or --files and --base.")
 

@@ -15,12 +15,12 @@ from golden_adapterhub import place
 
 from pals_jax.convert import from_adapterhub, tables, to_adapterhub
 from pals_jax.convert.adapterhub_config import read_method, write_method
-from pals_jax.convert.files import read_tensors
-from pals_jax.errors import UserError
-from pals_jax.models import methods
-from pals_jax.models.adapters import Adapter
-from pals_jax.models.forms import Bottleneck, Scale
+from pals_jax.convert.tensor_files import read_tensors
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.forms import Bottleneck, Scale
+from pals_jax.models.adapters.spec import Adapter
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import UserError
 
 # What each of them is in our words.
 METHODS = {

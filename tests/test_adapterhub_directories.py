@@ -15,7 +15,7 @@ import tiny
 from golden_adapterhub import place
 
 from pals_jax.convert import from_adapterhub, from_huggingface
-from pals_jax.errors import UserError
+from pals_jax.runtime.errors import UserError
 
 SOME = ("pfeiffer", "prefix", "prefix_flat")
 

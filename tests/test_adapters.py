@@ -10,14 +10,15 @@ import pytest
 import scipy.special
 import tiny
 
-from pals_jax.errors import UserError
-from pals_jax.models import adapters as adapters_lib
-from pals_jax.models import methods
-from pals_jax.models.adapters import READS, Adapter, TaskAdapters
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters import spec as adapters_lib
+from pals_jax.models.adapters.bound import TaskAdapters
+from pals_jax.models.adapters.forms import Bottleneck, Context, Param, ProjectedAttention
+from pals_jax.models.adapters.spec import READS, Adapter
 from pals_jax.models.bert import SITES
-from pals_jax.models.forms import Bottleneck, Context, Param, ProjectedAttention
 from pals_jax.models.multitask import MultiTaskModel
-from pals_jax.models.rows import make_rows
+from pals_jax.models.segments import make_rows
+from pals_jax.runtime.errors import UserError
 
 INPUTS = tiny.inputs()
 ARRAYS = tuple(INPUTS.values())

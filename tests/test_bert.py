@@ -10,12 +10,12 @@ import pytest
 import scipy.special
 import tiny
 
-from pals_jax.errors import UserError
-from pals_jax.models.adapters import Adapter
+from pals_jax.models.adapters.spec import Adapter
 from pals_jax.models.bert import BertConfig, BertLayer, Embeddings
 from pals_jax.models.layers import dot_product_attention, dropout
 from pals_jax.models.multitask import MultiTaskModel, init_variables
-from pals_jax.models.rows import make_rows, one_position
+from pals_jax.models.segments import make_rows, one_position
+from pals_jax.runtime.errors import UserError
 
 INPUTS = tiny.inputs()
 ARRAYS = tuple(INPUTS.values())

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import tiny
 
-from pals_jax import hlo
-from pals_jax.models import methods
+from pals_jax.experiment.optim import make_optimizer
+from pals_jax.models.adapters import methods
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel, init_variables
-from pals_jax.optim import make_optimizer
-from pals_jax.step import create_state, make_train_step
+from pals_jax.training.plan import hlo
+from pals_jax.training.step import create_state, make_train_step
 
 BUDGETS = json.loads(Path(__file__).with_name("budgets.json").read_text())
 EVERYTHING, ADAPTERS = ("params/", "adapters/"), ("adapters/",)

@@ -11,11 +11,12 @@ import pytest
 import tiny
 from flax.traverse_util import flatten_dict
 
-from pals_jax.errors import UserError
-from pals_jax.models import methods
-from pals_jax.models.adapters import Adapter, Owned
-from pals_jax.models.forms import Param
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.forms import Param
+from pals_jax.models.adapters.parse import parse_method
+from pals_jax.models.adapters.spec import Adapter, Owned
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import UserError
 
 ARRAYS = tuple(tiny.inputs().values())
 EVERY = tiny.METHODS | tiny.TOGETHER
@@ -175,7 +176,7 @@ def test_copies_begin_as_the_encoder(minilm: Any) -> None:
 )
 def test_parts_that_collide(expression: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        tiny.variables(tiny.model(methods.parse(expression)))
+        tiny.variables(tiny.model(parse_method(expression)))
 
 
 def test_two_that_replace_or_gate_one_state_collide() -> None:

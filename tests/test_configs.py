@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from pals_jax import config as config_lib
 from pals_jax.cli import main
-from pals_jax.models import methods
+from pals_jax.experiment import config as config_lib
+from pals_jax.models.adapters.parse import parse_method
 
 CONFIGS = sorted(path.name for path in (REPOSITORY / "configs").glob("*.py"))
 
@@ -22,7 +22,7 @@ def test_every_configuration_is_whole(name: str, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "train.tsv").write_text("sentence\tlabel\na\tb\n")
     config = load(name, str(tmp_path) if name == "houlsby_extra.py" else "")
-    assert methods.parse(config.method)
+    assert parse_method(config.method)
     for overrides in config.sweep:
         assert all(key.split(".")[0] in config for key in overrides)
     docstring = (REPOSITORY / "configs" / name).read_text()

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from pals_jax.convert import from_huggingface, huggingface
-from pals_jax.errors import UserError
+from pals_jax.runtime.errors import UserError
 
 ODD = {
     "hidden_size": 36,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pals_jax import metrics
 from pals_jax.cli import main
+from pals_jax.data import metrics
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.py"
 

@@ -15,10 +15,10 @@ import transformers
 from torch.nn.functional import gelu, layer_norm
 
 from pals_jax.convert import from_huggingface
-from pals_jax.models import methods
-from pals_jax.models.blocks import Blocks
-from pals_jax.models.forms import Context, Dense, Form, Param, ProjectedFeedForward
-from pals_jax.models.rows import make_rows
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.blocks import Blocks
+from pals_jax.models.adapters.forms import Context, Dense, Form, Param, ProjectedFeedForward
+from pals_jax.models.segments import make_rows
 
 IDS = np.array([[2, 5, 9, 7, 3], [2, 11, 3, 0, 0]], np.int32)
 MASK = (IDS > 0).astype(np.int32)

@@ -18,10 +18,10 @@ from gcsfs.retry import HttpError
 from test_recovery import assert_same_run, newest, wait_for
 from test_train import arguments, lines
 
-from pals_jax import hosts, storage
 from pals_jax.cli import main
-from pals_jax.errors import Unavailable, UserError
-from pals_jax.experiment import Experiment
+from pals_jax.experiment import workdir as workdir_lib
+from pals_jax.runtime import distributed, storage
+from pals_jax.runtime.errors import Unavailable, UserError
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def run(small_of_module: Path, bucket: epath.Path) -> epath.Path:
     """The same in the bucket, told to stop after step 5 and gone on with."""
     workdir = bucket / "of" / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hosts.Preemption, "reached", lambda _, step: step == 5)
+        patch.setattr(distributed.Preemption, "reached", lambda _, step: step == 5)
         assert main(arguments(small_of_module, workdir)) == 143
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4", "5"]
     assert [line["step"] for line in lines(workdir)] == [3, 4, 4, 5]
@@ -145,7 +145,7 @@ def test_a_bucket_that_fails_while_a_run_is_read(
 
     monkeypatch.setattr(type(workdir), "read_text", fail)
     with pytest.raises(Unavailable, match="cannot be read or written"):
-        Experiment.load(workdir)
+        workdir_lib.load(workdir)
 
 
 @pytest.mark.slow

@@ -16,10 +16,10 @@ import tiny
 import torch
 
 from pals_jax.convert import from_bert_n_pals, read_tensors, to_bert_n_pals
-from pals_jax.errors import UserError
-from pals_jax.models import methods
-from pals_jax.optim import make_optimizer
-from pals_jax.step import create_state, make_train_step
+from pals_jax.experiment.optim import make_optimizer
+from pals_jax.models.adapters import methods
+from pals_jax.runtime.errors import UserError
+from pals_jax.training.step import create_state, make_train_step
 
 VARIANTS = (
     *("shared", "pals", "low_rank", "houlsby", "houlsby_plus_pals"),

@@ -9,8 +9,8 @@ import pytest
 
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tasks import glue_task
-from pals_jax.errors import UserError
-from pals_jax.guards import CompilationGuard, CompilationWarning, check_finite
+from pals_jax.runtime.errors import UserError
+from pals_jax.training.guards import CompilationGuard, CompilationWarning, check_finite
 
 
 def batch(length: int) -> dict[str, np.ndarray]:

@@ -7,15 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from pals_jax import catalogue, params
 from pals_jax.cli import main
 from pals_jax.convert import huggingface
-from pals_jax.errors import UserError
-from pals_jax.models import methods
-from pals_jax.models.adapters import Adapter
+from pals_jax.models import counts, method_table
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.forms import Bottleneck, ProjectedAttention
+from pals_jax.models.adapters.parse import parse_method
+from pals_jax.models.adapters.spec import Adapter
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.forms import Bottleneck, ProjectedAttention
 from pals_jax.models.multitask import MultiTaskModel, init_variables
+from pals_jax.runtime.errors import UserError
 
 
 def count(tree: object) -> int:
@@ -46,7 +47,7 @@ def count(tree: object) -> int:
 def test_parameter_counts_are_the_published_ones(
     expression: str, per_task: int, multiple: float
 ) -> None:
-    model = MultiTaskModel(BertConfig(), (2,) * 8, methods.parse(expression))
+    model = MultiTaskModel(BertConfig(), (2,) * 8, parse_method(expression))
     # Shapes only: no array of BERT-base is built.
     shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
     adapters = {name: tree for name, tree in shapes["adapters"].items() if name != "head"}
@@ -57,7 +58,7 @@ def test_parameter_counts_are_the_published_ones(
 
 
 def per_task(expression: str, config: BertConfig) -> int:
-    return params.count(MultiTaskModel(config, (2,), methods.parse(expression))).per_task
+    return counts.count(MultiTaskModel(config, (2,), parse_method(expression))).per_task
 
 
 @pytest.mark.parametrize(
@@ -86,20 +87,20 @@ def test_published_shares() -> None:
     means over choices that are not published with them.
     """
     roberta, large = huggingface.KNOWN["roberta-base"], huggingface.KNOWN["bert-large-uncased"]
-    mam = methods.parse("mam(prefix=16, size=16)")
-    assert params.count(MultiTaskModel(roberta, (2,), mam)).multiple == pytest.approx(
+    mam = parse_method("mam(prefix=16, size=16)")
+    assert counts.count(MultiTaskModel(roberta, (2,), mam)).multiple == pytest.approx(
         1.005, abs=5e-4
     )
-    counts = [
-        params.count(MultiTaskModel(large, (2,) * 9, methods.houlsby(m))) for m in (8, 64, 256)
+    of_sizes = [
+        counts.count(MultiTaskModel(large, (2,) * 9, methods.houlsby(m))) for m in (8, 64, 256)
     ]
     # A share "trained per task" is one of the layers and the pooler, without the embeddings.
-    layers = counts[0].encoder - (30522 + 512 + 2 + 2) * 1024
-    assert counts[1].multiple == pytest.approx(1.2, abs=0.05)
-    assert counts[1].per_task / layers == pytest.approx(0.021, abs=5e-4)
+    layers = of_sizes[0].encoder - (30522 + 512 + 2 + 2) * 1024
+    assert of_sizes[1].multiple == pytest.approx(1.2, abs=0.05)
+    assert of_sizes[1].per_task / layers == pytest.approx(0.021, abs=5e-4)
     # Of 8 to 256, each task's best: the mean share, as if each size were chosen equally often.
-    assert np.mean([c.multiple for c in counts]) == pytest.approx(1.3, abs=0.05)
-    assert np.mean([c.per_task for c in counts]) / layers == pytest.approx(0.036, abs=5e-4)
+    assert np.mean([c.multiple for c in of_sizes]) == pytest.approx(1.3, abs=0.05)
+    assert np.mean([c.per_task for c in of_sizes]) / layers == pytest.approx(0.036, abs=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -123,8 +124,8 @@ def test_published_shares() -> None:
     ],
 )
 def test_parse(expression: str, method: methods.Method) -> None:
-    assert methods.parse(expression) == method
-    hash(methods.parse(expression))  # A method is a value that a module may hold.
+    assert parse_method(expression) == method
+    hash(parse_method(expression))  # A method is a value that a module may hold.
 
 
 def test_methods_are_sentences_about_sites() -> None:
@@ -187,7 +188,7 @@ UNREADABLE = "cannot read the method"
 )
 def test_parse_refuses(expression: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        methods.parse(expression)
+        parse_method(expression)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_layers_that_do_not_exist(layers: str) -> None:
     """What a layer list may hold is known only with the depth of the encoder."""
 
     def indices() -> object:
-        return [a.layer_indices(12) for a in methods.parse(f"pals(layers={layers})")]
+        return [a.layer_indices(12) for a in parse_method(f"pals(layers={layers})")]
 
     with pytest.raises(UserError, match="layers="):
         indices()
@@ -209,7 +210,7 @@ def test_layers_that_do_not_exist(layers: str) -> None:
 def test_the_documentation_shows_the_table_of_the_code() -> None:
     page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
     table = page.split("<!-- pals-jax methods --markdown -->\n")[1].split("\n<!-- end -->")[0]
-    assert table == catalogue.markdown()
+    assert table == method_table.markdown()
 
 
 def test_the_command_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,8 +218,8 @@ def test_the_command_lists_every_method(capsys: pytest.CaptureFixture[str]) -> N
     rows = json.loads(capsys.readouterr().out)
     names = [row["method"].split("(")[0] for row in rows if row["method"]]
     assert names == list(methods.METHODS)
-    assert all(tuple(row) == catalogue.COLUMNS for row in rows)
+    assert all(tuple(row) == method_table.COLUMNS for row in rows)
     assert main(["methods", "--markdown"]) == 0
-    assert capsys.readouterr().out.strip() == catalogue.markdown()
+    assert capsys.readouterr().out.strip() == method_table.markdown()
     assert main(["methods"]) == 0
     assert "houlsby" in capsys.readouterr().err

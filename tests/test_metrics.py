@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pals_jax import metrics
-from pals_jax.errors import UserError
+from pals_jax.data import metrics
+from pals_jax.runtime.errors import UserError
 
 
 def test_classification_metrics_by_hand() -> None:

@@ -9,9 +9,7 @@ import optax
 import pytest
 import tiny
 
-from pals_jax.errors import UserError
-from pals_jax.models.multitask import MultiTaskModel
-from pals_jax.optim import (
+from pals_jax.experiment.optim import (
     bert_schedule,
     clip_by_tensor_norm,
     decays,
@@ -19,6 +17,8 @@ from pals_jax.optim import (
     make_optimizer,
     scale_by_uncorrected_adam,
 )
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import UserError
 
 TASKS = 3
 

@@ -16,8 +16,8 @@ import transformers
 from torch.nn.functional import gelu, layer_norm
 
 from pals_jax.convert import from_huggingface
-from pals_jax.models import methods
-from pals_jax.models.methods import Method
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.methods import Method
 from pals_jax.models.multitask import MultiTaskModel
 
 DEPTH, WIDTH, HEADS, LENGTH = 4, 20, 5, 11

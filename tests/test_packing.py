@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import tiny
 
-from pals_jax.data.batches import Batch, Layout, Shards, TrainBatches, eval_batches
+from pals_jax.data.batches import Batch, Layout, TrainBatches, eval_batches
 from pals_jax.data.packing import Packed, Padded, Shape
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tokenize import TokenizedSplit
+from pals_jax.inference.steps import make_eval_step, make_every_task_step
 from pals_jax.models.multitask import MultiTaskModel
-from pals_jax.step import make_eval_step, make_every_task_step
+from pals_jax.runtime.shards import Shards
 
 EVERY = {"shared": (), **tiny.METHODS, **tiny.TOGETHER}
 METHODS = [

@@ -12,10 +12,11 @@ from pals_jax.data.batches import Batch, Layout, TrainBatches, eval_batches, siz
 from pals_jax.data.packing import Packed, Padded
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tokenize import TokenizedSplit
+from pals_jax.experiment.optim import make_optimizer
+from pals_jax.inference.steps import make_eval_step
 from pals_jax.models.multitask import MultiTaskModel
-from pals_jax.optim import make_optimizer
-from pals_jax.parallel import DataParallel
-from pals_jax.step import create_state, make_eval_step, make_train_step
+from pals_jax.runtime.parallel import DataParallel
+from pals_jax.training.step import create_state, make_train_step
 
 LAYOUT = Layout()
 

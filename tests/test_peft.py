@@ -14,11 +14,11 @@ import torch
 import transformers
 
 from pals_jax.convert import from_huggingface, from_peft, to_peft
-from pals_jax.errors import UserError
-from pals_jax.models import methods
-from pals_jax.models.adapters import Adapter
-from pals_jax.models.forms import Bottleneck
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.forms import Bottleneck
+from pals_jax.models.adapters.spec import Adapter
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import UserError
 
 peft = pytest.importorskip("peft")
 

@@ -14,19 +14,20 @@ import pytest
 import tiny
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from pals_jax import config as config_lib
-from pals_jax import flops, hlo, tpus
 from pals_jax.cli import main
-from pals_jax.compiled import compile_step, keep_compiled
-from pals_jax.errors import UserError
-from pals_jax.experiment import Experiment
-from pals_jax.models import methods
+from pals_jax.experiment import config as config_lib
+from pals_jax.experiment.experiment import Experiment
+from pals_jax.experiment.optim import make_optimizer
+from pals_jax.models.adapters import methods
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel, init_variables
-from pals_jax.optim import make_optimizer
-from pals_jax.parallel import DataParallel
-from pals_jax.plan import Plan, plan
-from pals_jax.step import create_state, make_train_step
+from pals_jax.runtime.compile_cache import keep_compiled
+from pals_jax.runtime.errors import UserError
+from pals_jax.runtime.parallel import DataParallel
+from pals_jax.training.plan import flops, hlo, tpus
+from pals_jax.training.plan.ahead_of_time import compile_step
+from pals_jax.training.plan.plan import Plan, plan
+from pals_jax.training.step import create_state, make_train_step
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = Path(__file__).with_name("tiny_experiment.py")
@@ -318,7 +319,7 @@ def test_packing_leaves_a_third_of_the_operations(
     here = (f"encoder={gte_small}", f"data.dir={shared / 'glue'}", "data.source=glue_dir")
     overrides = [f"--config.{override}" for override in here]
     packed = planned(REPOSITORY / "configs" / "pals_glue.py", "v3-8", *overrides)
-    monkeypatch.setattr("pals_jax.plan._training_data", lambda experiment: None)
+    monkeypatch.setattr("pals_jax.training.plan.plan._training_data", lambda experiment: None)
     padded = planned(REPOSITORY / "configs" / "pals_glue.py", "v3-8", *overrides)
     assert (padded.train.shape, padded.mean_batch) == ((32, 128), 1.0)
     assert packed.train.flops * packed.mean_batch <= 0.35 * padded.train.flops

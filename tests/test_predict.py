@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pals_jax import submission
 from pals_jax.cli import main
+from pals_jax.inference import submission
 
 CONFIG = Path(__file__).with_name("tiny_experiment.py")
 

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from pals_jax.data.sampler import SCHEDULES, Sampler, task_probabilities
-from pals_jax.errors import UserError
+from pals_jax.runtime.errors import UserError
 
 # The sizes in the code of Stickland & Murray: CoLA, MRPC, MNLI, RTE, STS-B, SST-2, QQP, QNLI.
 GLUE_SIZES = (6680, 2865, 306798, 1945, 4491, 52616, 284257, 84715)

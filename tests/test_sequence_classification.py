@@ -15,12 +15,12 @@ from pals_jax.convert.sequence_classification import (
     from_sequence_classification,
     to_sequence_classification,
 )
-from pals_jax.errors import UserError
-from pals_jax.models import methods
-from pals_jax.models.adapters import Adapter, Method
-from pals_jax.models.forms import Bottleneck, Scale
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.forms import Bottleneck, Scale
+from pals_jax.models.adapters.spec import Adapter, Method
 from pals_jax.models.merge import merged
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import UserError
 
 ROBERTA = {"model_type": "roberta", "pad_token_id": 1, "type_vocab_size": 1}
 SIZES = {

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from pals_jax.data.examples import Examples, read_examples
-from pals_jax.data.files import own_task
 from pals_jax.data.glue_dir import GlueDir
+from pals_jax.data.own_tasks import own_task
 from pals_jax.data.readers import read_rows
 from pals_jax.data.sources import glue_source
 from pals_jax.data.tasks import GLUE, Task
-from pals_jax.errors import UserError
+from pals_jax.runtime.errors import UserError
 
 ROWS = {  # of the shared sample of GLUE
     "cola": (8551, 1043),

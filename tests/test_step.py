@@ -10,17 +10,12 @@ import scipy.special
 import tiny
 from flax.traverse_util import flatten_dict
 
-from pals_jax.errors import UserError
-from pals_jax.models.adapters import overlay
+from pals_jax.experiment.optim import make_optimizer
+from pals_jax.inference.steps import make_eval_step
+from pals_jax.models.adapters.bound import overlay
 from pals_jax.models.multitask import MultiTaskModel
-from pals_jax.optim import make_optimizer
-from pals_jax.step import (
-    create_state,
-    example_losses,
-    make_eval_step,
-    make_train_step,
-    partition,
-)
+from pals_jax.runtime.errors import UserError
+from pals_jax.training.step import create_state, example_losses, make_train_step, partition
 
 MODEL = MultiTaskModel(tiny.config(), tiny.NUM_OUTPUTS, tiny.METHODS["pals"])
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pals_jax import submission
 from pals_jax.data.tasks import GLUE
-from pals_jax.errors import UserError
-from pals_jax.submission import Predictions
+from pals_jax.inference import submission
+from pals_jax.inference.submission import Predictions
+from pals_jax.runtime.errors import UserError
 
 COUNTS = {
     "CoLA": 1063, "SST-2": 1821, "MRPC": 1725, "STS-B": 1379, "QQP": 390965, "MNLI-m": 9796,

@@ -12,12 +12,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_train import arguments, checkpoint, lines
 
-from pals_jax import hosts, sweep
 from pals_jax.cli import main
-from pals_jax.evaluate import Results
-from pals_jax.experiment import Experiment
-from pals_jax.step import TrainState
-from pals_jax.together import sharing
+from pals_jax.experiment import workdir as workdir_lib
+from pals_jax.inference.evaluator import Results
+from pals_jax.runtime import distributed
+from pals_jax.training import sweep
+from pals_jax.training.step import TrainState
+from pals_jax.training.vmapped_runs import sharing
 
 CONFIG = Path(__file__).with_name("tiny_experiment.py")
 
@@ -48,7 +49,7 @@ def test_a_sweep_trains_every_run_and_makes_one_table(
     assert rows[0]["score"] >= rows[1]["score"]
     for row in rows:
         assert row["overrides"] in overrides
-        run = Experiment.load(small / "sweep" / row["workdir"])
+        run = workdir_lib.load(small / "sweep" / row["workdir"])
         assert run.config.seed == row["overrides"]["seed"]
         assert row["scores"]["colour"] == row["results"]["colour"]["dev"]["accuracy"]
         assert row["score"] == pytest.approx(sum(row["scores"].values()) / 3)
@@ -91,7 +92,7 @@ def test_what_one_step_trains_is_what_is_trained_alone(
     )
     command = [*arguments(small, small / "sweep", *FROZEN), "--sweep"]
     command.append(f"--config.sweep={tuple(overrides)}")
-    monkeypatch.setattr(hosts.Preemption, "reached", lambda self, step: step == 5)
+    monkeypatch.setattr(distributed.Preemption, "reached", lambda self, step: step == 5)
     assert main(command) == 143
     monkeypatch.undo()
     assert main(command) == 0

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from pals_jax.errors import UserError
-from pals_jax.models import tasks
+from pals_jax.experiment.optim import make_optimizer, map_tasks, moves_idle_tasks
+from pals_jax.models import task_axis
 from pals_jax.models.multitask import MultiTaskModel, init_variables
-from pals_jax.optim import make_optimizer, map_tasks, moves_idle_tasks
-from pals_jax.step import TrainState, create_state, make_train_step
+from pals_jax.runtime.errors import UserError
+from pals_jax.training.step import TrainState, create_state, make_train_step
 
 METHOD = tiny.METHODS["low_rank"]
 TWO, FIVE = (1, 2), (1, 2, 3, 2, 1)  # numbers of outputs; the heads of five are wider
@@ -100,9 +100,9 @@ def test_tasks_are_appended(name: str) -> None:
     state = two.run(two.start(), (0, 1), (1, 1), (0, 0))
     new = Training(name, FIVE[2:])
     params = state.frozen["params"]
-    adapters = tasks.fresh(new.model.config, FIVE[2:], METHOD, params, jax.random.key(1))
+    adapters = task_axis.fresh(new.model.config, FIVE[2:], METHOD, params, jax.random.key(1))
     fresh = create_state({"params": params, "adapters": adapters}, ("adapters/",), new.optimizer)
-    more = change(tasks.append, state, fresh)
+    more = change(task_axis.append, state, fresh)
     assert more.trainable["adapters"]["head"]["bias"].shape == (5, 3)
     check_kept(two, state, five, more, {0: 0, 1: 1})
     # Steps that draw the new ones teach them, from the state that they would have alone.
@@ -116,10 +116,10 @@ def test_tasks_are_removed_and_reordered(name: str) -> None:
     five, left = training(name, FIVE), training(name, (1, 3))
     state = five.run(five.start(), (0, 4), (3, 2), (1, 4), (3, 3))
     check_kept(
-        five, state, left, change(lambda x: tasks.take(x, FIVE, [4, 2]), state), {4: 0, 2: 1}
+        five, state, left, change(lambda x: task_axis.take(x, FIVE, [4, 2]), state), {4: 0, 2: 1}
     )
     # Narrower heads hold the same, but XLA may sum their product's gradient in another order.
-    two, narrow = training(name, TWO), change(lambda x: tasks.take(x, FIVE, [4, 3]), state)
+    two, narrow = training(name, TWO), change(lambda x: task_axis.take(x, FIVE, [4, 3]), state)
     assert narrow.trainable["adapters"]["head"]["bias"].shape == (2, 2)
     for task, number in {4: 0, 3: 1}.items():
         tiny.assert_same(of_task(two, narrow, number), of_task(five, state, task))
@@ -131,7 +131,7 @@ def test_the_parts_of_a_state_are_all_of_it(name: str) -> None:
     state = five.run(five.start(), (0, 4), (3, 2))
 
     def around(tree: Any) -> Any:
-        return tasks.append(*(tasks.take(tree, FIVE, part) for part in ([0, 1], [2, 3, 4])))
+        return task_axis.append(*(task_axis.take(tree, FIVE, part) for part in ([0, 1], [2, 3, 4])))
 
     tiny.assert_same(change(around, state), state)
 
@@ -139,4 +139,4 @@ def test_the_parts_of_a_state_are_all_of_it(name: str) -> None:
 def test_tasks_that_do_not_exist() -> None:
     tree = {"head": {"bias": jnp.zeros((2, 3))}}
     with pytest.raises(UserError, match="task id -1 is out of range; the 2 tasks are 0 to 1"):
-        tasks.take(tree, (3, 3), [0, -1])
+        task_axis.take(tree, (3, 3), [0, -1])

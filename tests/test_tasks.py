@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pals_jax.data.tasks import GLUE, Task, glue_task
-from pals_jax.errors import UserError
+from pals_jax.runtime.errors import UserError
 
 
 def test_registry_is_named_by_its_tasks():

@@ -12,10 +12,10 @@ import tiny
 
 from pals_jax.convert.tf_bert import from_tf_bert, to_tf_bert
 from pals_jax.convert.tf_checkpoint import read_tf_checkpoint
-from pals_jax.errors import UserError
-from pals_jax.models import methods
-from pals_jax.models.methods import Method
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.methods import Method
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import UserError
 
 VARIANTS = ("plain", "adapters")
 

@@ -13,7 +13,7 @@ from tensorflow_datasets.core.download import DownloadManager
 from pals_jax.data.glue_dir import GlueDir
 from pals_jax.data.tasks import GLUE, Task
 from pals_jax.data.tfds import Tfds
-from pals_jax.errors import Unavailable, UserError
+from pals_jax.runtime.errors import Unavailable, UserError
 
 MOST = 2000  # rows per file
 

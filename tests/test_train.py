@@ -11,16 +11,16 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
-from pals_jax import storage
 from pals_jax.cli import main
-from pals_jax.config import load
 from pals_jax.data.batches import Layout
 from pals_jax.data.sampler import Sampler
-from pals_jax.errors import UserError
-from pals_jax.experiment import Experiment
-from pals_jax.models.tasks import take
-from pals_jax.run import Run
-from pals_jax.train import train
+from pals_jax.experiment import workdir
+from pals_jax.experiment.config import load
+from pals_jax.inference.run import Run
+from pals_jax.models.task_axis import take
+from pals_jax.runtime import storage
+from pals_jax.runtime.errors import UserError
+from pals_jax.training.train import train
 
 CONFIG = Path(__file__).with_name("tiny_experiment.py")
 
@@ -179,7 +179,7 @@ def test_a_roberta(small, tiny_roberta, capsys):
     assert "above the encoder's position table of 32" in capsys.readouterr().err
     assert run(32) == 0
     assert max(line.get("colour/dev/accuracy", 0) for line in lines(small / "run")) > 0.75
-    assert Experiment.load(small / "run").layout == Layout(pad_id=1, token_types=1)
+    assert workdir.load(small / "run").layout == Layout(pad_id=1, token_types=1)
     assert main(["evaluate", f"--workdir={small / 'run'}", "--json"]) == 0
 
 
@@ -264,15 +264,15 @@ def test_a_task_is_added_without_touching_the_earlier_ones(small):
 
 def test_a_run_goes_on_with_the_examples_it_began_with(run):
     """Other data would give it the draws of another run."""
-    experiment = Experiment.load(run)
+    experiment = workdir.load(run)
     sizes = json.loads((run / "experiment.json").read_text())["train_examples"]
     assert len(sizes) == len(experiment.trained) == 3
-    experiment.check_sizes(run, sizes)
-    experiment.check_sizes(run / "new", sizes)
+    workdir.refuse_other_sizes(experiment, run, sizes)
+    workdir.refuse_other_sizes(experiment, run / "new", sizes)
     name = experiment.trained[1].name
     more = f"began with {sizes[1]} training examples of {name}, and there are {sizes[1] + 1} now"
     with pytest.raises(UserError, match=more):
-        experiment.check_sizes(run, [sizes[0], sizes[1] + 1, sizes[2]])
+        workdir.refuse_other_sizes(experiment, run, [sizes[0], sizes[1] + 1, sizes[2]])
 
 
 def test_what_a_base_refuses(small, capsys):

@@ -15,11 +15,11 @@ import pytest
 import tiny
 
 from pals_jax.convert import from_unified_view, to_unified_view
-from pals_jax.errors import UserError
-from pals_jax.models import methods
-from pals_jax.models.adapters import Adapter, Method
-from pals_jax.models.forms import Bottleneck, Prefix
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.forms import Bottleneck, Prefix
+from pals_jax.models.adapters.spec import Adapter, Method
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import UserError
 
 ROBERTA = tiny.config(model_type="roberta", pad_token_id=1)
 

@@ -9,12 +9,12 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from pals_jax.models import methods
+from pals_jax.experiment.optim import make_optimizer
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.forms import Context
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.forms import Context
 from pals_jax.models.multitask import MultiTaskModel, init_variables
-from pals_jax.optim import make_optimizer
-from pals_jax.step import create_state, make_train_step
+from pals_jax.training.step import create_state, make_train_step
 
 NUM_OUTPUTS = (2, 1, 3)  # two classes, regression, three classes
 TOTAL_STEPS = 10

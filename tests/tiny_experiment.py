@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from pals_jax.config import default
+from pals_jax.experiment.config import default
 
 
 def get_config(directory: str) -> ConfigDict:

@@ -13,13 +13,13 @@ from serving import Peak, serve
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from glue_mix import Mix, taken
 
-from pals_jax.compiled import forget_compiled
 from pals_jax.data.batches import Batch
-from pals_jax.evaluate import Evaluator
-from pals_jax.models.rows import Packing
-from pals_jax.optim import make_optimizer
-from pals_jax.parallel import DataParallel
-from pals_jax.step import create_state, example_losses, make_train_step
+from pals_jax.experiment.optim import make_optimizer
+from pals_jax.inference.evaluator import Evaluator
+from pals_jax.models.segments import Packing
+from pals_jax.runtime.compile_cache import forget_compiled
+from pals_jax.runtime.parallel import DataParallel
+from pals_jax.training.step import create_state, example_losses, make_train_step
 
 
 def main() -> None:

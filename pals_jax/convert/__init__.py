@@ -2,13 +2,13 @@
 
 from pals_jax.convert.adapterhub import from_adapterhub, to_adapterhub
 from pals_jax.convert.bert_n_pals import from_bert_n_pals, to_bert_n_pals
-from pals_jax.convert.files import read_tensors
 from pals_jax.convert.huggingface import from_huggingface
 from pals_jax.convert.peft import from_peft, to_peft
 from pals_jax.convert.sequence_classification import (
     from_sequence_classification,
     to_sequence_classification,
 )
+from pals_jax.convert.tensor_files import read_tensors
 from pals_jax.convert.tf_bert import from_tf_bert, to_tf_bert
 from pals_jax.convert.tf_checkpoint import read_tf_checkpoint
 from pals_jax.convert.unified_view import from_unified_view, to_unified_view

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from pals_jax.convert import files, stacking, tables
+from pals_jax.convert import stacking, tables, tensor_files
 from pals_jax.convert.adapterhub_config import read_method, write_method
 from pals_jax.convert.stacking import Part
 from pals_jax.convert.tables import Slot, Tensors
-from pals_jax.errors import UserError
-from pals_jax.models import tasks
-from pals_jax.models.adapters import Adapter, Method
+from pals_jax.models import task_axis
+from pals_jax.models.adapters.forms import Bottleneck, Prefix, Scale
+from pals_jax.models.adapters.spec import Adapter, Method
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.forms import Bottleneck, Prefix, Scale
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import UserError
 
 _VERSION = "adapters.1.3.0"  # whose format is written
 _SAFETENSORS, _PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
@@ -76,7 +76,7 @@ def to_adapterhub(
     Raises:
         UserError: there is no such task, or the library has no such method.
     """
-    tasks.check(len(model.num_outputs), task_index)
+    task_axis.check(len(model.num_outputs), task_index)
     path = Path(directory).resolve()
     name = path.name.replace(".", "_")  # a dot would part the names of modules
     config = {
@@ -89,7 +89,7 @@ def to_adapterhub(
         "version": _VERSION,
     }
     tensors = _join(tables.write(variables, adapterhub_slots(model, task_index, name)))
-    files.write_adapter(path, config, _SAFETENSORS, tensors)
+    tensor_files.write_adapter(path, config, _SAFETENSORS, tensors)
 
 
 def _look_around(directory: Path) -> None:

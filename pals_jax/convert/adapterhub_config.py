@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from pals_jax.errors import UserError
-from pals_jax.models import methods
-from pals_jax.models.adapters import Adapter, Layers, Method, Owned
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.forms import Bottleneck, Prefix, Scale
+from pals_jax.models.adapters.spec import Adapter, Layers, Method, Owned
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.forms import Bottleneck, Prefix, Scale
+from pals_jax.runtime.errors import UserError
 
 _BOTTLENECK = {
     "use_gating": False,

@@ -7,11 +7,11 @@ import numpy as np
 
 from pals_jax.convert import tables
 from pals_jax.convert.tables import Slot
-from pals_jax.errors import UserError
-from pals_jax.models import methods
-from pals_jax.models.adapters import Adapter, Method
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.spec import Adapter, Method
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import UserError
 
 # Our parameters under the names of theirs.
 _PROJECTIONS = {"down": "aug_dense", "up": "aug_dense2"}

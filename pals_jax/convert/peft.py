@@ -10,14 +10,15 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pals_jax.convert import files, stacking, tables
+from pals_jax.convert import stacking, tables, tensor_files
 from pals_jax.convert.stacking import Part
 from pals_jax.convert.tables import Slot, Tensors
-from pals_jax.errors import UserError
-from pals_jax.models import methods, tasks
-from pals_jax.models.adapters import Adapter, Method
+from pals_jax.models import task_axis
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.spec import Adapter, Method
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import UserError
 
 _SAFETENSORS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 # Options that are taken over, or do not change what is computed. With any other, known today or
@@ -77,7 +78,7 @@ def to_peft(
     Raises:
         UserError: there is no such task, or PEFT's LoRA has no place for the method.
     """
-    tasks.check(len(model.num_outputs), task)
+    task_axis.check(len(model.num_outputs), task)
     loras, depth = _loras(model), model.config.num_hidden_layers
     form, scale = loras[0].form, loras[0].scale
     config = {
@@ -100,7 +101,7 @@ def to_peft(
         return f"base_model.model.{encoder}{name}"
 
     tensors = tables.write(variables, tables.renamed(peft_slots(model, task), nested))
-    files.write_adapter(Path(directory), config, _SAFETENSORS, tensors)
+    tensor_files.write_adapter(Path(directory), config, _SAFETENSORS, tensors)
 
 
 def _read_part(config: Mapping[str, Any], tensors: Tensors, encoder: BertConfig) -> Part:

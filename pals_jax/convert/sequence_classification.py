@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pals_jax.convert import files, huggingface, tables
+from pals_jax.convert import huggingface, tables, tensor_files
 from pals_jax.convert.tables import Slot
-from pals_jax.errors import UserError
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.merge import merged
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import UserError
 
 # The family of its classes, by architecture.
 _CLASSES = {"bert": "BertForSequenceClassification", "roberta": "RobertaForSequenceClassification"}
@@ -93,7 +93,7 @@ def to_sequence_classification(
     )
     directory.mkdir(parents=True, exist_ok=True)
     tensors = tables.write(variables, nested)
-    files.write_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
+    tensor_files.write_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     return model, variables
 
@@ -114,7 +114,7 @@ def sequence_classification_slots(config: BertConfig, num_outputs: int) -> Itera
 
 def _num_outputs(path: Path) -> int:
     """The number of classes, or 1 for regression, that a `config.json` declares."""
-    config = files.read_json(path)
+    config = tensor_files.read_json(path)
     count = len(config.get("id2label") or ()) or config.get("num_labels", 2)
     problem = config.get("problem_type")
     if problem == "multi_label_classification" or (problem == "regression" and count != 1):

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pals_jax.convert import files, huggingface, tables
+from pals_jax.convert import huggingface, tables, tensor_files
 from pals_jax.convert.tables import Slot, Tensors
-from pals_jax.errors import UserError
-from pals_jax.models.adapters import Method
+from pals_jax.models.adapters.spec import Method
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import UserError
 
 _NESTED = r"^(base_model\.model\.)?(bert\.|roberta\.)?"  # what a name within the encoder follows
 
@@ -84,7 +84,7 @@ def _read(
     directory: Path, weights: tuple[str, ...], read_part: ReadPart, encoder: BertConfig
 ) -> Part:
     path = directory / "adapter_config.json"
-    config, tensors = files.read_json(path), files.find_tensors(directory, *weights)
+    config, tensors = tensor_files.read_json(path), tensor_files.find_tensors(directory, *weights)
     try:
         return read_part(config, {re.sub(_NESTED, "", k): x for k, x in tensors.items()}, encoder)
     except UserError as error:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from pals_jax.errors import UserError
-from pals_jax.models.adapters import Owned
+from pals_jax.models.adapters.spec import Owned
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel, init_variables, variable_shapes
+from pals_jax.runtime.errors import UserError
 
 Path = tuple[str, ...]
 Tensors = Mapping[str, np.ndarray]

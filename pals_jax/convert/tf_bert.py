@@ -13,14 +13,14 @@ import numpy as np
 
 from pals_jax.convert import tables
 from pals_jax.convert.tables import Slot
-from pals_jax.errors import UserError
-from pals_jax.models import methods
-from pals_jax.models.adapters import Adapter
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.forms import Bottleneck
+from pals_jax.models.adapters.methods import Method
+from pals_jax.models.adapters.spec import Adapter
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.forms import Bottleneck
 from pals_jax.models.merge import merged
-from pals_jax.models.methods import Method
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import UserError
 
 _ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "tanh": "tanh"}
 _EPSILON = 1e-12  # of its layer norms; no setting

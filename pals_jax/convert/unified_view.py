@@ -12,12 +12,12 @@ import numpy as np
 
 from pals_jax.convert import tables
 from pals_jax.convert.tables import Slot, Tensors
-from pals_jax.errors import UserError
-from pals_jax.models import methods
-from pals_jax.models.adapters import Adapter, Method, Owned
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.forms import Bottleneck, Prefix
+from pals_jax.models.adapters.spec import Adapter, Method, Owned
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.forms import Bottleneck, Prefix
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import UserError
 
 
 class Place(NamedTuple):

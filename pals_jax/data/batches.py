@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from pals_jax.data.packing import Packed, Padded, Placement, Sizes
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tokenize import TokenizedSplit
+from pals_jax.runtime.shards import Shards
 
 Batch = dict[str, np.ndarray]
 
@@ -24,29 +24,6 @@ class Layout:
 
     pad_id: int = 0
     token_types: int = 2
-
-
-class Shards(NamedTuple):
-    """The equal parts that the rows of every batch are divided into, one for each device.
-
-    Attributes:
-        total: S, their number on all hosts.
-        first: the first one of this host.
-        local: s, how many of them this host makes.
-    """
-
-    total: int = 1
-    first: int = 0
-    local: int = 1
-
-    def mine(self, rows: int) -> slice:
-        """Which of all rows are this host's."""
-        each = rows // self.total
-        return slice(self.first * each, (self.first + self.local) * each)
-
-    def split(self, x: np.ndarray) -> np.ndarray:
-        """This host's rows [s * r, ...] as [s, r, ...]."""
-        return x.reshape(self.local, -1, *x.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True)

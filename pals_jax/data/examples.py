@@ -8,7 +8,7 @@ import numpy as np
 
 from pals_jax.data.readers import Row, read_rows
 from pals_jax.data.tasks import Task
-from pals_jax.errors import UserError
+from pals_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pals_jax.data.examples import Examples, check_split, read_examples
 from pals_jax.data.tasks import Task
-from pals_jax.errors import UserError
+from pals_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

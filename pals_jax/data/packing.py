@@ -1,8 +1,8 @@
 """Where the examples of a batch go: several to a row, in arrays of few static shapes.
 
 Most sentences are short: padded to the maximal length, only 28% of the positions of a batch of
-GLUE are real. Examples that share a row do not see each other (`pals_jax.models.rows`), so that a
-packed step computes what the padded one does, in less than a third of the positions.
+GLUE are real. Examples that share a row do not see each other (`pals_jax.models.segments`), so that
+a packed step computes what the padded one does, in less than a third of the positions.
 
 Every shape is one compilation. They are chosen from the data, before the run.
 """

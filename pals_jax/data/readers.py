@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from pals_jax.errors import UserError
+from pals_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

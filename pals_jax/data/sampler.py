@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pals_jax.errors import UserError
+from pals_jax.runtime.errors import UserError
 
 SCHEDULES = ("round_robin", "proportional", "sqrt", "annealed")
 

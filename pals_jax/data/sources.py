@@ -7,7 +7,7 @@ from pals_jax.data.examples import Examples
 from pals_jax.data.glue_dir import GlueDir
 from pals_jax.data.tasks import Task
 from pals_jax.data.tfds import Tfds
-from pals_jax.errors import UserError
+from pals_jax.runtime.errors import UserError
 
 
 class Source(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pals_jax.errors import UserError
+from pals_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

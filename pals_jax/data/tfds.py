@@ -10,7 +10,7 @@ import numpy as np
 
 from pals_jax.data.examples import Examples, check_split
 from pals_jax.data.tasks import GLUE, Task
-from pals_jax.errors import Unavailable, UserError
+from pals_jax.runtime.errors import Unavailable, UserError
 
 
 @dataclasses.dataclass(frozen=True)

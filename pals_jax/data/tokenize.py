@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pals_jax.data.examples import Examples
-from pals_jax.errors import UserError
+from pals_jax.runtime.errors import UserError
 
 _FORMAT = 1  # of the cache; to be raised when its content changes meaning
 _FILES = ("tokens", "offsets", "first", "targets")
@@ -34,7 +34,7 @@ class TokenizedSplit:
         first: int32 [N], the number of leading tokens of type 0; those after them are of type 1.
         targets: float32 [N], class ids or rescaled regression labels; NaN where unlabelled.
         hidden: [sum of lengths, D], for each token what the layers gave that are the same for all
-            tasks (`pals_jax.below`). None: they are computed at every step.
+            tasks (`pals_jax.inference.hidden_cache`). None: they are computed at every step.
     """
 
     tokens: np.ndarray

@@ -16,7 +16,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from pals_jax.errors import UserError
 from pals_jax.models.layers import (
     ACTIVATIONS,
     dot_product_attention,
@@ -24,7 +23,8 @@ from pals_jax.models.layers import (
     merge_heads,
     split_heads,
 )
-from pals_jax.models.rows import Places, Rows
+from pals_jax.models.segments import Places, Rows
+from pals_jax.runtime.errors import UserError
 
 
 class Site(NamedTuple):

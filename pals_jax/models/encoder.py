@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pals_jax.models.adapters import Owned, TaskAdapters
+from pals_jax.models.adapters.bound import TaskAdapters
+from pals_jax.models.adapters.spec import Owned
 from pals_jax.models.bert import BertConfig, BertLayer, Embeddings, Pooler
-from pals_jax.models.rows import Places, Rows, make_rows, one_position
+from pals_jax.models.segments import Places, Rows, make_rows, one_position
 
 
 class Encoder(nn.Module):

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pals_jax.models.prng import mask_bits
-from pals_jax.models.rows import Places, Rows
+from pals_jax.models.dropout import mask_bits
+from pals_jax.models.segments import Places, Rows
 
 
 def gelu(x: Array) -> Array:

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from pals_jax.models import methods, tasks
-from pals_jax.models.adapters import Adapter, Method, Owned
-from pals_jax.models.forms import Prefix, Scale
+from pals_jax.models import task_axis
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.forms import Prefix, Scale
+from pals_jax.models.adapters.spec import Adapter, Method, Owned
 from pals_jax.models.multitask import MultiTaskModel
 
 _Path = tuple[str, ...]
@@ -51,7 +52,7 @@ def merged(
     Raises:
         UserError: there is no such task.
     """
-    tasks.check(len(model.num_outputs), task)
+    task_axis.check(len(model.num_outputs), task)
     depth = model.config.num_hidden_layers
     encoder = flatten_dict(jax.tree.map(np.array, dict(variables["params"]["encoder"])))
     rows = jax.tree.map(lambda x: np.array(x[task]), dict(variables["adapters"]))

@@ -18,15 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pals_jax.errors import UserError
-from pals_jax.models import adapters as adapters_lib
-from pals_jax.models.adapters import Method, Owned, Stack, TaskAdapters
+from pals_jax.models.adapters import bound
+from pals_jax.models.adapters import spec as spec_lib
+from pals_jax.models.adapters.bound import TaskAdapters
+from pals_jax.models.adapters.forms import Theta, dense, project
+from pals_jax.models.adapters.spec import Method, Owned, Stack
 from pals_jax.models.bert import BertConfig
+from pals_jax.models.dropout import example_salts
 from pals_jax.models.encoder import Encoder
-from pals_jax.models.forms import Theta, dense, project
 from pals_jax.models.layers import dropout
-from pals_jax.models.prng import example_salts
-from pals_jax.models.rows import Packing, Places
+from pals_jax.models.segments import Packing, Places
+from pals_jax.runtime.errors import UserError
 
 
 class _Own(NamedTuple):
@@ -47,7 +49,7 @@ class MultiTaskModel(nn.Module):
     Attributes:
         config: the encoder's architecture.
         num_outputs: for each of the T tasks its number of classes, or 1 for regression.
-        method: as the functions of `pals_jax.models.methods` return it.
+        method: as the functions of `pals_jax.models.adapters.methods` return it.
         dtype: dtype of the computation; parameters stay float32, logits are float32.
         remat: recompute all of each layer in the backward pass, its matrix products too.
     """
@@ -60,7 +62,7 @@ class MultiTaskModel(nn.Module):
 
     def setup(self) -> None:
         self.encoder = self.param("encoder", self._init_encoder)
-        adapters_lib.check(self.method, self.encoder, self.config.num_hidden_layers)
+        spec_lib.check(self.method, self.encoder, self.config.num_hidden_layers)
         head = {k: Stack(v) for k, v in dense(self.config.hidden_size, self._width).items()}
         self.thetas = {
             spec.name: self.variable("adapters", spec.name, self._init, spec)
@@ -89,7 +91,7 @@ class MultiTaskModel(nn.Module):
         return self._draw(spec.parameters(self.config))
 
     def _draw(self, stacks: Any) -> Theta:
-        return adapters_lib.init(self.make_rng("params"), stacks, len(self.num_outputs))
+        return spec_lib.init(self.make_rng("params"), stacks, len(self.num_outputs))
 
     def _mask_head(self, head: Theta) -> Theta:
         """kernel [T, D, C] and bias [T, C], zero beyond a task's own number of outputs."""
@@ -220,7 +222,7 @@ class MultiTaskModel(nn.Module):
         """`run(thetas, task, own, *inputs)` on every row, a batch of one, side by side."""
         packing = Packing.alone(inputs[0].shape[0]) if packing is None else packing
         groups = self._task_groups(task_ids, inputs[0].shape[0])
-        thetas = {name: adapters_lib.select(v.value, groups) for name, v in self.thetas.items()}
+        thetas = {name: bound.select(v.value, groups) for name, v in self.thetas.items()}
         rngs, salts = {}, None
         if self.has_rng("dropout"):
             rngs["dropout"] = self.make_rng("dropout")

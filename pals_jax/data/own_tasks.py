@@ -1,0 +1,146 @@
+"""A task of your own, declared by a mapping and read from TSV, CSV or JSONL files."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from pals_jax.data.examples import Examples, check_split, read_examples
+from pals_jax.data.readers import Row, read_rows
+from pals_jax.data.tasks import Task, to_number
+from pals_jax.runtime.errors import UserError
+
+_SPLITS = ("train", "dev", "test")
+_KEYS = (*_SPLITS, "text", "label", "labels", "regression", "label_range", "metrics")
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The files of one task, by split."""
+
+    paths: Mapping[str, Path]
+
+    def splits(self, task: Task) -> tuple[str, ...]:
+        """Those of the task's splits that were declared."""
+        return tuple(split for split in task.splits if split in self.paths)
+
+    def is_here(self, task: Task) -> bool:
+        """See `sources.Source`."""
+        del task
+        return True
+
+    def read(self, task: Task, split: str) -> Examples:
+        """The examples of a split; see `sources.Source`. A test file may have labels or not."""
+        check_split(task, split)
+        labelled = None if split in task.test_splits else True
+        return read_examples(self.paths[split], task, labelled=labelled)
+
+
+def own_task(name: str, declaration: Mapping[str, Any]) -> tuple[Task, Files]:
+    """A task and its source from their declaration.
+
+    Args:
+        name: the task's name.
+        declaration: these keys:
+            train, dev, test: paths of `.tsv`, `.csv` or `.jsonl` files; train is needed.
+            text: the name of the text column, or a list of two names.
+            label: the name of the label column.
+            labels: the classes in the order of their ids; by default the sorted labels of train.
+            regression: True if the label is a number; default False.
+            label_range: regression only: the smallest and the largest label, which become the
+                targets 0 and 1; by default those of train.
+            metrics: the first is the task's score; by default accuracy, or pearson and spearman.
+
+    Raises:
+        UserError: a key is unknown, missing, of no use or of a wrong type; or train cannot be read.
+    """
+    if not isinstance(declaration, Mapping | ConfigDict):
+        raise UserError(f"task {name} is declared as {declaration!r}; a mapping is needed.")
+    given = {key: declaration[key] for key in declaration if declaration[key] is not None}
+    if unknown := sorted(set(given) - set(_KEYS)):
+        raise UserError(
+            f"task {name} is declared with {', '.join(unknown)}, which is not among the keys"
+            f" {', '.join(_KEYS)}."
+        )
+    if missing := [key for key in ("train", "text", "label") if key not in given]:
+        raise UserError(f"the declaration of task {name} lacks {', '.join(missing)}.")
+    for key in (*_SPLITS, "label"):
+        if not isinstance(given.get(key, ""), str | Path):
+            raise UserError(f"task {name} is declared with {key} = {given[key]!r}; give one name.")
+    regression = given.get("regression", False)
+    if not isinstance(regression, bool):
+        raise UserError(f"task {name} is declared with regression = {regression!r}; give a bool.")
+    useless = "labels" if regression else "label_range"
+    if useless in given:
+        kind = "regression" if regression else "classification"
+        raise UserError(f"task {name} is declared with {useless}, of no use in {kind}.")
+
+    files = own_files(declaration)
+    text = _names(name, given, "text")
+    if len(text) not in (1, 2):
+        raise UserError(f"task {name} is declared with {len(text)} text columns; one or two work.")
+    default = ("pearson", "spearman") if regression else ("accuracy",)
+    task = Task(
+        name,
+        text,
+        label=given["label"],
+        labels=() if regression else _labels(name, given),
+        label_range=_label_range(name, given) if regression else None,
+        metrics=_names(name, given, "metrics") if "metrics" in given else default,
+        eval_splits=("dev",) if "dev" in files.paths else (),
+        test_splits=("test",) if "test" in files.paths else (),
+    )
+    return task, files
+
+
+def own_files(declaration: Mapping[str, Any]) -> Files:
+    """The files of a declaration; none of them is read."""
+    given = {split: declaration.get(split) for split in _SPLITS}
+    return Files({split: Path(path).expanduser() for split, path in given.items() if path})
+
+
+def _labels(name: str, given: Mapping[str, Any]) -> tuple[str, ...]:
+    if "labels" in given:
+        labels = _names(name, given, "labels")
+    else:
+        rows = read_rows(Path(given["train"]).expanduser())
+        labels = tuple(sorted({str(row.label(given["label"])) for row in rows}))
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        raise UserError(
+            f"task {name} needs two or more labels, all different; it has {', '.join(labels)}."
+        )
+    return labels
+
+
+def _label_range(name: str, given: Mapping[str, Any]) -> tuple[float, float]:
+    if "label_range" in given:
+        try:
+            low, high = map(to_number, given["label_range"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the label_range of task {name} is not a pair of numbers.") from error
+    else:
+        rows = read_rows(Path(given["train"]).expanduser())
+        numbers = [_number(row, given["label"]) for row in rows]
+        low, high = min(numbers), max(numbers)
+    if low >= high:
+        raise UserError(f"the labels of task {name} cannot range from {low:g} to {high:g}.")
+    return low, high
+
+
+def _number(row: Row, column: str) -> float:
+    try:
+        return to_number(row.label(column))
+    except ValueError as error:
+        raise UserError(f"{row.where}: {error}.") from error
+
+
+def _names(name: str, given: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """One name, or several, of columns, labels or metrics."""
+    value = given[key]
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple):
+        raise UserError(f"task {name} is declared with {key} = {value!r}; a list is needed.")
+    return tuple(str(entry) for entry in value)

@@ -1,0 +1,291 @@
+"""An experiment: a configuration with the tasks and the architecture that it means.
+
+`pals_jax.experiment.workdir` saves it beside the checkpoints, so that a workdir is all that
+evaluation and prediction need.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerFast
+
+from pals_jax.convert import huggingface
+from pals_jax.data.batches import Batch, Layout, TrainBatches, eval_batches, sizes
+from pals_jax.data.metrics import CORRELATIONS, METRICS
+from pals_jax.data.own_tasks import own_files, own_task
+from pals_jax.data.packing import Packed, Padded
+from pals_jax.data.sampler import Sampler
+from pals_jax.data.sources import Source, glue_source
+from pals_jax.data.tasks import GLUE, Task, glue_task
+from pals_jax.data.tokenize import TokenizedSplit, tokenize_split
+from pals_jax.experiment import config as config_lib
+from pals_jax.experiment.optim import make_optimizer, moves_idle_tasks
+from pals_jax.models.adapters.parse import parse_method
+from pals_jax.models.adapters.spec import prompt_length
+from pals_jax.models.bert import BertConfig
+from pals_jax.models.encoder import lowest_layers
+from pals_jax.models.multitask import MultiTaskModel, adapter_shapes
+from pals_jax.runtime.errors import UserError
+from pals_jax.runtime.shards import Shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a run is about.
+
+    Attributes:
+        config: the configuration.
+        tasks: in the order of the task axis; those that `config.tasks` does not name came with
+            the run that this one is based on, and are left as they are.
+        architecture: of the encoder.
+    """
+
+    config: ConfigDict
+    tasks: tuple[Task, ...]
+    architecture: BertConfig
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, base: "Experiment | None" = None) -> "Experiment":
+        """Resolves names; reads no more data than a task's own labels need.
+
+        Args:
+            config: the configuration.
+            base: an experiment to whose tasks those of `config` are added.
+
+        Raises:
+            UserError: an unknown encoder, a task that is unknown or wrongly declared, a
+                configuration under which the base's tasks would not stay as they are, one that
+                asks to keep what lies below the first adapter where nothing does, or an unknown
+                method, optimiser, schedule or sampling.
+        """
+        if not config.tasks or len(set(config.tasks)) < len(config.tasks):
+            raise UserError(f"configuration: tasks {list(config.tasks)} is empty or repeats one.")
+        tasks = tuple(_task(config.data, name) for name in config.tasks)
+        for task in tasks:
+            _check_metrics(task)
+        if base is None:
+            experiment = cls(config, tasks, huggingface.architecture(config.encoder))
+        else:
+            _check_base(config, base)
+            config = config.copy_and_resolve_references()
+            for task in base.tasks:
+                if task.name in base.config.data.own:
+                    with config.unlocked():
+                        config.data.own[task.name] = base.config.data.own[task.name]
+            experiment = cls(config, base.tasks + tasks, base.architecture)
+        _check_below(experiment)
+        experiment.model()  # these refuse what they do not know
+        experiment.optimizer()
+        experiment.sampler([1] * len(config.tasks))
+        return experiment
+
+    @property
+    def trained(self) -> tuple[Task, ...]:
+        """The tasks that are trained here, the last ones of the task axis."""
+        return self.tasks[len(self.tasks) - len(self.config.tasks) :]
+
+    def model(self) -> MultiTaskModel:
+        """The model, without weights."""
+        return MultiTaskModel(
+            self.architecture,
+            tuple(task.num_outputs for task in self.tasks),
+            parse_method(self.config.method),
+            jnp.dtype(self.config.dtype),
+            self.config.remat,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return int(self.config.epochs * self.config.steps_per_epoch)
+
+    def optimizer(
+        self, learning_rate: Any = None
+    ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
+        """The optimiser and the learning rate by step; its peak may be another one, and traced."""
+        settings = self.config.optimizer
+        if learning_rate is not None:
+            settings = ConfigDict(settings.to_dict() | {"learning_rate": learning_rate})
+        return make_optimizer(settings, len(self.tasks), self.steps)
+
+    @property
+    def layout(self) -> Layout:
+        """What the encoder takes."""
+        encoder = self.architecture
+        return Layout(encoder.pad_token_id, encoder.type_vocab_size)
+
+    def sampler(self, sizes: Sequence[int]) -> Sampler:
+        """The plan of the run, for these numbers of training examples of the trained tasks."""
+        config = self.config
+        return Sampler(
+            sizes=tuple(sizes),
+            schedule=config.sampling,
+            seed=config.seed,
+            epochs=config.epochs,
+            steps_per_epoch=config.steps_per_epoch,
+            groups=config.groups,
+            group_size=config.batch_size // config.groups,
+        )
+
+    def train_batches(
+        self, splits: Sequence[TokenizedSplit], sampler: Sampler | None, shards: Shards
+    ) -> TrainBatches:
+        """What makes the batches of the sampler's draws from the splits of the trained tasks.
+
+        Without a sampler, by whose draws shapes are chosen, they are padded to the full length.
+        """
+        config, num_tasks = self.config, len(self.tasks)
+        placing: Padded | Packed = Padded(config.batch_size, config.data.max_length, shards.total)
+        if config.packing and sampler is not None:
+            placing = Packed.choose(
+                (sizes(splits, sampler.draw(step)) for step in sampler.spread()),
+                sampler.steps,
+                config.batch_size,
+                config.data.max_length,
+                self.architecture.hidden_size,
+                shards.total,
+                self._prompts,
+            )
+        return TrainBatches(
+            splits,
+            self.layout,
+            placing,
+            shards,
+            first_task=num_tasks - len(splits),
+            num_tasks=num_tasks,
+            all_may_move=moves_idle_tasks(config.optimizer),
+        )
+
+    def eval_batches(
+        self, split: TokenizedSplit, task_id: int, shards: Shards
+    ) -> Iterator[tuple[Batch, np.ndarray]]:
+        """The batches of a split's evaluation: see `data.batches.eval_batches`."""
+        rows, max_length = self.config.eval_batch_size, self.config.data.max_length
+        placing: Padded | Packed = Padded(rows, max_length, shards.total)
+        if self.config.packing:
+            placing = Packed.into(rows, max_length, shards.total, self._prompts)
+        return eval_batches(split, task_id, self.layout, placing, shards)
+
+    @property
+    def _prompts(self) -> int:
+        """Positions that the model adds to each example."""
+        return prompt_length(parse_method(self.config.method))
+
+    def knows_data(self, task: Task) -> bool:
+        """Whether it is said where a task's examples are: a task that came as a file has none."""
+        return task.name in self.config.data.own or task.name in GLUE
+
+    def source(self, task: Task) -> Source:
+        """Where a task's examples come from."""
+        data = self.config.data
+        if task.name in data.own:
+            return own_files(data.own[task.name])
+        if not self.knows_data(task):
+            raise UserError(
+                f"the data of task {task.name} are not known: a run that was made of task files"
+                " predicts only; evaluate the run in which it was trained."
+            )
+        return glue_source(data.source, Path(data.dir).expanduser() if data.dir else None)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where tokens and hidden states are kept."""
+        return Path(self.config.data.cache_dir).expanduser()
+
+    def read(self, task: Task, split: str, tokenizer: PreTrainedTokenizerFast) -> TokenizedSplit:
+        """The examples of a split, tokenised or out of the cache.
+
+        Raises:
+            UserError: the data are missing or wrong.
+        """
+        examples = self.source(task).read(task, split)
+        return tokenize_split(examples, tokenizer, self.config.data.max_length, self.cache_dir)
+
+    def read_eval(
+        self, task: Task, tokenizer: PreTrainedTokenizerFast
+    ) -> dict[str, TokenizedSplit]:
+        """The evaluation splits that the source has, of which there must be one."""
+        present = self.source(task).splits(task)
+        splits = [split for split in task.eval_splits if split in present]
+        if not splits:
+            wanted = " or ".join(task.eval_splits) or "dev"
+            raise UserError(f"task {task.name} has no {wanted} split to evaluate on.")
+        return {split: self.read(task, split, tokenizer) for split in splits}
+
+
+def _check_base(config: ConfigDict, base: Experiment) -> None:
+    if not config_lib.encoder_is_frozen(config):
+        raise UserError(
+            "configuration: with --base the encoder must stay as it is, or the earlier tasks would"
+            " change; set trainable to ('adapters/',)."
+        )
+    for key, mine, theirs in (
+        ("dtype", config.dtype, base.config.dtype),
+        ("data.max_length", config.data.max_length, base.config.data.max_length),
+    ):
+        if mine != theirs:
+            raise UserError(
+                f"configuration: {key} is {mine}, that of the base run {theirs}; another one would"
+                " change the answers of the earlier tasks."
+            )
+    not_own = (task.name for task in base.tasks if task.name not in base.config.data.own)
+    of_glue = [name for name in not_own if name in GLUE]
+    if of_glue and config.data.source != base.config.data.source:
+        raise UserError(
+            f"configuration: data.source is {config.data.source}, that of the base run"
+            f" {base.config.data.source}, which its tasks {', '.join(of_glue)} are read from."
+        )
+    if parse_method(config.method) != parse_method(base.config.method):
+        raise UserError(
+            f"configuration: method is {config.method}, that of the base run"
+            f" {base.config.method}; all tasks of a model share a method."
+        )
+    if again := [task.name for task in base.tasks if task.name in config.tasks]:
+        raise UserError(f"the base run has a task {again[0]!r} already; give the new one a name.")
+
+
+def _check_below(experiment: Experiment) -> None:
+    """Sees that there is something below the first adapter where it is to be computed once."""
+    config = experiment.config
+    if config.lower_dropout:
+        return
+    if not config_lib.encoder_is_frozen(config):
+        raise UserError(
+            "configuration: lower_dropout is False, but the encoder is trained, and none of its"
+            " layers gives an example the same at every step; set trainable to ('adapters/',), or"
+            " lower_dropout to True."
+        )
+    lowest = lowest_layers(adapter_shapes(experiment.model()))
+    if lowest and min(lowest.values()) == 0:
+        parts = ", ".join(name for name, layer in lowest.items() if layer == 0)
+        raise UserError(
+            f"configuration: lower_dropout is False, but method {config.method} has no layer below"
+            f" its {parts} that is the same for all tasks; begin higher, for example with"
+            ' layers="final_half", or set lower_dropout to True.'
+        )
+
+
+def _check_metrics(task: Task) -> None:
+    unknown = [name for name in task.metrics if name not in METRICS]
+    if unknown or not task.metrics:
+        raise UserError(
+            f"task {task.name} has the metrics {list(task.metrics)};"
+            f" known are {', '.join(METRICS)}."
+        )
+    wrong = [name for name in task.metrics if (name in CORRELATIONS) != task.is_regression]
+    if wrong or ("f1" in task.metrics and task.num_outputs != 2):
+        raise UserError(
+            f"task {task.name} asks for {', '.join(wrong) or 'f1'}, which does not fit it:"
+            f" {', '.join(CORRELATIONS)} are for regression, the others for classes, f1 for two."
+        )
+
+
+def _task(data: ConfigDict, name: str) -> Task:
+    """A task of your own where `data.own` declares it; else one of GLUE's."""
+    return own_task(name, data.own[name])[0] if name in data.own else glue_task(name)

@@ -1,0 +1,222 @@
+"""The optimiser: optax's Adam for the shared encoder, and one for each task along the task axis.
+
+A task's parameters, moments and step count are rows of the task axis, so "each task has its own
+optimiser" is `jax.vmap` of one optax transformation. What happens to the tasks that a step did
+not draw is then one decision, made in `per_task`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from pals_jax.runtime.errors import UserError
+
+Tree = Any
+TASKS = "adapters"  # the collection whose leaves lead with a task axis
+
+
+def bert_schedule(peak: float, warmup: float, total_steps: int) -> optax.Schedule:
+    """BERT's: a linear rise over `warmup` of all steps, then peak * (1 - step / total).
+
+    It drops from 1.0 to 1 - warmup of the peak where the rise ends (Stickland & Murray, code).
+    """
+
+    def schedule(step: Array) -> Array:
+        done = step / total_steps
+        return peak * jnp.where(done < warmup, done / max(warmup, 1e-12), jnp.maximum(1 - done, 0))
+
+    return schedule
+
+
+def linear_schedule(peak: float, warmup: float, total_steps: int) -> optax.Schedule:
+    """A linear rise over `warmup` of all steps, then a linear fall to 0 (Houlsby et al., 3.1)."""
+    rise = round(warmup * total_steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, rise),
+            optax.linear_schedule(peak, 0.0, max(total_steps - rise, 1)),
+        ],
+        [rise],
+    )
+
+
+SCHEDULES: dict[str, Callable[[float, float, int], optax.Schedule]] = {
+    "bert": bert_schedule,
+    "linear": linear_schedule,
+}
+
+
+class PerTaskState(NamedTuple):
+    """State of `per_task`.
+
+    Attributes:
+        shared: state of the transformation on what all tasks share.
+        tasks: the same for each task, every leaf with a leading task axis.
+        started: bool [T]; the tasks that have been drawn at least once.
+    """
+
+    shared: Tree
+    tasks: Tree
+    started: Array
+
+
+def per_task(
+    inner: optax.GradientTransformation, num_tasks: int, *, idle_drift: bool
+) -> optax.GradientTransformationExtraArgs:
+    """Runs `inner` once on the shared tree and once for each task on the task's rows.
+
+    Its update takes gradients, parameters and, with `map_tasks`, a state of all tasks or of some,
+    and `drawn`, a bool for each of these. Those that are not drawn keep their parameters and their
+    state exactly; or, with `idle_drift`, go on from their first gradient with a gradient of zero,
+    so that momentum and weight decay still move them (Stickland & Murray, code).
+
+    Args:
+        inner: any transformation that looks at each task alone.
+        num_tasks: T.
+        idle_drift: whether tasks that a step did not draw go on moving.
+    """
+
+    def split(tree: Tree) -> tuple[Tree, Tree]:
+        return {k: v for k, v in tree.items() if k != TASKS}, tree.get(TASKS, {})
+
+    def init(params: Tree) -> PerTaskState:
+        shared, tasks = split(params)
+        started = jnp.zeros(num_tasks, bool)
+        return PerTaskState(
+            inner.init(shared), jax.vmap(inner.init, axis_size=num_tasks)(tasks), started
+        )
+
+    def update(
+        grads: Tree, state: PerTaskState, params: Tree, *, drawn: Array, **_: Any
+    ) -> tuple[Tree, PerTaskState]:
+        shared_grads, task_grads = split(grads)
+        shared_params, task_params = split(params)
+        updates, shared = inner.update(shared_grads, state.shared, shared_params)
+        each_task = jax.vmap(inner.update, axis_size=len(drawn))
+        moved, tasks = each_task(task_grads, state.tasks, task_params)
+        active = (drawn | state.started) if idle_drift else drawn
+
+        def keep(new: Array, old: Array) -> Array:
+            return jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        moved = jax.tree.map(keep, moved, jax.tree.map(jnp.zeros_like, moved))
+        tasks = jax.tree.map(keep, tasks, state.tasks)
+        updates = updates | ({TASKS: moved} if TASKS in grads else {})
+        return updates, PerTaskState(shared, tasks, drawn | state.started)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def map_tasks(change: Callable[..., Tree], state: Tree, *others: Tree) -> Tree:
+    """An optimiser's state with what it keeps of each task changed, for example by `tasks.append`.
+
+    Args:
+        change: of trees whose leaves lead with the task axis (moments, step counts, and which tasks
+            have started), one of each state.
+        state: any state in which `per_task` has its own; the rest of it is kept.
+        others: further states, of an optimiser of the same kind.
+    """
+    trees = zip(*(task_trees(each) for each in (state, *others)), strict=True)
+    return with_task_trees(state, [change(*each) for each in trees])
+
+
+def task_trees(state: Tree) -> list[Tree]:
+    """What each `per_task` in an optimiser's state keeps of tasks; leaves [T, ...]."""
+    nodes = jax.tree.leaves(state, is_leaf=_is_per_task)
+    return [{"tasks": x.tasks, "started": x.started} for x in nodes if _is_per_task(x)]
+
+
+def with_task_trees(state: Tree, trees: list[Tree]) -> Tree:
+    """`state` with such trees in place of its own."""
+    left = iter(trees)
+    return jax.tree.map(
+        lambda x: x._replace(**next(left)) if _is_per_task(x) else x, state, is_leaf=_is_per_task
+    )
+
+
+def _is_per_task(x: Any) -> bool:
+    return isinstance(x, PerTaskState)
+
+
+def clip_by_tensor_norm(max_norm: float) -> optax.GradientTransformation:
+    """Clips each tensor by its own norm; each layer or block of a stack is a tensor of its own.
+
+    With PyTorch's 1e-6 in the denominator (Stickland & Murray, code).
+    """
+
+    def clip(path: Any, grad: Array) -> Array:
+        stacked = any(getattr(key, "key", None) in ("layers", "blocks") for key in path)
+        axes = tuple(range(int(stacked), grad.ndim))
+        norm = jnp.sqrt(jnp.sum(jnp.square(grad), axes, keepdims=True))
+        return grad * jnp.minimum(1.0, max_norm / (norm + 1e-6))
+
+    def update(grads: Tree, state: optax.EmptyState, params: Tree = None) -> Any:
+        del params
+        return jax.tree_util.tree_map_with_path(clip, grads), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam without bias correction, as BERT was trained; optax's own always corrects."""
+
+    def init(params: Tree) -> tuple[Tree, Tree]:
+        # Two trees, for a step gives the memory of each back.
+        return jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
+
+    def update(grads: Tree, state: tuple[Tree, Tree], params: Tree = None) -> Any:
+        del params
+        mu = optax.tree.update_moment(grads, state[0], b1, 1)
+        nu = optax.tree.update_moment(grads, state[1], b2, 2)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu), (mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def decays(params: Tree) -> Tree:
+    """Which leaves weight decay applies to: all but biases, layer norms and factors around 1."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key not in ("bias", "scale"), params
+    )
+
+
+def moves_idle_tasks(config: ConfigDict) -> bool:
+    """Whether the optimiser of `config` moves tasks that a step did not draw."""
+    return bool(config.name == "bert_n_pals")
+
+
+def make_optimizer(
+    config: ConfigDict, num_tasks: int, total_steps: int
+) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
+    """The optimiser that `config` (`config.optimizer` of an experiment) describes.
+
+    Returns:
+        The transformation, whose update takes `drawn` (see `per_task`), and the learning rate by
+        step.
+
+    Raises:
+        UserError: an unknown optimiser or schedule.
+    """
+    if config.schedule not in SCHEDULES:
+        raise UserError(
+            f"unknown optimizer.schedule {config.schedule!r}; known are {', '.join(SCHEDULES)}."
+        )
+    schedule = SCHEDULES[config.schedule](config.learning_rate, config.warmup, total_steps)
+    decay = optax.add_decayed_weights(config.weight_decay, decays)
+    scale = optax.scale_by_learning_rate(schedule)
+    if config.name == "adamw":
+        adam = optax.chain(optax.scale_by_adam(config.b1, config.b2, config.eps), decay)
+        tasks = per_task(adam, num_tasks, idle_drift=moves_idle_tasks(config))
+        return optax.chain(optax.clip_by_global_norm(config.clip), tasks, scale), schedule
+    if config.name == "bert_n_pals":
+        # The original's optimiser to the letter. Its schedule is inside `per_task`: every tensor
+        # counts its own steps, from its first gradient on.
+        adam = scale_by_uncorrected_adam(config.b1, config.b2, config.eps)
+        inner = optax.chain(clip_by_tensor_norm(config.clip), adam, decay, scale)
+        return per_task(inner, num_tasks, idle_drift=moves_idle_tasks(config)), schedule
+    raise UserError(f"unknown optimizer.name {config.name!r}; known are adamw, bert_n_pals.")

@@ -1,0 +1,149 @@
+"""The workdir of a run: what is saved there, how it is loaded, and what is refused.
+
+A workdir holds experiment.json and tokenizer/ (this module), checkpoints/ and best/
+(`experiment.checkpoint`), metrics.jsonl and tensorboard/ (`training.metric_writer`).
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from flax.traverse_util import flatten_dict
+from transformers import PreTrainedTokenizerFast
+
+from pals_jax.data.tasks import Task
+from pals_jax.data.tokenize import load_tokenizer
+from pals_jax.experiment import config as config_lib
+from pals_jax.experiment.experiment import Experiment
+from pals_jax.models.bert import BertConfig
+from pals_jax.runtime import storage
+from pals_jax.runtime.errors import UserError
+
+FILE = "experiment.json"
+_SIZES = "train_examples"
+_TOKENIZER = "tokenizer"
+# What may differ when a run goes on: where things lie and how it is computed, not what it is.
+_MAY_DIFFER = (
+    r"config\.(encoder|data\.dir|data\.cache_dir|eval_batch_size|checkpoint_every|packing|sweep"
+    r"|data\.own\.[^.]+\.(train|dev|test))$"
+)
+
+
+def refuse_another_experiment(experiment: Experiment, workdir: epath.Path) -> None:
+    """Refuses a workdir that holds another experiment.
+
+    Raises:
+        UserError: there is one, and it names the keys that differ; or there is no such bucket.
+    """
+    storage.check(workdir)
+    path = workdir / FILE
+    if not path.exists():
+        return
+    saved, mine = (
+        flatten_dict(_to_json(x), keep_empty_nodes=True, sep=".")
+        for x in (load(workdir), experiment)
+    )
+    differing = sorted(
+        key
+        for key in saved.keys() | mine.keys()
+        if saved.get(key) != mine.get(key) and not re.match(_MAY_DIFFER, key)
+    )
+    if differing:
+        raise UserError(
+            f"{workdir} belongs to another experiment, which differs in"
+            f" {', '.join(differing)}; use another workdir, or the same configuration."
+        )
+
+
+def refuse_other_sizes(experiment: Experiment, workdir: epath.Path, sizes: Sequence[int]) -> None:
+    """Refuses other numbers of training examples than the run in the workdir began with.
+
+    Raises:
+        UserError: with others its draws would be those of another run.
+    """
+    path = workdir / FILE
+    with storage.reported(workdir):
+        saved = json.loads(path.read_text()).get(_SIZES) if path.exists() else None
+    for task, size, before in zip(experiment.trained, sizes, saved or sizes, strict=True):
+        if size != before:
+            raise UserError(
+                f"the run in {workdir} began with {before} training examples of {task.name},"
+                f" and there are {size} now; use another workdir, or the data it began with."
+            )
+
+
+def refuse_vanished(workdir: epath.Path) -> None:
+    """Refuses a workdir that is no longer there, or is not the one that host 0 writes.
+
+    Raises:
+        UserError: it is not.
+    """
+    with storage.reported(workdir):
+        there = (workdir / FILE).is_file()
+    if not there:
+        raise UserError(
+            f"{workdir} has vanished, or this host does not see what host 0 writes there; bring"
+            " it back, or name one that all hosts see, and run the same command again."
+        )
+
+
+def save(experiment: Experiment, workdir: epath.Path, sizes: Sequence[int] = ()) -> None:
+    """Writes experiment.json to the workdir, which is made if need be.
+
+    Args:
+        experiment: what the run is about.
+        workdir: see `storage.workdir`.
+        sizes: the numbers of training examples of the trained tasks, if there is training.
+    """
+    saved = _to_json(experiment) | ({_SIZES: list(sizes)} if sizes else {})
+    with storage.reported(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        storage.write_text(workdir / FILE, json.dumps(saved, indent=1))
+
+
+def load(workdir: epath.Path) -> Experiment:
+    """The experiment of a workdir; keys that were not known then have their defaults.
+
+    Raises:
+        UserError: none is there, or its file is damaged, or its bucket does not answer.
+    """
+    storage.check(workdir)
+    path = workdir / FILE
+    with storage.reported(path):
+        text = path.read_text() if path.exists() else None
+    if text is None:
+        raise UserError(f"{workdir} is not the workdir of a run: it has no {FILE}.")
+    try:
+        saved = json.loads(text)
+        config = config_lib.from_json(saved["config"])
+        tasks = tuple(Task.from_json(task) for task in saved["tasks"])
+        return Experiment(config, tasks, BertConfig(**saved["architecture"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}).") from error
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, workdir: epath.Path) -> None:
+    """Writes the tokenizer of a run to where `saved_tokenizer` reads it."""
+    with storage.Staged(workdir / _TOKENIZER) as folder:
+        tokenizer.save_pretrained(folder.path)
+
+
+def saved_tokenizer(workdir: epath.Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a run.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    with storage.fetched(workdir / _TOKENIZER) as folder:
+        return load_tokenizer(folder)
+
+
+def _to_json(experiment: Experiment) -> dict[str, Any]:
+    return {
+        "config": config_lib.to_json(experiment.config),
+        "tasks": json.loads(json.dumps([dataclasses.asdict(task) for task in experiment.tasks])),
+        "architecture": dataclasses.asdict(experiment.architecture),
+    }

@@ -1,0 +1,69 @@
+"""What a run loses without the adapters of a span of layers (Houlsby et al. 2019, figure 6)."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from etils import epath
+from matplotlib.figure import Figure
+
+from pals_jax.inference.run import Run
+from pals_jax.models.adapters.spec import Adapter
+from pals_jax.runtime import storage
+from pals_jax.runtime.console import progress
+from pals_jax.runtime.errors import UserError
+
+
+def ablate(run: Run) -> dict[str, np.ndarray]:
+    """For each task, the change of its score where a span of layers goes without adapters.
+
+    Nothing is trained anew, and one compiled step evaluates all spans.
+
+    Returns:
+        {task: float [N, N]}; at [first, last] the score without the adapters of these layers and
+        those between, less the score with all of them; NaN where last < first.
+
+    Raises:
+        UserError: the run's layers carry no adapters.
+    """
+    experiment, depth = run.experiment, run.experiment.architecture.num_hidden_layers
+    carriers = [spec for spec in experiment.model().method if isinstance(spec, Adapter)]
+    if not any(adapter.layer_indices(depth) for adapter in carriers):
+        raise UserError(f"the layers of {experiment.config.method} carry no adapters to take away.")
+    splits = {t.name: experiment.read_eval(t, run.tokenizer) for t in experiment.tasks}
+
+    def scores(active: np.ndarray) -> dict[str, float]:
+        results = run.evaluator.evaluate(run.variables, splits, active)
+        return {t.name: run.evaluator.score({t.name: results[t.name]}) for t in experiment.tasks}
+
+    whole = scores(np.ones(depth, bool))
+    changes = {name: np.full((depth, depth), np.nan) for name in whole}
+    spans = [(first, last) for first in range(depth) for last in range(first, depth)]
+    with progress(len(spans), 0, "span") as bar:
+        for first, last in spans:
+            layers = np.arange(depth)
+            without = scores((layers < first) | (layers > last))
+            for name, change in changes.items():
+                change[first, last] = without[name] - whole[name]
+            bar.update()
+    return changes
+
+
+def to_json(changes: Mapping[str, np.ndarray]) -> dict[str, list[list[float | None]]]:
+    """The same with None for NaN, which JSON has not."""
+    return {
+        name: [[None if np.isnan(x) else float(x) for x in row] for row in change]
+        for name, change in changes.items()
+    }
+
+
+def plot(changes: Mapping[str, np.ndarray], path: epath.Path) -> None:
+    """One heat map for each task."""
+    figure = Figure(figsize=(4 * len(changes), 4), layout="constrained")
+    panels = figure.subplots(1, len(changes), squeeze=False)[0]
+    for axes, (name, change) in zip(panels, changes.items(), strict=True):
+        largest = max(np.nanmax(np.abs(change)), 1e-9)
+        image = axes.imshow(100 * change, cmap="RdBu", vmin=-100 * largest, vmax=100 * largest)
+        axes.set(title=name, xlabel="last layer without adapters", ylabel="first layer")
+        figure.colorbar(image, ax=axes, label="change of the score x 100", shrink=0.8)
+    with storage.reported(path), path.open("wb") as file:
+        figure.savefig(file)

@@ -1,0 +1,137 @@
+"""Evaluation: every task, the whole of each dev set, the papers' metrics."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from pals_jax.data import metrics
+from pals_jax.data.tasks import Task
+from pals_jax.data.tokenize import TokenizedSplit
+from pals_jax.experiment.experiment import Experiment
+from pals_jax.inference.steps import make_eval_step, make_every_task_step
+from pals_jax.runtime.errors import Diverged
+from pals_jax.runtime.parallel import DataParallel
+
+Results = dict[str, dict[str, dict[str, float]]]  # task -> split -> metric
+Splits = Mapping[str, Mapping[str, TokenizedSplit]]  # task -> split
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """The compiled evaluation step of an experiment, and what is built on it.
+
+    Attributes:
+        experiment: what is evaluated.
+        parallel: the devices, over all of which every batch is divided. Each host has the results
+            of all examples.
+    """
+
+    experiment: Experiment
+    parallel: DataParallel
+
+    @functools.cached_property
+    def eval_step(self) -> Callable[..., jax.Array]:
+        """`step.make_eval_step`, compiled once, or for each length that is padded to."""
+        step = make_eval_step(self.experiment.model(), self.parallel.axis_name)
+        return self.parallel.compile(step)
+
+    def logits(
+        self,
+        variables: Any,
+        task: Task,
+        split: TokenizedSplit,
+        active: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Logits float32 [examples, C_task] of every example, in the split's order.
+
+        With `active`, bool [N], only the layers where it is True have their adapters.
+        """
+        task_id = self.experiment.tasks.index(task)
+        out = np.empty((len(split), task.num_outputs), np.float32)
+        for batch, examples in self.experiment.eval_batches(split, task_id, self.parallel.shards):
+            logits = np.asarray(self.eval_step((variables, active), batch))
+            out[examples[examples >= 0]] = logits[examples >= 0, : task.num_outputs]
+        return _finite(task, out)
+
+    def every_task(
+        self, variables: Any, tasks: Sequence[Task], split: TokenizedSplit
+    ) -> list[np.ndarray]:
+        """For each of `tasks` its logits of every example, as `logits` has them.
+
+        For several tasks what lies below their first adapters is computed once.
+        """
+        if len(tasks) == 1:
+            return [self.logits(variables, tasks[0], split)]
+        model = self.experiment.model()
+        step = self.parallel.compile(make_every_task_step(model, self.parallel.axis_name))
+        out = np.empty((len(model.num_outputs), len(split), max(model.num_outputs)), np.float32)
+        for batch, examples in self.experiment.eval_batches(split, 0, self.parallel.shards):
+            logits = np.asarray(step(variables, batch))
+            out[:, examples[examples >= 0]] = logits[:, examples >= 0]
+        ids = [self.experiment.tasks.index(task) for task in tasks]
+        pairs = zip(ids, tasks, strict=True)
+        return [_finite(task, out[i, :, : task.num_outputs]) for i, task in pairs]
+
+    def evaluate(self, variables: Any, splits: Splits, active: np.ndarray | None = None) -> Results:
+        """The metrics of every task of `splits` on each split, over the whole split at once."""
+        return {
+            task.name: {
+                name: metrics.compute(
+                    task.metrics,
+                    decide(task, self.logits(variables, task, split, active)),
+                    split.targets,
+                )
+                for name, split in splits[task.name].items()
+            }
+            for task in self.experiment.tasks
+            if task.name in splits
+        }
+
+    def score(self, results: Results) -> float:
+        """What the best checkpoint is chosen by: see `metrics.selection_score`."""
+        named = {t.name: t.metrics for t in self.experiment.tasks if t.name in results}
+        return metrics.selection_score(named, results)
+
+
+def _finite(task: Task, logits: np.ndarray) -> np.ndarray:
+    """The logits; Diverged if they are not numbers."""
+    if not np.isfinite(logits).all():
+        raise Diverged(
+            f"task {task.name}: the model's outputs are not finite; the training has diverged,"
+            " lower optimizer.learning_rate."
+        )
+    return logits
+
+
+def decide(task: Task, logits: np.ndarray) -> np.ndarray:
+    """The predictions [N]: class ids, or regression values clipped to [0, 1]."""
+    return np.clip(logits[:, 0], 0.0, 1.0) if task.is_regression else logits.argmax(-1)
+
+
+def results_table(
+    tasks: Sequence[Task], results: Results, baselines: Results | None = None
+) -> Table:
+    """Results for a person, x 100, beside those of the majority baseline where they are given."""
+    rows = Table(title="dev scores (x 100)", title_justify="left")
+    for name in ("task", "split", "metric"):
+        rows.add_column(name)
+    rows.add_column("score", justify="right")
+    if baselines:
+        rows.add_column("majority", justify="right")
+    for task in tasks:
+        for split, scores in results[task.name].items():
+            for metric, score in scores.items():
+                cells = [task.name, split, metric, f"{100 * score:.1f}"]
+                if baselines:
+                    cells.append(f"{100 * baselines[task.name][split][metric]:.1f}")
+                rows.add_row(*cells)
+    average = metrics.pals_average(results)
+    if average is not None:
+        rows.add_section()
+        rows.add_row("average of nine", "", "as in BERT and PALs", f"{average:.1f}")
+    return rows

@@ -1,0 +1,145 @@
+"""Tasks out of a run, into other codes or one file each; and task files back onto a base."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from pals_jax import convert
+from pals_jax.convert import huggingface, task_file
+from pals_jax.convert.task_file import Base
+from pals_jax.data.tokenize import load_tokenizer
+from pals_jax.experiment import config as config_lib
+from pals_jax.experiment import workdir as workdir_lib
+from pals_jax.experiment.checkpoint import Checkpoints
+from pals_jax.experiment.experiment import Experiment
+from pals_jax.experiment.workdir import FILE
+from pals_jax.inference.run import Run
+from pals_jax.models.adapters import parse
+from pals_jax.models.merge import flat_prefixes
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime import storage
+from pals_jax.runtime.console import say
+from pals_jax.runtime.errors import UserError
+from pals_jax.runtime.parallel import DataParallel
+
+
+def export(run: Run, name: str, to: str, out: Path) -> None:
+    """Writes one task of a run in the format `to`, a key of `FORMATS`.
+
+    Raises:
+        UserError: no such task or format, something is in the way, or the format has no place for
+            the run's method.
+    """
+    task = run.task(name)
+    if to not in FORMATS:
+        raise UserError(f"there is no format {to!r}; formats are {', '.join(FORMATS)}.")
+    if out.exists():
+        raise UserError(f"{out} exists; choose another place to write to.")
+    FORMATS[to](run, run.experiment.tasks.index(task), out)
+    say(f"wrote {name} to {out}")
+
+
+def _task_file(run: Run, task: int, out: Path) -> None:
+    experiment = run.experiment
+    base = Base(experiment.architecture, run.variables["params"], run.tokenizer)
+    _, adapters = flat_prefixes(experiment.model().method, run.variables["adapters"])
+    task_file.save(
+        out,
+        base,
+        experiment.tasks[task],
+        parse.flat(experiment.config.method),
+        experiment.config.data.max_length,
+        adapters,
+        task,
+    )
+
+
+def _huggingface(run: Run, task: int, out: Path) -> None:
+    """With LoRA and the like merged; says by how much that moves a logit."""
+    model, labels = run.experiment.model(), run.experiment.tasks[task].labels
+    written = convert.to_sequence_classification(model, run.variables, task, out, labels or None)
+    run.tokenizer.save_pretrained(out)
+    change = largest_logit_change(model, run.variables, task, *written)
+    say(f"merging changes no logit by more than {change:.1e} (on 8 random texts)")
+
+
+def _adapterhub(run: Run, task: int, out: Path) -> None:
+    convert.to_adapterhub(run.experiment.model(), run.variables, task, out)
+
+
+def _peft(run: Run, task: int, out: Path) -> None:
+    convert.to_peft(run.experiment.model(), run.variables, task, out)
+
+
+FORMATS: Mapping[str, Callable[[Run, int, Path], None]] = {
+    "task": _task_file,
+    "huggingface": _huggingface,
+    "adapterhub": _adapterhub,
+    "peft": _peft,
+}
+
+
+def largest_logit_change(
+    model: MultiTaskModel, variables: Any, task: int, alone: MultiTaskModel, own: Any
+) -> float:
+    """By how much a task's logits differ, at most, between a model and that of the task alone.
+
+    Args:
+        model: of T tasks.
+        variables: its variables.
+        task: the index of the task.
+        alone: the model of the task (T = 1), as `merged` makes it.
+        own: its variables.
+
+    Returns:
+        The largest difference on 8 random token rows.
+    """
+    length = min(32, model.config.max_length)
+    ids = np.random.default_rng(0).integers(
+        model.config.pad_token_id + 1, model.config.vocab_size, (8, length), dtype=np.int32
+    )
+    arrays = ids, np.zeros_like(ids), np.ones_like(ids)
+    before = jax.jit(model.apply)(variables, *arrays, task)[:, : model.num_outputs[task]]
+    return float(jnp.abs(jax.jit(alone.apply)(own, *arrays, 0) - before).max())
+
+
+def assemble(base: str, files: Sequence[Path], workdir: epath.Path) -> None:
+    """Makes a run, to predict with, of task files on the base that they were trained on.
+
+    Args:
+        base: the workdir of a run, or an encoder (see `huggingface.resolve`).
+        files: task files of one method.
+        workdir: of the new run; must not hold one.
+
+    Raises:
+        UserError: a file that does not fit the base or the others.
+    """
+    if (workdir / FILE).exists():
+        raise UserError(f"{workdir} holds a run already; choose another workdir.")
+    found = _base(base)
+    loaded = task_file.load(files, found)
+    config = config_lib.default()
+    config.encoder, config.method = base, loaded.method
+    config.tasks = tuple(task.name for task in loaded.tasks)
+    config.data.max_length = loaded.max_length
+    workdir_lib.save(Experiment(config, loaded.tasks, found.architecture), workdir)
+    workdir_lib.save_tokenizer(found.tokenizer, workdir)
+    parallel = DataParallel.over()
+    with Checkpoints(workdir, parallel) as checkpoints:
+        checkpoints.save_best(0, parallel.put(loaded.variables), score=0.0)
+    say(f"{workdir} answers {', '.join(config.tasks)}")
+
+
+def _base(name: str) -> Base:
+    workdir = epath.Path(name)
+    if storage.in_bucket(workdir) or (workdir / FILE).exists():
+        run = Run.load(workdir)
+        return Base(run.experiment.architecture, run.variables["params"], run.tokenizer)
+    path = huggingface.resolve(name)
+    model, variables = huggingface.from_huggingface(path)
+    return Base(model.config, variables["params"], load_tokenizer(path))

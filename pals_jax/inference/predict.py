@@ -1,0 +1,155 @@
+"""Predictions of a run: for texts of yours, or for the test sets of GLUE's server."""
+
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import scipy.special
+
+from pals_jax.data.examples import Examples
+from pals_jax.data.readers import Row, read_rows
+from pals_jax.data.tasks import GLUE, Task
+from pals_jax.data.tokenize import TokenizedSplit, encode
+from pals_jax.inference import submission
+from pals_jax.inference.evaluator import decide
+from pals_jax.inference.run import Run
+from pals_jax.runtime.console import say
+from pals_jax.runtime.errors import UserError
+
+Texts = list[tuple[str, ...]]
+
+
+def read_texts(tasks: Sequence[Task], path: Path | None) -> tuple[list[Task], Texts]:
+    """The texts of a TSV, CSV or JSONL file, or of stdin, and which of the tasks they are for.
+
+    A file, or a JSON object on a line of stdin, has the columns of the task. Any other line of
+    stdin is one example: its texts in the task's order, separated by a tab. Of several tasks, those
+    that the first example fits are meant.
+
+    Raises:
+        UserError: a file or a line that cannot be read so, or fits no task, or fits several that
+            would read other columns of it.
+    """
+    if path is not None:
+        rows = list(read_rows(path))
+        fitting = _fitting(tasks, rows[0])
+        return fitting, [tuple(row.text(name) for name in fitting[0].text) for row in rows]
+    if isinstance(sys.stdin, io.TextIOWrapper):  # so that a line that is not UTF-8 can be named
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    lines = {n: _line(n, line) for n, line in enumerate(sys.stdin, 1) if line.strip()}
+    if not lines:
+        raise UserError("stdin has no examples.")
+    fitting = _fitting(tasks, next(iter(lines.values())))
+    return fitting, [_texts(fitting[0], number, line) for number, line in lines.items()]
+
+
+def _line(number: int, line: str) -> Row | list[str]:
+    """A line of stdin: a JSON object, or its fields."""
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"stdin, line {number}: not valid UTF-8.") from error
+    if not line.lstrip().startswith("{"):
+        return line.rstrip("\r\n").split("\t")
+    try:
+        return Row(Path("stdin"), number, json.loads(line))
+    except ValueError as error:
+        raise UserError(f"stdin, line {number}: not valid JSON ({error}).") from error
+
+
+def _texts(task: Task, number: int, line: Row | list[str]) -> tuple[str, ...]:
+    if isinstance(line, Row):
+        return tuple(line.text(name) for name in task.text)
+    if len(line) != len(task.text):
+        raise UserError(
+            f"stdin, line {number}: {len(line)} fields; task {task.name} needs"
+            f" {len(task.text)}, separated by a tab: {', '.join(task.text)}."
+        )
+    return tuple(line)
+
+
+def _fitting(tasks: Sequence[Task], first: Row | list[str]) -> list[Task]:
+    """The tasks that an example is for; a single one is told by its texts what they lack."""
+    if len(tasks) == 1:
+        return list(tasks)
+    if isinstance(first, Row):
+        fitting = [task for task in tasks if set(task.text) <= first.values.keys()]
+        if len({task.text for task in fitting}) > 1:
+            columns = " or ".join(dict.fromkeys(", ".join(task.text) for task in fitting))
+            raise UserError(f"the input has columns of several kinds of tasks ({columns}).")
+    else:
+        fitting = [task for task in tasks if len(task.text) == len(first)]
+    if not fitting:
+        needed = "; ".join(f"{task.name}: {', '.join(task.text)}" for task in tasks)
+        raise UserError(f"the first example fits no task of the run; they need {needed}.")
+    return fitting
+
+
+def predict(run: Run, tasks: Sequence[Task], texts: Texts) -> Iterator[dict[str, Any]]:
+    """For each example its columns, and of each task the prediction and each label's probability.
+
+    Of a single task these are "prediction" and "p(LABEL)"; of several their names come before.
+    """
+    answers = run.evaluator.every_task(run.variables, tasks, _encode(run, texts))
+    decisions = [decide(task, logits) for task, logits in zip(tasks, answers, strict=True)]
+    shares = [scipy.special.softmax(logits, axis=-1) for logits in answers]
+    for i, text in enumerate(texts):
+        record: dict[str, Any] = dict(zip(tasks[0].text, text, strict=True))
+        for task, decision, share in zip(tasks, decisions, shares, strict=True):
+            before = f"{task.name}: " if len(tasks) > 1 else ""
+            record[f"{before}prediction"] = task.target_to_label(decision[i])
+            if not task.is_regression:
+                names = (f"{before}p({name})" for name in task.labels)
+                record |= dict(zip(names, share[i].tolist(), strict=True))
+        yield record
+
+
+def _encode(run: Run, texts: Texts) -> TokenizedSplit:
+    return encode(Examples(texts, None), run.tokenizer, run.experiment.config.data.max_length)
+
+
+def write_records(records: Iterable[Mapping[str, Any]], as_json: bool, out: Any) -> None:
+    """JSON lines, or a TSV with a header."""
+    for index, record in enumerate(records):
+        if as_json:
+            print(json.dumps(record), file=out)
+            continue
+        if index == 0:
+            print("\t".join(record), file=out)
+        cells = (f"{x:.4f}" if isinstance(x, float) else x for x in record.values())
+        # A CSV or JSON text may hold what separates the fields and rows of a TSV.
+        print("\t".join(" ".join(cell.split()) for cell in cells), file=out)
+
+
+def write_submission(run: Run, directory: Path, fill_missing: bool) -> Path:
+    """Predicts every GLUE test set that the run's tasks answer, and writes the server's files.
+
+    Returns:
+        The zip.
+
+    Raises:
+        UserError: the submission would be incomplete, or test data are missing.
+    """
+    predictions = {}
+    for task in (*run.experiment.tasks, *_diagnostics(run)):
+        if task.name not in GLUE:
+            continue
+        for split in task.test_splits:
+            examples = run.experiment.source(task).read(task, split)
+            head, tokens = run.task(task.head or task.name), _encode(run, examples.texts)
+            decisions = decide(task, run.evaluator.logits(run.variables, head, tokens))
+            labels = [task.target_to_label(decision) for decision in decisions]
+            predictions[task.name, split] = submission.Predictions(examples.ids, labels)
+    path = submission.write(predictions, directory, fill_missing=fill_missing)
+    for name, answer in submission.defaults(predictions).items():
+        say(f"{name} has no predictions of this run; every row of it answers {answer}")
+    return path
+
+
+def _diagnostics(run: Run) -> Iterator[Task]:
+    """Test sets that have no training data of their own: another task's head answers them."""
+    names = {task.name for task in run.experiment.tasks}
+    return (task for task in GLUE.values() if task.head in names)

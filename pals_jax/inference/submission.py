@@ -1,0 +1,208 @@
+"""What GLUE's server takes: one TSV for each of its eleven test sets, in one zip, all of them."""
+
+import collections
+import dataclasses
+import math
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pals_jax.data.tasks import GLUE, Task
+from pals_jax.runtime.errors import UserError
+
+ZIP = "submission.zip"
+_HEADER = "index\tprediction"
+_LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the same files make the same zip, byte for byte
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """The answers for one test set.
+
+    Attributes:
+        ids: int [N], the index of each example.
+        labels: N class names, or numbers for regression.
+    """
+
+    ids: np.ndarray
+    labels: Sequence[str | float]
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A file that the server expects: its test set and the number of its rows."""
+
+    task: str
+    split: str
+    rows: int
+
+
+_FILES = {
+    "CoLA.tsv": _File("cola", "test", 1063),
+    "SST-2.tsv": _File("sst2", "test", 1821),
+    "MRPC.tsv": _File("mrpc", "test", 1725),
+    "STS-B.tsv": _File("stsb", "test", 1379),
+    "QQP.tsv": _File("qqp", "test", 390_965),
+    "MNLI-m.tsv": _File("mnli", "test_matched", 9796),
+    "MNLI-mm.tsv": _File("mnli", "test_mismatched", 9847),
+    "QNLI.tsv": _File("qnli", "test", 5463),
+    "RTE.tsv": _File("rte", "test", 3000),
+    "WNLI.tsv": _File("wnli", "test", 146),
+    "AX.tsv": _File("ax", "test", 1104),
+}
+
+
+def defaults(predictions: Mapping[tuple[str, str], Predictions]) -> dict[str, str]:
+    """The files without predictions, each with the one answer that `fill_missing` gives.
+
+    That is the first label of the task in `GLUE`: "0" for CoLA, SST-2, MRPC, QQP and WNLI,
+    "entailment" for MNLI, AX, QNLI and RTE; and "0.000" for STS-B.
+    """
+    return {
+        name: _format(GLUE[file.task], (GLUE[file.task].labels or (0.0,))[0])
+        for name, file in _FILES.items()
+        if (file.task, file.split) not in predictions
+    }
+
+
+def write(
+    predictions: Mapping[tuple[str, str], Predictions],
+    directory: Path,
+    *,
+    fill_missing: bool = False,
+) -> Path:
+    """Writes the TSVs and their zip into a directory, all of them or none.
+
+    STS-B is clipped to [0, 5] and written with three decimals.
+
+    Args:
+        predictions: by task and split, as named in `GLUE`; others are not among the server's.
+        directory: made if it does not exist.
+        fill_missing: answer the test sets without predictions with a constant, given by `defaults`,
+            as is usual for WNLI. Their scores then say nothing.
+
+    Returns:
+        The zip.
+
+    Raises:
+        UserError: the server would refuse it (everything that is wrong is listed), or the directory
+            cannot be written.
+    """
+    files = {
+        name: _tsv(GLUE[file.task], predictions[file.task, file.split])
+        for name, file in _FILES.items()
+        if (file.task, file.split) in predictions
+    }
+    if fill_missing:
+        for name, answer in defaults(predictions).items():
+            rows = range(_FILES[name].rows)
+            files[name] = "\n".join([_HEADER, *(f"{row}\t{answer}" for row in rows), ""])
+    _refuse(directory / ZIP, list(_problems(files)))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory) as part:
+            _write_all(files, Path(part))
+            for name in (*files, ZIP):  # the zip last: it says that all is there
+                os.replace(Path(part) / name, directory / name)
+    except OSError as error:
+        raise UserError(f"cannot write the submission to {directory}: {error.strerror}.") from error
+    return directory / ZIP
+
+
+def check(path: Path) -> None:
+    """Sees that the server will take a zip.
+
+    Raises:
+        UserError: it will not, or this is no zip; everything that is wrong is listed.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            files = {name: archive.read(name).decode() for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the submission {path}: {error}.") from error
+    _refuse(path, list(_problems(files)))
+
+
+def _format(task: Task, label: str | float) -> str:
+    if not task.is_regression:
+        return str(label)
+    return f"{float(np.clip(float(label), *(task.label_range or ()))):.3f}"
+
+
+def _tsv(task: Task, predictions: Predictions) -> str:
+    pairs = sorted(zip(predictions.ids.tolist(), predictions.labels, strict=True))
+    return "\n".join([_HEADER, *(f"{index}\t{_format(task, label)}" for index, label in pairs), ""])
+
+
+def _write_all(files: Mapping[str, str], directory: Path) -> None:
+    with zipfile.ZipFile(directory / ZIP, "w") as archive:
+        for name, text in files.items():
+            (directory / name).write_text(text, encoding="utf-8", newline="\n")
+            info = zipfile.ZipInfo(name, _LONG_AGO)
+            archive.writestr(info, text, compress_type=zipfile.ZIP_DEFLATED)
+
+
+def _refuse(path: Path, problems: Sequence[str]) -> None:
+    if problems:
+        raise UserError(f"{path} would be refused by GLUE's server: {'; '.join(problems)}.")
+
+
+def _problems(files: Mapping[str, str]) -> Iterator[str]:
+    """All that is wrong with the files, by name their text."""
+    if missing := [name for name in _FILES if name not in files]:
+        yield f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+    for name, text in files.items():
+        if name not in _FILES:
+            yield f"{name} is none of its files"
+            continue
+        header, *lines = text.splitlines() or [""]
+        if header != _HEADER:
+            yield f"{name} has the header {header!r} rather than {_HEADER!r}"
+        rows = [line.split("\t") for line in lines]
+        if ragged := [number for number, row in enumerate(rows, 2) if len(row) != 2]:
+            yield f"{name} has not two columns in {len(ragged)} rows, the first in line {ragged[0]}"
+            continue
+        yield from _index_problems(name, [row[0] for row in rows])
+        yield from _label_problems(name, rows)
+
+
+def _index_problems(name: str, found: Sequence[str]) -> Iterator[str]:
+    expected = [str(row) for row in range(_FILES[name].rows)]
+    if len(found) != len(expected):
+        yield f"{name} has {len(found)} rows rather than {len(expected)}"
+    counts = collections.Counter(found)
+    known = set(expected)
+    for what, wrong in (
+        ("lacks", [index for index in expected if index not in counts]),
+        ("repeats", [index for index, count in counts.items() if count > 1]),
+        ("has the unknown", [index for index in counts if index not in known]),
+    ):
+        if wrong:
+            plural = "index" if len(wrong) == 1 else "indices"
+            yield f"{name} {what} {plural} {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}"
+
+
+def _label_problems(name: str, rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    task = GLUE[_FILES[name].task]
+    wrong = [(index, label) for index, label in rows if not _is_label(task, label)]
+    if wrong:
+        index, label = wrong[0]
+        expected = ", ".join(task.labels) or "a number from 0 to 5"
+        yield (
+            f"{name} has {len(wrong)} of its predictions not among {expected}, the first of them"
+            f" {label!r} at index {index}"
+        )
+
+
+def _is_label(task: Task, label: str) -> bool:
+    if not task.is_regression:
+        return label in task.labels
+    low, high = task.label_range or (-math.inf, math.inf)
+    try:
+        return low <= float(label) <= high
+    except ValueError:
+        return False

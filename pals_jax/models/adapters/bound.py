@@ -1,0 +1,148 @@
+"""A method bound to the parameters of one task, as the encoder asks for it.
+
+Dimension letters: see `pals_jax.models.layers`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from pals_jax.models.adapters.forms import Context, Theta
+from pals_jax.models.adapters.spec import _OUTSIDE, Adapter, Method, Owned
+from pals_jax.models.bert import BertConfig, Sites
+from pals_jax.models.segments import Rows
+
+
+def select(collection: Theta, task_ids: Array) -> Theta:
+    """The rows [G, ...] of the tasks `task_ids` (int [G]) from leaves [T, ...].
+
+    A task id out of range gives NaN where it could not be refused before (under a trace): it must
+    not pass for another task.
+    """
+
+    def rows(x: Array) -> Array:
+        return x.at[task_ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+    return jax.tree.map(rows, collection)
+
+
+def overlay(tree: Theta, patch: Theta) -> Theta:
+    """`tree` with the leaves of `patch` in place of its own."""
+    return unflatten_dict(flatten_dict(tree) | flatten_dict(patch))
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskAdapters:
+    """A method with the parameters of one task, as the encoder asks for it.
+
+    Attributes:
+        method: its adapters in the order in which they are applied, and what is owned.
+        thetas: {name: its part of the `adapters` collection} without the task axis.
+        config: the encoder's.
+        active: bool [N]; where False, a layer goes without its adapters. None: all are active.
+    """
+
+    method: Method
+    thetas: Mapping[str, Theta]
+    config: BertConfig
+    active: Array | None = None
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The method's adapters."""
+        return tuple(spec for spec in self.method if isinstance(spec, Adapter))
+
+    @property
+    def owned(self) -> tuple[Owned, ...]:
+        """The method's copies."""
+        return tuple(spec for spec in self.method if isinstance(spec, Owned))
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the runs of consecutive layers that carry the same."""
+        depth = self.config.num_hidden_layers
+        carried = [
+            tuple(spec.name for spec in self.method if layer in spec.layer_indices(depth))
+            for layer in range(depth)
+        ]
+        start = 0
+        for stop in range(1, depth + 1):
+            if stop == depth or carried[stop] != carried[start]:
+                yield start, stop
+                start = stop
+
+    def layers(self, start: int, stop: int) -> dict[str, Theta]:
+        """Per-layer parameters [stop - start, ...] of the adapters that the span carries."""
+        return {
+            a.name: jax.tree.map(
+                partial(self._span, a, start, stop), self.thetas[a.name].get("layers", {})
+            )
+            for a in self.adapters
+            if start in a.layer_indices(self.config.num_hidden_layers)
+        }
+
+    def own_layers(self, layers: Theta, start: int, stop: int) -> Theta:
+        """`layers`, parameters [stop - start, ...] of the span, with the task's own in place."""
+        for owned in self.owned:
+            mine = self.thetas[owned.name].get("layers")
+            if mine and start in owned.layer_indices(self.config.num_hidden_layers):
+                mine = jax.tree.map(partial(self._span, owned, start, stop), mine)
+                layers = overlay(layers, mine)
+        return layers
+
+    def own_outside(self, encoder: Theta) -> Theta:
+        """`encoder`, all its parameters, with the task's own in place, but for the layers'."""
+        for owned in self.owned:
+            mine = {k: v for k, v in self.thetas[owned.name].items() if k != "layers"}
+            encoder = overlay(encoder, mine)
+        return encoder
+
+    def _span(self, spec: Adapter | Owned, start: int, stop: int, x: Array) -> Array:
+        first = spec.layer_indices(self.config.num_hidden_layers).index(start)
+        return x[first : first + stop - start]
+
+    def sites(
+        self,
+        rows: Rows,
+        key: Array | None,
+        layer: Mapping[str, Theta] | None = None,
+        active: Array | None = None,
+    ) -> Sites:
+        """The sites of one layer, or, without `layer`, those below and above all layers.
+
+        Args:
+            rows: who is where.
+            key: their dropout key, or None.
+            layer: that layer's slice of `layers`.
+            active: its scalar of `active`.
+        """
+        if layer is None:
+            layer = {a.name: {} for a in self.adapters if a.site in _OUTSIDE}
+
+        def at(
+            site: str,
+            state: Array,
+            block_input: Array,
+            *,
+            normalise: Any = None,
+            query: Array | None = None,
+            log_normaliser: Array | None = None,
+        ) -> Array:
+            for index, adapter in enumerate(self.adapters):
+                if adapter.site != site or adapter.name not in layer:
+                    continue
+                theta = {**self.thetas[adapter.name].get("shared", {}), **layer[adapter.name]}
+                own_key = None if key is None else jax.random.fold_in(key, index)
+                context = Context(self.config, rows, own_key, query, log_normaliser)
+                x = block_input if adapter.reads == "block_input" else state
+                x = normalise(x) if adapter.reads == "normalised" else x
+                changed = adapter.change(theta, state, x, context)
+                state = changed if active is None else jnp.where(active, changed, state)
+            return state
+
+        return at

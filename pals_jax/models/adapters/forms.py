@@ -1,0 +1,354 @@
+"""The forms of an adapter: small functions of a hidden state, with parameters that a task owns.
+
+A form says which parameters it has at one place of the encoder, and computes from them the change
+that `pals_jax.models.adapters.spec` composes with the state. It knows neither the encoder nor the
+task: all rows that reach it belong to one task, whose parameters `theta` are already selected.
+
+Dimension letters: see `pals_jax.models.layers`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pals_jax.models.bert import BertConfig
+from pals_jax.models.layers import (
+    ACTIVATIONS,
+    dot_product_attention,
+    dropout,
+    merge_heads,
+    split_heads,
+)
+from pals_jax.models.segments import Rows
+from pals_jax.runtime.errors import UserError
+
+Theta = Mapping[str, Any]
+Initializer = Callable[..., Array]
+
+_zeros, _ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
+BERT_INIT = jax.nn.initializers.normal(0.02)  # "new weights N(0, .02), biases 0"
+
+
+class Param(NamedTuple):
+    """Shape of one parameter for one task at one place, and its initialiser.
+
+    The initialiser is asked for all tasks and places at once, as leading axes of the shape.
+    """
+
+    shape: tuple[int, ...]
+    init: Initializer = BERT_INIT
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a form may know of its surroundings.
+
+    Attributes:
+        config: the encoder's.
+        rows: who is where in the rows.
+        dropout_key: key of this place in this step; None turns dropout off.
+        query: at "attention.heads" the queries [B, H, L, K].
+        log_normaliser: there, the logarithm of each softmax's denominator, [B, H, L].
+    """
+
+    config: BertConfig
+    rows: Rows
+    dropout_key: Array | None = None
+    query: Array | None = None
+    log_normaliser: Array | None = None
+
+
+class Form(Protocol):
+    """A function of a hidden state with parameters of its own."""
+
+    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+        """A tree of `Param`, for an input of `inputs` features and a state of `outputs`."""
+
+    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
+        """x: [B, L, inputs] -> [B, L, outputs], or what broadcasts to it, in the dtype of `x`."""
+
+
+def dense(
+    inputs: int, outputs: int, init: Initializer = BERT_INIT, bias: bool = True
+) -> dict[str, Param]:
+    """The parameters of one projection."""
+    kernel = {"kernel": Param((inputs, outputs), init)}
+    return kernel | ({"bias": Param((outputs,), _zeros)} if bias else {})
+
+
+def project(theta: Theta, x: Array) -> Array:
+    """x W + b, in the dtype of `x`; b may be absent."""
+    y = x @ theta["kernel"].astype(x.dtype)
+    if "bias" not in theta:
+        return y
+    return y + theta["bias"].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def layer_norm(theta: Theta, x: Array, epsilon: float = 1e-5) -> Array:
+    """Layer norm of the last axis, computed in float32."""
+    z = x.astype(jnp.float32)
+    z = z - z.mean(-1, keepdims=True)
+    z = z * jax.lax.rsqrt(jnp.square(z).mean(-1, keepdims=True) + epsilon)
+    lead = (1,) * (x.ndim - 1) + (-1,)
+    return (z * theta["scale"].reshape(lead) + theta["bias"].reshape(lead)).astype(x.dtype)
+
+
+# Kaiming-uniform with a = sqrt(5), as PyTorch initialises a projection [inputs, outputs].
+def _kaiming_uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    bound = shape[-2] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+# How the projections down and up of a bottleneck begin.
+INITS: Mapping[str, tuple[Initializer, Initializer]] = {
+    "bert": (BERT_INIT, BERT_INIT),
+    # The change begins at zero (LoRA; He et al., scaled parallel adapter).
+    "lora": (_kaiming_uniform, _zeros),
+    # Nearly the identity (Houlsby et al., code; their paper says 1e-2), cut at two deviations.
+    "near_identity": (jax.nn.initializers.truncated_normal(1e-3, lower=-2.0, upper=2.0),) * 2,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bottleneck:
+    """W_up act(W_down x): with activation "identity" a low-rank layer (V_D V_E h).
+
+    Attributes:
+        size: of the bottleneck.
+        activation: between the projections.
+        init: a key of `INITS`.
+        bias: whether the projections have biases.
+        norm: whether a layer norm of the task's own comes first (He et al., code).
+        dropout: of the input.
+    """
+
+    size: int
+    activation: str = "identity"
+    init: str = "bert"
+    bias: bool = True
+    norm: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_size(self.size)
+        _check_known("activation", self.activation, ACTIVATIONS)
+        _check_known("init", self.init, INITS)
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"an adapter's dropout is a share from 0 to 1, not {self.dropout!r}.")
+
+    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+        down, up = INITS[self.init]
+        norm = {"scale": Param((inputs,), _ones), "bias": Param((inputs,), _zeros)}
+        return ({"norm": norm} if self.norm else {}) | {
+            "down": dense(inputs, self.size, down, self.bias),
+            "up": dense(self.size, outputs, up, self.bias),
+        }
+
+    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
+        x = layer_norm(theta["norm"], x) if self.norm else x
+        x = dropout(x, self.dropout, context.dropout_key, context.rows.places)
+        return project(theta["up"], ACTIVATIONS[self.activation](project(theta["down"], x)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectedAttention:
+    """V_D MH(V_E h): multi-head attention in a small space (Stickland & Murray, section 3.3).
+
+    Its attention has no output projection, and an activation follows V_D, as in the authors' code.
+    """
+
+    size: int
+    heads: int
+    activation: str = "gelu"
+
+    def __post_init__(self) -> None:
+        check_size(self.size)
+        _check_known("activation", self.activation, ACTIVATIONS)
+        if type(self.heads) is not int or self.heads < 1 or self.size % self.heads:
+            raise UserError(
+                f"size {self.size} of the projected attention is not a multiple of its"
+                f" {self.heads!r} heads; choose a size that is, or another number of heads."
+            )
+
+    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+        attention = {name: dense(self.size, self.size) for name in ("query", "key", "value")}
+        return {"down": dense(inputs, self.size), **attention, "up": dense(self.size, outputs)}
+
+    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
+        z = project(theta["down"], x)
+        query, key, value = (
+            split_heads(project(theta[name], z), self.heads) for name in ("query", "key", "value")
+        )
+        heads, _ = dot_product_attention(
+            query,
+            key,
+            value,
+            context.rows,
+            dropout_rate=context.config.attention_probs_dropout_prob,
+            dropout_key=context.dropout_key,
+        )
+        return ACTIVATIONS[self.activation](project(theta["up"], merge_heads(heads)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectedFeedForward:
+    """V_D FFN(V_E h): one or two further projections (Stickland & Murray, section 3.3)."""
+
+    size: int
+    depth: int = 1
+    activation: str = "gelu"
+
+    def __post_init__(self) -> None:
+        check_size(self.size)
+        _check_known("activation", self.activation, ACTIVATIONS)
+        if self.depth not in (1, 2):
+            raise UserError(f"the projected feed-forward layers are 1 or 2, not {self.depth!r}.")
+
+    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+        between = {f"ffn_{i}": dense(self.size, self.size) for i in range(self.depth)}
+        return {"down": dense(inputs, self.size), **between, "up": dense(self.size, outputs)}
+
+    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
+        del context
+        z = ACTIVATIONS[self.activation](project(theta["ffn_0"], project(theta["down"], x)))
+        if self.depth == 2:
+            z = project(theta["ffn_1"], z)
+        return project(theta["up"], z)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """One factor for each feature of the state: l (IA3), or 2 sigmoid(w) (LHUC); 1 at first.
+
+    Weight decay draws w to where the factor is 1; l, which it would draw to 0, is a "scale" and
+    spared like those of layer norms.
+    """
+
+    sigmoid: bool = False
+
+    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+        del inputs
+        return {
+            "weight" if self.sigmoid else "scale": Param(
+                (outputs,), _zeros if self.sigmoid else _ones
+            )
+        }
+
+    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
+        scale = 2.0 * jax.nn.sigmoid(theta["weight"]) if self.sigmoid else theta["scale"]
+        return scale.astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Attention of the encoder's own heads to P learned keys and values (He et al., table 1).
+
+    Attributes:
+        length: P, often written l.
+        bottleneck: width of the network that re-parameterises keys and values (section 2.2); its
+            embedding and first projection may be shared by layers. 0 learns them directly.
+        activation: "softmax"; or "relu", which makes it the multi-head parallel adapter.
+    """
+
+    length: int
+    bottleneck: int = 0
+    activation: str = "softmax"
+
+    def __post_init__(self) -> None:
+        check_size(self.length)
+        check_size(self.bottleneck, least=0)
+        _check_known("activation", self.activation, ("softmax", "relu"))
+
+    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+        if not self.bottleneck:
+            return {name: Param((self.length, outputs)) for name in ("key", "value")}
+        return {
+            "embedding": Param((self.length, inputs)),
+            "down": dense(inputs, self.bottleneck),
+            "up": dense(self.bottleneck, 2 * outputs),  # keys, then values
+        }
+
+    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
+        scores, value = self._scores(theta, x, context)
+        softmax = self.activation == "softmax"
+        weights = jax.nn.softmax(scores, axis=-1) if softmax else jax.nn.relu(scores)
+        rate = context.config.attention_probs_dropout_prob
+        places = context.rows.places
+        weights = dropout(weights.astype(x.dtype), rate, context.dropout_key, places)
+        return merge_heads(jnp.einsum("bhqp,bhpk->bhqk", weights, value))
+
+    def gate(self, theta: Theta, x: Array, context: Context) -> Array:
+        """lambda(x) of He et al., equation 8: the prefix's share of a joint softmax, [B, L, D]."""
+        scores, value = self._scores(theta, x, context)
+        assert context.log_normaliser is not None  # which comes with the queries
+        share = jax.nn.sigmoid(jax.nn.logsumexp(scores, axis=-1) - context.log_normaliser)
+        share = jnp.broadcast_to(share[..., None], (*share.shape, value.shape[-1]))
+        return merge_heads(share).astype(x.dtype)
+
+    def _scores(self, theta: Theta, x: Array, context: Context) -> tuple[Array, Array]:
+        """Scores float32 [B, H, L, P], and values [1, H, P, K]."""
+        query = context.query
+        if query is None:
+            raise UserError("a prefix works at the site attention.heads only.")
+        if self.bottleneck:
+            z = jnp.tanh(project(theta["down"], theta["embedding"].astype(x.dtype)))
+            key, value = jnp.split(project(theta["up"], z), 2, axis=-1)
+        else:
+            key, value = (theta[name].astype(x.dtype) for name in ("key", "value"))
+        key, value = (split_heads(t[None], query.shape[1]) for t in (key, value))
+        scores = jnp.einsum("bhqk,ghpk->bhqp", query, key, preferred_element_type=jnp.float32)
+        return scores / jnp.sqrt(jnp.float32(query.shape[-1])), value
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """P learned positions beside those of each text (prompt tuning, Lester et al. 2021).
+
+    They join behind the embeddings' layer norm and are looked at, never pooled.
+    """
+
+    length: int
+
+    def __post_init__(self) -> None:
+        check_size(self.length)
+
+    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+        del inputs
+        return {"embedding": Param((self.length, outputs))}
+
+    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
+        examples = context.rows.first.shape[1]  # of a row, each of which sees its own alone
+        prompt = jnp.repeat(theta["embedding"].astype(x.dtype), examples, axis=0)[None]
+        return jnp.broadcast_to(prompt, (x.shape[0], *prompt.shape[1:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """act(W x + b): a linear layer and a non-linearity."""
+
+    activation: str
+
+    def __post_init__(self) -> None:
+        _check_known("activation", self.activation, ACTIVATIONS)
+
+    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+        return {"dense": dense(inputs, outputs)}
+
+    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
+        del context
+        return ACTIVATIONS[self.activation](project(theta["dense"], x))
+
+
+def check_size(size: int, least: int = 1) -> None:
+    """Refuses what is no whole number from `least`."""
+    if not isinstance(size, int) or isinstance(size, bool) or size < least:
+        raise UserError(f"an adapter's size must be a whole number from {least}, not {size!r}.")
+
+
+def _check_known(what: str, name: str, known: Any) -> None:
+    if not isinstance(name, str) or name not in known:
+        raise UserError(f"unknown {what} {name!r}; known are {', '.join(known)}.")

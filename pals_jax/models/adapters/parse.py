@@ -1,0 +1,75 @@
+"""Reading a method from an expression, such as `pals(size=204) + pooler()`."""
+
+import ast
+import inspect
+from collections.abc import Mapping
+
+from pals_jax.models.adapters.methods import METHODS
+from pals_jax.models.adapters.spec import Method
+from pals_jax.runtime.errors import UserError
+
+
+def parse_method(text: str) -> Method:
+    """The method that an expression such as `pals(size=204) + pooler()` names.
+
+    Raises:
+        UserError: not such an expression, an unknown method, an unknown or ill-typed option.
+    """
+    try:
+        terms = _terms(ast.parse(text.strip(), mode="eval").body)
+        calls = [_call(term) for term in terms]
+    except (SyntaxError, ValueError):
+        raise UserError(
+            f"cannot read the method {text!r}; write it as a name with options,"
+            ' for example pals(size=204, layers="final_half"), or several with + between.'
+        ) from None
+    method: Method = ()
+    for name, options in calls:
+        if name not in METHODS:
+            raise UserError(f"unknown method {name!r}; known are {', '.join(METHODS)}.")
+        _check_options(name, options)
+        method += METHODS[name](**options)
+    return method
+
+
+def flat(text: str) -> str:
+    """The same expression with prefixes that are learned directly; see `merge.flat_prefixes`."""
+    terms = []
+    for name, options in map(_call, _terms(ast.parse(text.strip(), mode="eval").body)):
+        changed = options | ({"bottleneck": 0} if name == "prefix_tuning" else {})
+        terms.append(f"{name}({', '.join(f'{k}={v!r}' for k, v in changed.items())})")
+    return " + ".join(terms)
+
+
+def _check_options(name: str, options: Mapping[str, object]) -> None:
+    """Refuses options that the method has not, and values that are of another kind than its own."""
+    known = inspect.signature(METHODS[name]).parameters
+    for option, value in options.items():
+        if option not in known:
+            has = ", ".join(known) or "none"
+            raise UserError(f"the method {name} has no option {option!r}; its options are {has}.")
+        default, annotation = known[option].default, str(known[option].annotation)
+        number = isinstance(default, float) and "learned" not in annotation
+        if isinstance(default, bool) != isinstance(value, bool) or (
+            number and not isinstance(value, int | float)
+        ):
+            kind = "True or False" if isinstance(default, bool) else "a number"
+            raise UserError(f"the option {option} of {name} is {kind}, not {value!r}.")
+
+
+def _terms(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [*_terms(node.left), *_terms(node.right)]
+    return [node]
+
+
+def _call(node: ast.expr) -> tuple[str, dict[str, object]]:
+    """The name and the options of one call, or of a bare name."""
+    call = ast.Call(node, [], []) if isinstance(node, ast.Name) else node
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args):
+        raise ValueError
+    options = {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
+    if len(options) < len(call.keywords) or "None" in options:  # repeated, or **options
+        raise ValueError
+    # Lists become tuples: a method is a value that a module may hold.
+    return call.func.id, {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}

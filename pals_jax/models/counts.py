@@ -1,0 +1,86 @@
+"""Counting parameters: what is shared, what each task adds, and the multiple of the encoder."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from pals_jax.models.multitask import MultiTaskModel, variable_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters.
+
+    Attributes:
+        encoder: of the shared encoder, pooler included.
+        adapters: of the adapters of one task, by adapter; biases in, head out.
+        heads: of the head of each task, without the padding to the largest.
+    """
+
+    encoder: int
+    adapters: dict[str, int]
+    heads: tuple[int, ...]
+
+    @property
+    def per_task(self) -> int:
+        """What one task adds besides its head."""
+        return sum(self.adapters.values())
+
+    @property
+    def total(self) -> int:
+        """The encoder and all tasks, heads in."""
+        return self.encoder + len(self.heads) * self.per_task + sum(self.heads)
+
+    @property
+    def multiple(self) -> float:
+        """The encoder and all adapters over the encoder, heads out, as the papers count."""
+        return 1.0 + len(self.heads) * self.per_task / self.encoder
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for --json."""
+        return {
+            "encoder": self.encoder,
+            "tasks": len(self.heads),
+            "adapters": self.adapters,
+            "per_task": self.per_task,
+            "heads": list(self.heads),
+            "total": self.total,
+            "multiple": self.multiple,
+        }
+
+
+def count(model: MultiTaskModel) -> Counts:
+    """The counts of a model, from shapes alone: no array is built."""
+    shapes = variable_shapes(model)
+    num_tasks = len(model.num_outputs)
+
+    def size(tree: Any) -> int:
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+    adapters = {a.name: size(shapes["adapters"][a.name]) // num_tasks for a in model.method}
+    heads = tuple((model.config.hidden_size + 1) * outputs for outputs in model.num_outputs)
+    return Counts(size(shapes["params"]), adapters, heads)
+
+
+def counts_table(counts: Counts, method: str, tasks: tuple[str, ...]) -> Table:
+    """The counts for a person."""
+    rows = Table(title=f"parameters of {method}, {len(tasks)} tasks", title_justify="left")
+    rows.add_column("part")
+    rows.add_column("parameters", justify="right")
+    rows.add_column("of the encoder", justify="right")
+
+    def row(name: str, number: int) -> None:
+        rows.add_row(name, f"{number:,}", f"{number / counts.encoder:.2%}")
+
+    row("encoder, shared", counts.encoder)
+    for name, number in counts.adapters.items():
+        row(f"{name}, one task", number)
+    for task, number in zip(tasks, counts.heads, strict=True):
+        row(f"head of {task}", number)
+    rows.add_section()
+    rows.add_row("total", f"{counts.total:,}", f"{counts.total / counts.encoder:.2%}")
+    rows.add_row("multiple of the encoder, heads out", f"{counts.multiple:.4f}x", "")
+    return rows

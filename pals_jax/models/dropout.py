@@ -1,0 +1,57 @@
+"""The random bits of dropout masks: a hash of what may be dropped, element by element.
+
+JAX's default generator, threefry, costs more than the layer whose mask it draws. A mask needs no
+more than a hash that XLA fuses into the multiplication. What is hashed is the place of dropout
+(a key), the example (a salt) and the element's place within the example: an example has the same
+masks in whatever row, batch shape and device it lies.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pals_jax.models.segments import Places
+
+_STRIDE = 4096  # between the elements of two positions, of which no example has more
+
+
+def mask_bits(
+    key: Array, places: Places, shape: tuple[int, ...], columns: Array | None = None
+) -> Array:
+    """Random bits, uint32 `shape`: a keyed 32-bit mixer (two rounds of xor-shift and multiply).
+
+    Args:
+        key: of the place of dropout in the step.
+        places: of the positions, whose salts are not None.
+        shape: (B, L, C) or (B, H, L, C).
+        columns: int [B, C]; the place within the example that an element of the last axis stands
+            for, where it is a position too. None: its index.
+    """
+    assert places.salt is not None
+    lead = (shape[0], *[1] * (len(shape) - 3), shape[-2], 1)  # [B, (1,) L, 1]
+    site = jax.random.key_data(key)
+    one, two = ((places.salt[..., i] ^ site[i]).reshape(lead) for i in range(2))
+    if columns is None:
+        columns, stride = jnp.arange(shape[-1])[None], max(_STRIDE, shape[-1])
+    else:
+        stride = _STRIDE
+    column = columns.reshape(-1, *[1] * (len(shape) - 2), shape[-1])
+    x = places.position.reshape(lead) * stride + column
+    if len(shape) == 4:
+        x = x + jnp.arange(shape[1]).reshape(1, -1, 1, 1) * stride * _STRIDE
+    x = x.astype(jnp.uint32) + one
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = x ^ two  # between the rounds, or keys would give shifted copies of one sequence
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def mask_key(seed: int, step: Array) -> Array:
+    """The key of a step's dropout masks."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def example_salts(key: Array, numbers: Array) -> Array:
+    """What tells the masks of examples apart, by their numbers: int [...] -> uint32 [..., 2]."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers.reshape(-1))
+    return jax.random.key_data(keys).reshape(*numbers.shape, 2)

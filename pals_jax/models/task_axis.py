@@ -1,0 +1,130 @@
+"""The task axis as what it is: choosing, ordering and adding tasks are indexing and concatenation.
+
+They take any tree whose leaves lead with a task axis: the `adapters` collection, or the state that
+an optimiser keeps of it (see `optim.map_tasks`). Only the width of the head, and of its moments,
+depends on the other tasks: it is padded with zeros to the largest number of outputs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pals_jax.models.adapters.spec import Method
+from pals_jax.models.bert import BertConfig
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.errors import UserError
+
+Tree = Any
+
+
+def take(tree: Tree, num_outputs: Sequence[int], tasks: Sequence[int]) -> Tree:
+    """The rows of `tasks`, in that order, with heads as wide as these need; bit for bit.
+
+    Args:
+        tree: leaves [T, ...].
+        num_outputs: of each of the T tasks.
+        tasks: indices; some may be left out, and the order may be another.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    check(len(num_outputs), *tasks)
+    width = max(num_outputs[task] for task in tasks)
+
+    def rows(path: Any, x: Array) -> Array:
+        x = x[jnp.array(tasks)]
+        return _widened(x, width) if _is_head(path) else x
+
+    return jax.tree_util.tree_map_with_path(rows, tree)
+
+
+def append(first: Tree, second: Tree) -> Tree:
+    """The tasks of `first`, bit for bit, then those of `second`; leaves [T, ...] of both."""
+
+    def rows(path: Any, a: Array, b: Array) -> Array:
+        if _is_head(path):
+            width = max(a.shape[-1], b.shape[-1])
+            a, b = _widened(a, width), _widened(b, width)
+        return jnp.concatenate([a, b])
+
+    return jax.tree_util.tree_map_with_path(rows, first, second)
+
+
+def gather(tree: Tree, tasks: Array | None) -> Tree:
+    """The rows [U, ...] of `tasks`, int [U] and different from each other, or all of them."""
+    if tasks is None:
+        return tree
+    return jax.tree.map(lambda x: x.at[tasks].get(mode="promise_in_bounds"), tree)
+
+
+def scatter(tree: Tree, tasks: Array | None, rows: Tree) -> Tree:
+    """The leaves [T, ...] of `tree` with `rows` [U, ...] as those of `tasks`; see `gather`.
+
+    Where the memory of `tree` is donated it is written in place: the cost is that of U tasks, not
+    of T. For that XLA must see that everything is read before anything is written, which it does
+    where one loop writes all leaves. A loop of one turn would be taken apart; so it has two, and
+    writes a single task twice.
+    """
+    if tasks is None:
+        return rows
+    count = len(tasks)
+
+    def write(turn: Array, tree: Tree) -> Tree:
+        u = jnp.minimum(turn, count - 1)
+        return jax.tree.map(
+            lambda x, row: jax.lax.dynamic_update_index_in_dim(x, row[u], tasks[u], axis=0),
+            tree,
+            rows,
+        )
+
+    return jax.lax.fori_loop(0, max(count, 2), write, tree)
+
+
+def check(count: int, *tasks: int) -> None:
+    """Refuses tasks that are not among the `count` of a model.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    if wrong := [task for task in tasks if not 0 <= task < count]:
+        raise UserError(
+            f"task id {wrong[0]} is out of range; the {count} tasks are 0 to {count - 1}."
+        )
+
+
+def fresh(
+    config: BertConfig, num_outputs: Sequence[int], method: Method, params: Any, key: Array
+) -> dict[str, Any]:
+    """The `adapters` of new tasks around an encoder.
+
+    Args:
+        config: the encoder's architecture.
+        num_outputs: of each new task.
+        method: what each of them adds.
+        params: the `params` collection; copies of the encoder's parameters begin as these.
+        key: random key.
+    """
+    model = MultiTaskModel(config, tuple(num_outputs), method)
+    ids = jnp.zeros((1, 1), jnp.int32)
+
+    @jax.jit
+    def init(params: Any, key: Array) -> Any:
+        _, variables = model.apply(
+            {"params": params}, ids, ids, ids, 0, mutable=["adapters"], rngs={"params": key}
+        )
+        return variables["adapters"]
+
+    return dict(init(params, key))
+
+
+def _is_head(path: Any) -> bool:
+    return any(getattr(key, "key", None) == "head" for key in path)
+
+
+def _widened(x: Array, width: int) -> Array:
+    """A head's kernel [T, D, C] or bias [T, C], with C = width; what lies beyond is zero."""
+    x = x[..., :width]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])

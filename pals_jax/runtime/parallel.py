@@ -1,0 +1,111 @@
+"""The devices of a run: one under `jax.jit`, several, of any number of hosts, under `jax.pmap`.
+
+Everything but the batch is the same on all of them (data parallelism). Parameters and state go
+in and come out without a device axis (`in_axes` and `out_axes` None), so that nothing is stacked,
+gathered or copied between two steps.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pals_jax.runtime.shards import Shards
+
+Tree = Any
+Step = Callable[[Tree, Tree], Any]
+AXIS = "data"  # the name of the devices' axis
+
+
+@dataclasses.dataclass(frozen=True)
+class DataParallel:
+    """The devices, in the order of the shards of a batch.
+
+    Attributes:
+        devices: of all hosts.
+    """
+
+    devices: tuple[jax.Device, ...]
+
+    @classmethod
+    def over(cls, devices: Sequence[jax.Device] | None = None) -> "DataParallel":
+        """Over `devices`, or all there are; those of one host side by side, as pmap has them."""
+        devices = jax.devices() if devices is None else devices
+        return cls(tuple(sorted(devices, key=lambda device: (device.process_index, device.id))))
+
+    @property
+    def axis_name(self) -> str | None:
+        """What a step sums over; None where there is one device."""
+        return AXIS if len(self.devices) > 1 else None
+
+    @property
+    def shards(self) -> Shards:
+        """The part of every batch that this host makes."""
+        here = [device.process_index == jax.process_index() for device in self.devices]
+        return Shards(len(here), here.index(True), sum(here))
+
+    def compile(self, step: Step, *, donate: bool = False) -> Any:
+        """`step(state, batch)`, whose batch alone has a leading axis of this host's shards.
+
+        Args:
+            step: a pure function that was made with this object's `axis_name`.
+            donate: whether the state's memory is used for the result.
+
+        Returns:
+            The function that `jax.jit` or `jax.pmap` makes of it, with its `lower`.
+        """
+        donated = (0,) if donate else ()
+        if self.axis_name is None:
+            alone = lambda state, batch: step(state, jax.tree.map(lambda x: x[0], batch))  # noqa: E731
+            return jax.jit(alone, donate_argnums=donated)
+        return jax.pmap(
+            step,
+            self.axis_name,
+            in_axes=(None, 0),
+            out_axes=None,
+            devices=self.devices,
+            donate_argnums=donated,
+        )
+
+    @property
+    def here(self) -> NamedSharding:
+        """The same values on all devices of this host, as the steps take and return them."""
+        return _copies(self.devices[self.shards.mine(len(self.devices))])
+
+    @property
+    def one_per_host(self) -> NamedSharding:
+        """The same values on one device of each host, as a checkpoint is written and read."""
+        hosts = itertools.groupby(self.devices, key=lambda device: device.process_index)
+        return _copies([next(devices) for _, devices in hosts])
+
+    def put(self, tree: Tree) -> Tree:
+        """A host's arrays, or those that a checkpoint gave, on all its devices."""
+        return jax.device_put(jax.tree.map(on_this_host, tree), self.here)
+
+    def put_batch(self, batch: Tree) -> Tree:
+        """A batch on the device it is for; `jax.pmap` itself brings the parts of one to several."""
+        return batch if self.axis_name else jax.device_put(batch, self.devices[0])
+
+    def to_save(self, tree: Tree) -> Tree:
+        """What the steps return, seen as `one_per_host`; no value moves."""
+        sharding = self.one_per_host
+
+        def one(x: jax.Array) -> jax.Array:
+            return jax.make_array_from_single_device_arrays(
+                x.shape, sharding, [x.addressable_data(0)]
+            )
+
+        return jax.tree.map(one, tree)
+
+
+def on_this_host(x: Any) -> Any:
+    """An array as this host holds it: a checkpoint's belong to all hosts, and cannot be moved."""
+    return x.addressable_data(0) if isinstance(x, jax.Array) else x
+
+
+def _copies(devices: Any) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())

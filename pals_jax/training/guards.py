@@ -1,0 +1,99 @@
+"""What a run watches while it trains: that it diverges nowhere and compiles nothing twice."""
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pals_jax.data.sampler import Draw
+from pals_jax.data.tasks import Task
+from pals_jax.runtime.errors import Diverged
+
+_LOWERING = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # JAX's event, once per executable
+_DIVERGED = 1e4  # cross-entropies and errors of rescaled targets never come near it
+
+
+class CompilationWarning(UserWarning):
+    """A step was compiled again although nothing about its batch was new."""
+
+
+class CompilationGuard:
+    """Counts a step's compilations, and warns of any but the first for each shape of batch.
+
+    Attributes:
+        count: executables so far.
+    """
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        """Guards `step(state, batch)`, which is jitted or pmapped."""
+        self._step = step
+        self._seen: set[Any] = set()
+        self._thread: int | None = None  # the one that is in the step
+        self.count = 0
+
+    def __enter__(self) -> "CompilationGuard":
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self.count += event == _LOWERING and threading.get_ident() == self._thread
+
+    def __call__(self, state: Any, batch: dict[str, np.ndarray]) -> Any:
+        """The step's own result."""
+        shapes = tuple((name, x.shape, x.dtype) for name, x in batch.items())
+        before, self._thread = self.count, threading.get_ident()
+        try:
+            result = self._step(state, batch)
+        finally:
+            self._thread = None
+        if self.count > before and shapes in self._seen:
+            warnings.warn(
+                f"the training step was compiled again for a batch of a known shape,"
+                f" {batch['input_ids'].shape}; it has {self.count} compilations now. The run is"
+                " right, but slower than it should be.",
+                CompilationWarning,
+                stacklevel=2,
+            )
+        self._seen.add(shapes)
+        return result
+
+
+def check_finite(
+    first_step: int,
+    scalars: dict[str, np.ndarray],
+    draw: Callable[[int], Draw],
+    tasks: Sequence[Task],
+) -> None:
+    """Stops a run that has diverged, with the step, the tasks and the examples at which it did.
+
+    Args:
+        first_step: the number of the first step, from 0.
+        scalars: loss and grad_norm of steps from there on, [n] each.
+        draw: the sampler's.
+        tasks: its tasks.
+
+    Raises:
+        Diverged: a loss or gradient is not finite, or the loss is beyond all measure.
+    """
+    bad = ~np.isfinite(scalars["loss"]) | ~np.isfinite(scalars["grad_norm"])
+    bad |= scalars["loss"] > _DIVERGED
+    if not bad.any():
+        return
+    at = int(bad.argmax())
+    seen = draw(first_step + at)
+    what = "; ".join(
+        f"{tasks[task].name}: {', '.join(map(str, examples))}"
+        for task, examples in zip(seen.task_ids.tolist(), seen.examples.tolist(), strict=True)
+    )
+    raise Diverged(
+        f"the training has diverged: in step {first_step + at + 1} the loss is"
+        f" {scalars['loss'][at]:.4g} and the gradient's norm {scalars['grad_norm'][at]:.4g}. Its"
+        f" examples, by row of the train data from 0: {what}. Look at them, or lower"
+        " optimizer.learning_rate; the checkpoints before it are good."
+    )

@@ -1,0 +1,79 @@
+"""Counting a model's matrix products without a compiler: the operations that must be done."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from pals_jax.models.adapters.bound import overlay
+from pals_jax.models.multitask import MultiTaskModel, variable_shapes
+from pals_jax.training.step import partition
+
+
+def forward(model: MultiTaskModel, length: int, kept: bool = False) -> int:
+    """FLOPs of the matrix products of one row's forward pass.
+
+    A multiplication and an addition are two. Nothing is counted but matrix products, as is usual.
+
+    Args:
+        model: the model, of which no array is built.
+        length: L, the positions of the row.
+        kept: whether it begins with what was computed below the first adapter, and kept.
+    """
+    return _products(
+        jax.make_jaxpr(_sum_of_logits(model, length, kept))(variable_shapes(model)).jaxpr
+    )
+
+
+def training(
+    model: MultiTaskModel, trainable: Sequence[str], length: int, kept: bool = False
+) -> int:
+    """The same with the gradients of what is trained, and nothing computed twice.
+
+    Args:
+        model: the model.
+        trainable: rules, see `pals_jax.training.step.partition`; what is frozen needs no gradient.
+        length: L.
+        kept: see `forward`.
+    """
+    loss = _sum_of_logits(model.clone(remat=False), length, kept)
+    trained, frozen = partition(variable_shapes(model), trainable)
+    gradient = jax.grad(lambda trained, frozen: loss(overlay(frozen, trained)))
+    return _products(jax.make_jaxpr(gradient)(trained, frozen).jaxpr)
+
+
+def _sum_of_logits(model: MultiTaskModel, length: int, kept: bool) -> Any:
+    """A scalar of all logits of one row, to be differentiated as a loss is."""
+    tokens = jnp.ones((1, length), jnp.int32)
+    hidden = jnp.zeros((1, length, model.config.hidden_size), model.dtype) if kept else None
+    apply: Callable[..., Any] = partial(model.apply, hidden=hidden)
+    return lambda variables: apply(variables, tokens, tokens, tokens, jnp.int32(0)).sum()
+
+
+def _products(jaxpr: Jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left, result = _shape(equation.invars[0]), _shape(equation.outvars[0])
+            total += 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(map(_products, _inner(equation.params)))
+    return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return tuple(variable.aval.shape)
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    """The jaxprs that an equation calls."""
+    for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):
+        if isinstance(leaf, ClosedJaxpr):
+            yield leaf.jaxpr
+        elif isinstance(leaf, Jaxpr):
+            yield leaf

@@ -1,0 +1,353 @@
+"""Planning a run on a TPU that one does not have: the real steps, compiled by the real compiler.
+
+`libtpu` compiles for any TPU on a machine without one. What it makes of the steps of a run says
+whether they fit, what they compute, move and exchange, and, with the chips' public figures, about
+how long the run takes and what it costs.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from pals_jax.convert import huggingface
+from pals_jax.data.batches import Batch
+from pals_jax.data.packing import Shape
+from pals_jax.data.sampler import Draw
+from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
+from pals_jax.experiment.experiment import Experiment
+from pals_jax.inference.hidden_cache import as_if_kept
+from pals_jax.inference.steps import make_eval_step
+from pals_jax.models.multitask import init_variables
+from pals_jax.runtime.console import in_bytes, say
+from pals_jax.runtime.errors import UserError
+from pals_jax.runtime.parallel import DataParallel
+from pals_jax.runtime.shards import Shards
+from pals_jax.training.plan import flops, hlo
+from pals_jax.training.plan.ahead_of_time import Compiled, compile_step
+from pals_jax.training.plan.tpus import KINDS, Kind
+from pals_jax.training.step import TrainState, create_state, make_train_step
+
+_LINKS = 2  # of each chip, those that make a ring of them
+
+ASSUMPTIONS = (
+    "The training batch has the shape that most have, as the training data call for it, and the"
+    " length of the run follows the mean of all; where the data, or the tokenizer, are not on this"
+    " machine, every batch is padded to the full length, and takes more than it will.",
+    "Each chip reaches the peak FLOP/s of bfloat16, in which JAX multiplies float32 too, or the"
+    " peak bandwidth of its memory, whichever takes longer; what XLA counts as moved may in part"
+    " stay on the chip.",
+    "All-reduces go around a ring of all chips over two links of each, and overlap with nothing.",
+    "Reading data, what is computed once for each example, evaluation, checkpoints and compilation"
+    " are not in the length of the run.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A compiled step and what can be said of it.
+
+    Attributes:
+        kind: what it was compiled for.
+        examples: in its batch.
+        shape: rows and positions of each.
+        model_flops: what the model's matrix products take, of all rows.
+        compiled: see there.
+    """
+
+    kind: Kind
+    examples: int
+    shape: Shape
+    model_flops: int
+    compiled: Compiled
+
+    @property
+    def program(self) -> hlo.Program:
+        """What one device does."""
+        return self.compiled.program
+
+    @property
+    def flops(self) -> float:
+        """Operations of all devices."""
+        return self.program.flops * self.kind.devices
+
+    @property
+    def model_share(self) -> float:
+        """What the model's products are of them."""
+        return self.model_flops / self.flops
+
+    @property
+    def bytes_moved(self) -> float:
+        """By a chip."""
+        return self.program.bytes_moved * self.kind.chip.devices
+
+    @property
+    def arguments(self) -> int:
+        """Bytes of a chip."""
+        return self.compiled.arguments * self.kind.chip.devices
+
+    @property
+    def temporaries(self) -> int:
+        """Bytes of a chip."""
+        return self.compiled.temporaries * self.kind.chip.devices
+
+    @property
+    def seconds_computing(self) -> float:
+        """At the peak of the chips."""
+        return self.flops / (self.kind.chips * self.kind.chip.flops)
+
+    @property
+    def seconds_moving(self) -> float:
+        """At the bandwidth of their memory."""
+        return self.bytes_moved / self.kind.chip.bandwidth
+
+    @property
+    def seconds_exchanging(self) -> float:
+        """Around the ring of chips, which the bytes pass once, or twice to be summed."""
+        passes = {"all-reduce": 2}
+        size = sum(passes.get(name, 1) * n for name, (_, n) in self.program.exchanges.items())
+        return size * (1 - 1 / self.kind.chips) / (_LINKS * self.kind.chip.link)
+
+    @property
+    def seconds(self) -> float:
+        """The roofline: see `ASSUMPTIONS`."""
+        return max(self.seconds_computing, self.seconds_moving) + self.seconds_exchanging
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for --json."""
+        return {
+            "examples": self.examples,
+            "rows": self.shape.rows,
+            "length": self.shape.length,
+            "flops": self.flops,
+            "model_flops": self.model_flops,
+            "model_share": self.model_share,
+            "bytes_moved_per_chip": self.bytes_moved,
+            "argument_bytes_per_chip": self.arguments,
+            "temporary_bytes_per_chip": self.temporaries,
+            "exchanges": {
+                name: {"count": count, "bytes": size}
+                for name, (count, size) in self.program.exchanges.items()
+            },
+            "host_transfers": self.program.host_transfers,
+            "compile_seconds": self.compiled.seconds,
+            "seconds_computing": self.seconds_computing,
+            "seconds_moving": self.seconds_moving,
+            "seconds_exchanging": self.seconds_exchanging,
+            "seconds": self.seconds,
+            "examples_per_second": self.examples / self.seconds,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run takes.
+
+    Attributes:
+        topology: a key of `tpus.KINDS`.
+        train: the training step.
+        evaluation: the evaluation step.
+        steps: of training.
+        mean_batch: the positions of the run's batches, on average, as a share of those planned.
+        price: USD per hour of the whole TPU, if known.
+    """
+
+    topology: str
+    train: Step
+    evaluation: Step
+    steps: int
+    mean_batch: float
+    price: float | None
+
+    @property
+    def kind(self) -> Kind:
+        """Of the TPU."""
+        return KINDS[self.topology]
+
+    @property
+    def memory(self) -> int:
+        """Bytes per chip: the training state stays where it is during evaluation."""
+        return self.train.arguments + max(self.train.temporaries, self.evaluation.temporaries)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a chip has that memory."""
+        return self.memory <= self.kind.chip.hbm
+
+    @property
+    def hours(self) -> float:
+        """Of training."""
+        return self.steps * self.train.seconds * self.mean_batch / 3600
+
+    @property
+    def cost(self) -> float | None:
+        """USD, if the price is known."""
+        return None if self.price is None else self.hours * self.price
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for --json."""
+        return {
+            "topology": self.topology,
+            "chips": self.kind.chips,
+            "devices": self.kind.devices,
+            "chip": self.kind.chip._asdict(),
+            "train": self.train.to_json(),
+            "evaluation": self.evaluation.to_json(),
+            "memory_bytes_per_chip": self.memory,
+            "fits": self.fits,
+            "steps": self.steps,
+            "mean_batch": self.mean_batch,
+            "hours": self.hours,
+            "usd": self.cost,
+            "assumptions": ASSUMPTIONS,
+        }
+
+
+def plan(experiment: Experiment, topology: str, price: float | None = None) -> Plan:
+    """Compiles the steps of an experiment for a TPU; nothing of its size is allocated.
+
+    Args:
+        experiment: what is to be run.
+        topology: a key of `tpus.KINDS`.
+        price: USD per hour of the whole TPU.
+
+    Raises:
+        UserError: an unknown topology, libtpu is not installed, or a step does not fit.
+    """
+    topology = re.sub("^v5e-", "v5litepod-", topology)  # which Google Cloud calls it, too
+    if topology not in KINDS:
+        raise UserError(f"unknown --topology={topology}; known are {', '.join(KINDS)}.")
+    jax.config.update("jax_platforms", "cpu")  # a TPU that is here stays free for what runs on it
+    kind = KINDS[topology]
+    parallel = DataParallel.over(kind.compile_devices())
+    config, model = experiment.config, experiment.model()
+    optimizer, _ = experiment.optimizer()
+
+    def first_state() -> TrainState:
+        variables = init_variables(model, jax.random.key(config.seed))
+        return create_state(variables, config.trainable, optimizer)
+
+    state = jax.eval_shape(first_state)
+    variables = jax.eval_shape(lambda state: state.variables, state)
+    train_step = make_train_step(model, optimizer, config.seed, parallel.axis_name)
+    eval_step = make_eval_step(model, parallel.axis_name)
+    batch, shape, mean_batch = _train_batch(experiment, parallel.shards)
+    train = compile_step(parallel.compile(train_step, donate=True), state, batch)
+    eval_batch, eval_shape = _eval_batch(experiment, parallel.shards)
+    evaluation = compile_step(parallel.compile(eval_step), (variables, None), eval_batch)
+
+    kept = not config.lower_dropout
+    model_flops = shape.rows * flops.training(model, config.trainable, shape.length, kept)
+    eval_flops = eval_shape.rows * flops.forward(model, eval_shape.length, kept)
+    return Plan(
+        topology,
+        Step(kind, config.batch_size, shape, model_flops, train),
+        Step(kind, eval_shape.rows, eval_shape, eval_flops, evaluation),
+        experiment.steps,
+        mean_batch,
+        price,
+    )
+
+
+def _train_batch(experiment: Experiment, shards: Shards) -> tuple[Batch, Shape, float]:
+    """A batch of the shape that most have, that shape, and the mean of all as a share of it."""
+    splits = _training_data(experiment)
+    if splits is None:
+        config = experiment.config
+        shape = Shape(config.batch_size, config.data.max_length)
+        examples = [_examples(experiment, 1)] * len(experiment.trained)
+        batches = experiment.train_batches(examples, None, shards)
+        zeros = np.zeros((config.groups, config.batch_size // config.groups), np.int64)
+        return batches(Draw(zeros[:, 0].astype(np.int32), zeros)), shape, 1.0
+    sampler = experiment.sampler([len(split) for split in splits])
+    batches = experiment.train_batches(splits, sampler, shards)
+    shapes = {number: batches.place(sampler.draw(number))[0].shape for number in sampler.spread()}
+    counts = Counter(shapes.values())
+    shape = max(counts, key=lambda shape: counts[shape])
+    mean = np.mean([rows * length for rows, length in shapes.values()])
+    number = next(number for number in shapes if shapes[number] == shape)
+    return batches(sampler.draw(number)), shape, float(mean / (shape.rows * shape.length))
+
+
+def _training_data(experiment: Experiment) -> list[TokenizedSplit] | None:
+    """The splits that are trained on; None where they, or the tokenizer, are not here."""
+    try:
+        for task in experiment.trained:
+            if not experiment.source(task).is_here(task):
+                raise UserError(f"the data of {task.name} are not on this machine.")
+        tokenizer = load_tokenizer(huggingface.resolve(experiment.config.encoder))
+        splits = [experiment.read(task, "train", tokenizer) for task in experiment.trained]
+        return [as_if_kept(experiment, split) for split in splits]
+    except UserError as error:
+        say(f"every batch is taken to be padded to the full length: {error}")
+        return None
+
+
+def _eval_batch(experiment: Experiment, shards: Shards) -> tuple[Batch, Shape]:
+    """One as evaluation makes it, of examples that fill a row each, and its shape."""
+    examples = _examples(experiment, experiment.config.eval_batch_size)
+    batch, places = next(experiment.eval_batches(examples, 0, shards))
+    return batch, Shape(len(places), experiment.config.data.max_length)
+
+
+def _examples(experiment: Experiment, count: int) -> TokenizedSplit:
+    length = experiment.config.data.max_length
+    split = TokenizedSplit(
+        tokens=np.zeros(count * length, np.int32),
+        offsets=np.arange(count + 1) * length,
+        first=np.full(count, length, np.int32),
+        targets=np.zeros(count, np.float32),
+    )
+    return as_if_kept(experiment, split)
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan for a person."""
+    kind, steps = plan.kind, (plan.train, plan.evaluation)
+    rows = Table(
+        title=f"{plan.topology}: {kind.chips} chips, {kind.devices} devices",
+        caption="\n".join(ASSUMPTIONS),
+        title_justify="left",
+        caption_justify="left",
+    )
+    rows.add_column("")
+    rows.add_column("training step", justify="right")
+    rows.add_column("evaluation step", justify="right")
+    rows.add_row("examples", *(str(s.examples) for s in steps))
+    rows.add_row("rows x positions", *(f"{s.shape.rows} x {s.shape.length}" for s in steps))
+    rows.add_row("FLOPs, all chips", *(f"{s.flops:.4g}" for s in steps))
+    rows.add_row("  the model's share", *(f"{s.model_share:.1%}" for s in steps))
+    rows.add_row("moved, per chip", *(in_bytes(s.bytes_moved) for s in steps))
+    rows.add_row("arguments, per chip", *(in_bytes(s.arguments) for s in steps))
+    rows.add_row("temporaries, per chip", *(in_bytes(s.temporaries) for s in steps))
+    for name in sorted({name for s in steps for name in s.program.exchanges}):
+        cells = (s.program.exchanges.get(name, (0, 0)) for s in steps)
+        rows.add_row(f"{name}s", *(f"{count} of {in_bytes(size)}" for count, size in cells))
+    rows.add_row("transfers to the host", *(str(s.program.host_transfers) for s in steps))
+    rows.add_row("compiled in", *(f"{s.compiled.seconds:.0f} s" for s in steps))
+    rows.add_section()
+    rows.add_row("computing", *(f"{s.seconds_computing * 1e3:.2f} ms" for s in steps))
+    rows.add_row("moving", *(f"{s.seconds_moving * 1e3:.2f} ms" for s in steps))
+    rows.add_row("exchanging", *(f"{s.seconds_exchanging * 1e3:.2f} ms" for s in steps))
+    rows.add_row("step, at best", *(f"{s.seconds * 1e3:.2f} ms" for s in steps))
+    rows.add_row("examples per second", *(f"{s.examples / s.seconds:,.0f}" for s in steps))
+    rows.add_section()
+    room = kind.chip.hbm
+    verdict = "fits" if plan.fits else "does not fit"
+    rows.add_row("memory of a chip", f"{in_bytes(plan.memory)} of {in_bytes(room)}: {verdict}")
+    rows.add_row("positions of all batches, on average", f"{plan.mean_batch:.1%} of these")
+    rows.add_row(f"{plan.steps:,} steps", duration(plan.hours))
+    if plan.cost is not None:
+        rows.add_row(f"at {plan.price:.2f} USD per hour", f"{plan.cost:.2f} USD")
+    return rows
+
+
+def duration(hours: float) -> str:
+    """A time for a person."""
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{60 * hours:.0f} min" if hours >= 1 / 60 else f"{3600 * hours:.1f} s"

@@ -1,0 +1,95 @@
+"""What one run leaves in its workdir while it is trained, alone or together with others."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict
+from transformers import PreTrainedTokenizerFast
+
+from pals_jax.data.sampler import Sampler
+from pals_jax.experiment import workdir as workdir_lib
+from pals_jax.experiment.checkpoint import Checkpoints
+from pals_jax.experiment.experiment import Experiment
+from pals_jax.inference.evaluator import Evaluator, Splits
+from pals_jax.runtime import distributed
+from pals_jax.runtime.console import say
+from pals_jax.runtime.parallel import DataParallel
+from pals_jax.training.guards import check_finite
+from pals_jax.training.metric_writer import MetricWriter
+from pals_jax.training.step import TrainState
+
+
+class Record:
+    """The experiment, tokenizer, checkpoints and metrics of a run; a context manager."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: epath.Path,
+        tokenizer: PreTrainedTokenizerFast,
+        sampler: Sampler,
+        parallel: DataParallel,
+    ) -> None:
+        """Writes what does not change, and opens the checkpoints."""
+        self._experiment, self._workdir, self._sampler = experiment, workdir, sampler
+        _, self._schedule = experiment.optimizer()
+        workdir_lib.refuse_other_sizes(experiment, workdir, sampler.sizes)
+        if distributed.is_main():
+            workdir_lib.save(experiment, workdir, sampler.sizes)
+            workdir_lib.save_tokenizer(tokenizer, workdir)
+        distributed.barrier("workdir")
+        workdir_lib.refuse_vanished(workdir)
+        self._opened = contextlib.ExitStack()
+        self.checkpoints = self._opened.enter_context(Checkpoints(workdir, parallel))
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The newest checkpoint, or `state`; metrics are of the steps behind it from now on."""
+        state = self.checkpoints.restore(state)
+        self._writer = self._opened.enter_context(MetricWriter(self._workdir, int(state.step)))
+        return state
+
+    def log(self, done: int, scalars: dict[str, np.ndarray], rate: float) -> None:
+        """Writes the means of the scalars, [n] each, of the last n of `done` steps.
+
+        Args:
+            done: steps taken.
+            scalars: see `step.make_train_step`.
+            rate: examples per second.
+
+        Raises:
+            UserError: the training has diverged.
+        """
+        first = done - len(scalars["loss"])
+        check_finite(first, scalars, self._sampler.draw, self._experiment.trained)
+        means = {name: float(np.mean(values)) for name, values in scalars.items()}
+        rates = {"examples_per_second": rate, "learning_rate": float(self._schedule(done - 1))}
+        self._writer.write(done, means | rates)
+
+    def save(self, done: int, state: TrainState) -> None:
+        """Writes a checkpoint, if the workdir is still there.
+
+        Raises:
+            UserError: it is not, or cannot be written to.
+        """
+        workdir_lib.refuse_vanished(self._workdir)
+        self._writer.flush()  # a run that goes on from here begins behind these lines
+        self.checkpoints.save(done, state)
+
+    def evaluate(self, done: int, variables: Any, evaluator: Evaluator, splits: Splits) -> None:
+        """Evaluates the end of an epoch; the best one is kept."""
+        workdir_lib.refuse_vanished(self._workdir)
+        results = evaluator.evaluate(variables, splits)
+        score = evaluator.score(results)
+        self._writer.write(done, flatten_dict(results, sep="/") | {"score": score})
+        config = self._experiment.config
+        epoch = done // config.steps_per_epoch
+        say(f"{self._workdir.name}: epoch {epoch} of {config.epochs}: {score:.4f}")
+        self.checkpoints.save_best(done, variables, score)
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)

@@ -1,0 +1,151 @@
+"""Sweeps: one run for each of a configuration's `sweep`, and one table of what they reached.
+
+Runs on a frozen encoder that differ in seed and learning rate alone are trained by one step.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from pals_jax.data import metrics
+from pals_jax.experiment import config as config_lib
+from pals_jax.experiment.checkpoint import newest_step
+from pals_jax.experiment.experiment import Experiment
+from pals_jax.inference.evaluator import Results
+from pals_jax.runtime import distributed, storage
+from pals_jax.runtime.compile_cache import forget_compiled
+from pals_jax.runtime.console import say
+from pals_jax.runtime.errors import Diverged, UserError
+from pals_jax.training.train import train_together
+from pals_jax.training.vmapped_runs import can_be_trained_together
+
+FILE = "sweep.json"
+
+
+def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
+    """Trains the configuration under each of its overrides, in `workdir/NAME`.
+
+    It goes on from where it was stopped: finished runs are only evaluated again. Runs that diverge
+    have no results, and hold up no others.
+
+    Args:
+        config: its `sweep` is a list of {dotted key: value}.
+        workdir: receives a directory for each run, and sweep.json.
+
+    Returns:
+        What sweep.json holds, for each run: overrides, workdir, results, scores of the tasks
+        (`pals_jax.data.metrics.score`) and score, their mean, or None where it diverged; the best
+        first.
+
+    Raises:
+        UserError: the list is empty or repeats itself, or holds what is no mapping of keys that the
+            configuration has.
+    """
+    for each in config.sweep:
+        if not (isinstance(each, dict) and each and all(isinstance(key, str) for key in each)):
+            raise UserError(
+                f"configuration: sweep has {each!r}, which is no {{key: value}} of a configuration;"
+                " a single one has a comma behind it, ({'seed': 0},)."
+            )
+    overrides = {_name(each): dict(each) for each in config.sweep}
+    runs = {name: _under(config, each) for name, each in overrides.items()}
+    if not runs or len(runs) < len(config.sweep):
+        raise UserError(
+            "configuration: sweep is empty or names a run twice; give a list of overrides such as"
+            " ({'seed': 0}, {'seed': 1})."
+        )
+    for one in runs.values():
+        Experiment.from_config(one)  # refuses what is wrong before any is trained
+    rows: list[dict[str, Any]] = []
+    for names in _in_one_step(runs, workdir):
+        of_all = _train({name: runs[name] for name in names}, workdir)
+        rows += [_row(runs[name], name, overrides[name], of_all[name]) for name in names]
+        rows.sort(key=lambda row: -np.inf if row["score"] is None else row["score"], reverse=True)
+        if distributed.is_main():
+            storage.write_text(workdir / FILE, json.dumps(rows, indent=1))
+    Console(stderr=True, quiet=not distributed.is_main()).print(sweep_table(rows))
+    return rows
+
+
+def _train(runs: dict[str, ConfigDict], workdir: epath.Path) -> dict[str, Results | None]:
+    """Trains runs in one step, or where one diverges each alone; None for those that do."""
+    say(f"training {', '.join(runs)}")
+    try:
+        of_all = train_together([*runs.values()], [workdir / name for name in runs])
+        return dict(zip(runs, of_all, strict=True))
+    except Diverged as error:
+        say(str(error))
+        if len(runs) == 1:
+            return dict.fromkeys(runs)
+    finally:
+        forget_compiled()
+    return {name: _train({name: config}, workdir)[name] for name, config in runs.items()}
+
+
+def _in_one_step(runs: dict[str, ConfigDict], workdir: epath.Path) -> list[list[str]]:
+    """The names of the runs, divided into those that one step can train from where they stand."""
+    groups: list[list[str]] = []
+    for name, config in runs.items():
+        for group in groups:
+            same = newest_step(workdir / group[0]) == newest_step(workdir / name)
+            if same and can_be_trained_together(runs[group[0]], config):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
+
+
+def _row(
+    config: ConfigDict, name: str, overrides: dict[str, Any], results: Results | None
+) -> dict[str, Any]:
+    """What sweep.json holds of a run; one without results has diverged."""
+    row = {"overrides": overrides, "workdir": name, "results": results, "scores": {}, "score": None}
+    if results is None:
+        return row
+    tasks = Experiment.from_config(config).tasks
+    of_tasks = {task.name: task.metrics for task in tasks}
+    scores = {name: metrics.score(names, results[name]) for name, names in of_tasks.items()}
+    return row | {"scores": scores, "score": metrics.selection_score(of_tasks, results)}
+
+
+def sweep_table(rows: list[dict[str, Any]]) -> Table:
+    """The runs for a person, the best first: overrides, score of each task x 100, their mean."""
+    keys = list(dict.fromkeys(key for row in rows for key in row["overrides"]))
+    tasks = list(dict.fromkeys(task for row in rows for task in row["scores"]))
+    columns = Table(title="sweep, dev scores (x 100)", title_justify="left")
+    for key in keys:
+        columns.add_column(key)
+    for name in (*tasks, "mean"):
+        columns.add_column(name, justify="right")
+    for row in rows:
+        given = (str(row["overrides"].get(key, "")) for key in keys)
+        scores = (row["scores"].get(task) for task in tasks)
+        cells = ["" if x is None else f"{100 * x:.1f}" for x in scores]
+        mean = "diverged" if row["score"] is None else f"{100 * row['score']:.1f}"
+        columns.add_row(*given, *cells, mean)
+    return columns
+
+
+def _under(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
+    one = ConfigDict(config.to_dict())
+    one.sweep = ()
+    one.lock()  # so that an unknown key is refused
+    try:
+        one.update_from_flattened_dict(dict(overrides))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error.args[0]).split())
+        raise UserError(f"configuration: the sweep's {dict(overrides)}: {reason}.") from error
+    config_lib.check(one)
+    return one
+
+
+def _name(overrides: dict[str, Any]) -> str:
+    """A directory's name that says what is different in it."""
+    plain = ",".join(f"{key.rsplit('.')[-1]}={value}" for key, value in overrides.items())
+    return "".join(c if c.isalnum() or c in "=,.-+()" else "_" for c in plain)
