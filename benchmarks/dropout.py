@@ -15,6 +15,7 @@ from unittest import mock
 import jax
 import numpy as np
 
+from pals_jax.data.batch import Batch
 from pals_jax.experiment import config as config_lib
 from pals_jax.experiment.optim import make_optimizer
 from pals_jax.models.adapters import methods
@@ -66,19 +67,19 @@ def _compiled(rate: float) -> tuple[Any, Any]:
     return step, step(state, _batch())[0]
 
 
-def _batch() -> dict[str, np.ndarray]:
+def _batch() -> Batch:
     shape = ROWS, LENGTH
-    return {
-        "input_ids": np.random.default_rng(0).integers(1, 30000, shape, dtype=np.int32),
-        "token_type_ids": np.zeros(shape, np.int32),
-        "attention_mask": np.ones(shape, np.int32),
-        "task_ids": np.zeros(1, np.int32),
-        "tasks": np.zeros(1, np.int32),
-        "first": np.zeros((ROWS, 1), np.int32),
-        "numbers": np.arange(ROWS, dtype=np.int32)[:, None],
-        "targets": np.zeros((ROWS, 1), np.float32),
-        "weights": np.ones((ROWS, 1), np.float32),
-    }
+    return Batch(
+        input_ids=np.random.default_rng(0).integers(1, 30000, shape, dtype=np.int32),
+        token_type_ids=np.zeros(shape, np.int32),
+        attention_mask=np.ones(shape, np.int32),
+        task_ids=np.zeros(1, np.int32),
+        slot_tasks=np.zeros(1, np.int32),
+        first=np.zeros((ROWS, 1), np.int32),
+        example_ids=np.arange(ROWS, dtype=np.int32)[:, None],
+        targets=np.zeros((ROWS, 1), np.float32),
+        weights=np.ones((ROWS, 1), np.float32),
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from pals_jax.convert import huggingface
-from pals_jax.data.batches import Batch, TrainBatches
+from pals_jax.data.batch import Batch
+from pals_jax.data.batches import TrainBatches
 from pals_jax.data.packing import Padded
 from pals_jax.data.sampler import Draw, Sampler
 from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
@@ -54,7 +55,7 @@ class Mix:
         self.steps, spread = plan.steps, plan.spread()
         assert len(spread) == 256
         drawn = (plan.draw(spread[37 * i % 256]) for i in range(256))
-        self.draws = [Draw(d.task_ids, d.examples % have[d.task_ids][:, None]) for d in drawn]
+        self.draws = [Draw(d.trained_ids, d.examples % have[d.trained_ids][:, None]) for d in drawn]
 
     def spread(self) -> range:
         """As `Sampler.spread`."""
@@ -79,11 +80,11 @@ class Mix:
         size, rng = self.experiment.config.batch_size, np.random.default_rng(0)
         draws = []
         for step, draw in enumerate(self.draws):
-            lengths = self.splits[draw.task_ids[0]].lengths
+            lengths = self.splits[draw.trained_ids[0]].lengths
             batches = max(1, min(len(lengths) // (4 * size), 50))
             some = rng.choice(len(lengths), batches * size, replace=False)
             order = some[np.argsort(-lengths[some], kind="stable")]
-            draws.append(Draw(draw.task_ids, _batch(order, size, step)[None]))
+            draws.append(Draw(draw.trained_ids, _batch(order, size, step)[None]))
         return draws
 
     def inference(self, each: int, *, by_length: bool) -> list[Draw]:
@@ -93,7 +94,7 @@ class Mix:
         """
         size, draws = self.experiment.config.batch_size, []
         for step in range(len(self.draws)):
-            task_ids = self.draws[step - step % each].task_ids
+            task_ids = self.draws[step - step % each].trained_ids
             lengths = self.dev[task_ids[0]].lengths
             order = np.argsort(lengths, kind="stable") if by_length else np.arange(len(lengths))
             draws.append(Draw(task_ids, _batch(order, size, step)[None]))
@@ -125,21 +126,21 @@ class Mix:
         """
         batches = [self._padded(draw, splits) for draw in draws]
         steps: dict[str, Any] = {
-            name: np.stack([batch[name] for batch in batches])
+            name: np.stack([getattr(batch, name) for batch in batches])
             for name in ("input_ids", "token_type_ids", "attention_mask")
         }
-        steps["task_ids"] = np.array([batch["task_ids"][0] for batch in batches])
-        steps["targets"] = np.stack([batch["targets"][:, 0] for batch in batches])
+        steps["task_ids"] = np.array([batch.task_ids[0] for batch in batches])
+        steps["targets"] = np.stack([batch.targets[:, 0] for batch in batches])
         np.savez(path, **steps)
 
     def _padded(self, draw: Draw, splits: Sequence[TokenizedSplit]) -> Batch:
         length = self.experiment.config.data.max_length
         placing = Padded(draw.examples.size, length)
         make = TrainBatches(splits, self.experiment.layout, placing, Shards(), 0, len(splits))
-        batch = {name: x[0] for name, x in make(draw).items()}
-        for name in ("input_ids", "token_type_ids", "attention_mask"):
-            batch[name] = np.pad(batch[name], [(0, 0), (0, length - batch[name].shape[1])])
-        return batch
+        batch = jax.tree.map(lambda x: x[0], make(draw))
+        room = length - batch.input_ids.shape[1]
+        ids, types, mask = (np.pad(x, [(0, 0), (0, room)]) for x in batch.tokens)
+        return batch.replace(input_ids=ids, token_type_ids=types, attention_mask=mask)
 
 
 def _batch(order: np.ndarray, size: int, step: int) -> np.ndarray:

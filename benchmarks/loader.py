@@ -36,7 +36,7 @@ def main() -> None:
     )
     state = parallel.put(create_state(mix.variables(), experiment.config.trainable, optimizer))
     made = [make(mix.draw(i)) for i in range(ROUNDS * STEPS)]
-    for batch in {batch["input_ids"].shape: batch for batch in made}.values():
+    for batch in {batch.input_ids.shape: batch for batch in made}.values():
         state, _ = step(state, batch)  # compiles its shape
     rates: dict[str, list[float]] = {"loader": [], "step": []}
     size = experiment.config.batch_size

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from pals_jax.data.batch import Batch
 from pals_jax.experiment import config as config_lib
 from pals_jax.experiment.optim import make_optimizer
 from pals_jax.models.adapters import methods
@@ -67,20 +68,20 @@ def _compiled(
     state = create_state(init_variables(model, jax.random.key(0)), rules, optimizer)
     rng, numbers = np.random.default_rng(0), np.arange(ROWS * SLOTS, dtype=np.int32)
     segments = np.sort(rng.integers(1, 5, (ROWS, LENGTH)).astype(np.int32), axis=1)
-    batch = {
-        "input_ids": rng.integers(1, 30000, (ROWS, LENGTH), dtype=np.int32),
-        "token_type_ids": np.zeros((ROWS, LENGTH), np.int32),
-        "attention_mask": segments,
-        "first": np.zeros((ROWS, SLOTS), np.int32),
-        "numbers": numbers.reshape(ROWS, SLOTS),
-        "targets": np.zeros((ROWS, SLOTS), np.float32),
-        "weights": np.ones((ROWS, SLOTS), np.float32),
-        "task_ids": np.arange(groups, dtype=np.int32),
-    }
-    if groups < tasks:  # as TrainBatches has it
-        batch["tasks"] = np.arange(groups, dtype=np.int32)
-    if kept:
-        batch["hidden"] = rng.normal(size=(ROWS, LENGTH, ENCODER.hidden_size)).astype(np.float32)
+    hidden = rng.normal(size=(ROWS, LENGTH, ENCODER.hidden_size)).astype(np.float32)
+    batch = Batch(
+        input_ids=rng.integers(1, 30000, (ROWS, LENGTH), dtype=np.int32),
+        token_type_ids=np.zeros((ROWS, LENGTH), np.int32),
+        attention_mask=segments,
+        first=np.zeros((ROWS, SLOTS), np.int32),
+        example_ids=numbers.reshape(ROWS, SLOTS),
+        targets=np.zeros((ROWS, SLOTS), np.float32),
+        weights=np.ones((ROWS, SLOTS), np.float32),
+        task_ids=np.arange(groups, dtype=np.int32),
+        # As TrainBatches has it.
+        slot_tasks=np.arange(groups, dtype=np.int32) if groups < tasks else None,
+        hidden=hidden if kept else None,
+    )
     step = jax.jit(make_train_step(model, optimizer, seed=0), donate_argnums=0)
     return step, step(state, batch)[0], batch
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pals_jax.experiment import config as config_lib
 from pals_jax.inference.evaluator import Results
-from pals_jax.training.train import train_together
+from pals_jax.training.train import train
+from pals_jax.training.vmapped_runs import train_together
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.py"
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -35,7 +36,7 @@ def main() -> None:
         between = time.perf_counter()
         alone: list[Results] = []
         for config, name in zip(configs, names, strict=True):
-            alone += train_together([config], [Path(here, name)])
+            alone.append(train(config, Path(here, name)))
         ended = time.perf_counter()
     seconds = {"together": between - began, "one after the other": ended - between}
     apart = max(abs(x - y) for x, y in zip(_scores(together), _scores(alone), strict=True))

@@ -210,6 +210,7 @@ def _params(args: argparse.Namespace) -> None:
     from pals_jax.experiment import config
     from pals_jax.experiment.experiment import Experiment
     from pals_jax.models import counts
+    from pals_jax.runtime.console import print_table
 
     experiment = Experiment.from_config(config.load([f"--config={args.config}", *args.overrides]))
     counted = counts.count(experiment.model())
@@ -217,12 +218,13 @@ def _params(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(counted.to_json()))
     else:
-        _print(counts.counts_table(counted, experiment.config.method, names))
+        print_table(counts.counts_table(counted, experiment.config.method, names))
 
 
 def _plan(args: argparse.Namespace) -> None:
     from pals_jax.experiment import config
     from pals_jax.experiment.experiment import Experiment
+    from pals_jax.runtime.console import print_table
     from pals_jax.training.plan import plan
 
     experiment = Experiment.from_config(config.load([f"--config={args.config}", *args.overrides]))
@@ -230,24 +232,26 @@ def _plan(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(planned.to_json()))
     else:
-        _print(plan.plan_table(planned))
+        print_table(plan.plan_table(planned))
 
 
 def _methods(args: argparse.Namespace) -> None:
     from pals_jax.models import method_table
+    from pals_jax.runtime.console import print_table
 
     if args.json:
         print(json.dumps(method_table.rows()))
     elif args.markdown:
         print(method_table.markdown())
     else:
-        _print(method_table.table(), width=200)
+        print_table(method_table.table(), width=200)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from pals_jax.inference.evaluator import results_table
     from pals_jax.inference.run import Run
     from pals_jax.runtime import distributed
+    from pals_jax.runtime.console import print_table
 
     distributed.connect(args.coordinator, args.processes, args.process)
     run = Run.load(args.workdir)
@@ -260,7 +264,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"step": run.step, "results": results}))
     else:
-        _print(results_table([run.task(name) for name in results], results))
+        print_table(results_table([run.task(name) for name in results], results))
 
 
 def _ablate(run: "Run", args: argparse.Namespace) -> None:
@@ -307,10 +311,3 @@ def _convert(args: argparse.Namespace) -> None:
         export.export(Run.load(args.workdir), args.task, args.to or "task", args.out)
     else:
         raise UserError("convert takes --task and --out to write a task, or --files and --base.")
-
-
-def _print(table: object, width: int | None = None) -> None:
-    """For a person, on stderr: stdout is for machines."""
-    from rich.console import Console
-
-    Console(stderr=True, width=width).print(table)

@@ -17,7 +17,7 @@ from pals_jax.models.adapters.forms import Bottleneck, Context, Param, Projected
 from pals_jax.models.adapters.spec import READS, Adapter
 from pals_jax.models.bert import SITES
 from pals_jax.models.multitask import MultiTaskModel
-from pals_jax.models.segments import make_rows
+from pals_jax.models.segments import make_segments
 from pals_jax.runtime.errors import UserError
 
 INPUTS = tiny.inputs()
@@ -66,7 +66,7 @@ def reference(model: MultiTaskModel, variables: Any, task: int) -> np.ndarray:
     """The last hidden states of INPUTS."""
     config = model.config
     variables = jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
-    encoder, thetas = variables["params"]["encoder"], tiny.rows(variables["adapters"], task)
+    encoder, adapter_params = variables["params"]["encoder"], tiny.rows(variables["adapters"], task)
     mask = INPUTS["attention_mask"] > 0
 
     layer = None  # inside the loop over layers its index
@@ -76,12 +76,14 @@ def reference(model: MultiTaskModel, variables: Any, task: int) -> np.ndarray:
             carriers = adapter.layer_indices(config.num_hidden_layers)
             if adapter.site != site or (layer is not None and layer not in carriers):
                 continue
-            theta = thetas[adapter.name].get("shared", {})
+            params = adapter_params[adapter.name].get("shared", {})
             if layer is not None:
-                theta |= tiny.rows(thetas[adapter.name].get("layers", {}), carriers.index(layer))
+                params |= tiny.rows(
+                    adapter_params[adapter.name].get("layers", {}), carriers.index(layer)
+                )
             x = block_input if adapter.reads == "block_input" else state
             x = normalise(x) if adapter.reads == "normalised" else x
-            state = state + form(adapter, theta, x, mask)
+            state = state + form(adapter, params, x, mask)
         return state
 
     table = {name: p.get("embedding") for name, p in encoder["embeddings"].items()}
@@ -152,24 +154,24 @@ def test_several_adapters_are_applied_in_their_order() -> None:
 def test_projected_attention_drops_attention_weights() -> None:
     adapted = ProjectedAttention(6, 3)
     rng = np.random.default_rng(0)
-    theta = jax.tree.map(
+    params = jax.tree.map(
         lambda param: rng.normal(size=param.shape).astype(np.float32),
         adapted.parameters(12, 12, tiny.config()),
         is_leaf=lambda x: isinstance(x, Param),
     )
     x = rng.normal(size=(2, 7, 12)).astype(np.float32)
     salts = jnp.arange(4, dtype=jnp.uint32).reshape(2, 1, 2)
-    rows = make_rows(jnp.ones((2, 7), int), jnp.zeros((2, 1), int), salts)
+    rows = make_segments(jnp.ones((2, 7), int), jnp.zeros((2, 1), int), salts)
     config = tiny.config(attention_probs_dropout_prob=0.5)
-    off = adapted(theta, x, Context(config, rows))
+    off = adapted(params, x, Context(config, rows))
     on, again, other = (
-        adapted(theta, x, Context(config, rows, jax.random.key(seed))) for seed in (0, 0, 1)
+        adapted(params, x, Context(config, rows, jax.random.key(seed))) for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(on, again)
     assert not np.allclose(on, off, atol=1e-2)
     assert not np.allclose(on, other, atol=1e-2)
     np.testing.assert_array_equal(
-        off, adapted(theta, x, Context(tiny.config(), rows, jax.random.key(0)))
+        off, adapted(params, x, Context(tiny.config(), rows, jax.random.key(0)))
     )
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -101,9 +102,9 @@ def test_more_examples_than_a_batch_are_refused():
 def test_the_hosts_make_the_parts_of_one_batch(placing: Any):
     whole = batches(placing, shards=Shards(4, 0, 4))(MIXED)
     parts = [batches(placing, shards=Shards(4, i, 2))(MIXED) for i in (0, 2)]
-    assert whole["input_ids"].shape == (4, 1, 9 if placing == Padded(4, 12, 4) else 12)
-    for name, x in whole.items():
-        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), x)
+    assert whole.input_ids.shape == (4, 1, 9 if placing == Padded(4, 12, 4) else 12)
+    joined = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    jax.tree.map(np.testing.assert_array_equal, joined, whole)
 
 
 # What a batch holds
@@ -111,52 +112,52 @@ def test_the_hosts_make_the_parts_of_one_batch(placing: Any):
 
 def test_a_padded_batch_holds_the_drawn_examples():
     batch = batches(Padded(4, 12), layout=Layout(pad_id=7))(MIXED)
-    assert {len(x) for x in batch.values()} == {1}
-    batch = {name: x[0] for name, x in batch.items()}
-    np.testing.assert_array_equal(batch["task_ids"], [1, 1, 0, 0])
-    np.testing.assert_array_equal(batch["numbers"], np.arange(4)[:, None])
-    np.testing.assert_array_equal(batch["first"], np.zeros((4, 1)))
-    np.testing.assert_array_equal(batch["targets"][:, 0], [1, 0, 2, 1])
-    np.testing.assert_array_equal(batch["weights"], np.ones((4, 1)))
-    np.testing.assert_array_equal(batch["attention_mask"].sum(1), [9, 3, 5, 6])
-    np.testing.assert_array_equal(batch["input_ids"][0], range(503, 512))
-    np.testing.assert_array_equal(batch["input_ids"][2, :5], range(110, 115))
-    np.testing.assert_array_equal(batch["token_type_ids"][1], [0, 1, 1] + [0] * 6)
-    np.testing.assert_array_equal(batch["input_ids"][batch["attention_mask"] == 0], 7)
-    assert batch["input_ids"].dtype == np.int32
-    assert batch["targets"].dtype == np.float32
+    assert {len(x) for x in jax.tree.leaves(batch)} == {1}
+    batch = jax.tree.map(lambda x: x[0], batch)
+    np.testing.assert_array_equal(batch.task_ids, [1, 1, 0, 0])
+    np.testing.assert_array_equal(batch.example_ids, np.arange(4)[:, None])
+    np.testing.assert_array_equal(batch.first, np.zeros((4, 1)))
+    np.testing.assert_array_equal(batch.targets[:, 0], [1, 0, 2, 1])
+    np.testing.assert_array_equal(batch.weights, np.ones((4, 1)))
+    np.testing.assert_array_equal(batch.attention_mask.sum(1), [9, 3, 5, 6])
+    np.testing.assert_array_equal(batch.input_ids[0], range(503, 512))
+    np.testing.assert_array_equal(batch.input_ids[2, :5], range(110, 115))
+    np.testing.assert_array_equal(batch.token_type_ids[1], [0, 1, 1] + [0] * 6)
+    np.testing.assert_array_equal(batch.input_ids[batch.attention_mask == 0], 7)
+    assert batch.input_ids.dtype == np.int32
+    assert batch.targets.dtype == np.float32
 
 
 def test_a_packed_batch_holds_them_too():
     packed = Packed((Shape(3, 16), Shape(4, 16)), 4)
-    batch = {name: x[0] for name, x in batches(packed, layout=Layout(pad_id=7))(MIXED).items()}
-    np.testing.assert_array_equal(batch["task_ids"], [0, 1, 1])  # the last one is empty
-    np.testing.assert_array_equal(batch["numbers"], [[3, 2, -1, -1], [0, 1, -1, -1], [-1] * 4])
-    np.testing.assert_array_equal(batch["first"], [[0, 6, 0, 0], [0, 9, 0, 0], [0] * 4])
-    np.testing.assert_array_equal(batch["targets"], [[1, 2, 0, 0], [1, 0, 0, 0], [0] * 4])
-    np.testing.assert_array_equal(batch["weights"], batch["numbers"] >= 0)
-    np.testing.assert_array_equal(batch["attention_mask"][0], [1] * 6 + [2] * 5 + [0] * 5)
-    np.testing.assert_array_equal(batch["attention_mask"][1], [1] * 9 + [2] * 3 + [0] * 4)
-    np.testing.assert_array_equal(batch["input_ids"][0, 6:11], range(110, 115))
-    np.testing.assert_array_equal(batch["token_type_ids"][1, :12], [0] * 7 + [1] * 2 + [0, 1, 1])
-    np.testing.assert_array_equal(batch["input_ids"][batch["attention_mask"] == 0], 7)
+    batch = jax.tree.map(lambda x: x[0], batches(packed, layout=Layout(pad_id=7))(MIXED))
+    np.testing.assert_array_equal(batch.task_ids, [0, 1, 1])  # the last one is empty
+    np.testing.assert_array_equal(batch.example_ids, [[3, 2, -1, -1], [0, 1, -1, -1], [-1] * 4])
+    np.testing.assert_array_equal(batch.first, [[0, 6, 0, 0], [0, 9, 0, 0], [0] * 4])
+    np.testing.assert_array_equal(batch.targets, [[1, 2, 0, 0], [1, 0, 0, 0], [0] * 4])
+    np.testing.assert_array_equal(batch.weights, batch.example_ids >= 0)
+    np.testing.assert_array_equal(batch.attention_mask[0], [1] * 6 + [2] * 5 + [0] * 5)
+    np.testing.assert_array_equal(batch.attention_mask[1], [1] * 9 + [2] * 3 + [0] * 4)
+    np.testing.assert_array_equal(batch.input_ids[0, 6:11], range(110, 115))
+    np.testing.assert_array_equal(batch.token_type_ids[1, :12], [0] * 7 + [1] * 2 + [0, 1, 1])
+    np.testing.assert_array_equal(batch.input_ids[batch.attention_mask == 0], 7)
 
 
 def test_the_tasks_that_may_move():
     """Those drawn, and any other where a batch has fewer tasks than groups; nothing means all."""
     draw = Draw(np.array([1, 1], np.int32), np.array([[1, 0], [1, 0]]))
     one = batches(Padded(4, 12), first_task=3, num_tasks=5)(draw)
-    np.testing.assert_array_equal(one["tasks"], [[4, 0]])
-    np.testing.assert_array_equal(one["task_ids"], [[4] * 4])
+    np.testing.assert_array_equal(one.slot_tasks, [[4, 0]])
+    np.testing.assert_array_equal(one.task_ids, [[4] * 4])
     every = batches(Padded(4, 12), first_task=3, num_tasks=5, all_may_move=True)(draw)
-    assert "tasks" not in every
-    assert "tasks" not in batches(Padded(4, 12), num_tasks=2)(draw)
+    assert every.slot_tasks is None
+    assert batches(Padded(4, 12), num_tasks=2)(draw).slot_tasks is None
 
 
 def test_an_encoder_with_one_token_type_gets_one():
     one, two = (batches(Padded(4, 12), layout=Layout(0, types))(MIXED) for types in (1, 2))
-    assert one["token_type_ids"].max() == 0
-    assert two["token_type_ids"].max() == 1
+    assert one.token_type_ids.max() == 0
+    assert two.token_type_ids.max() == 1
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9])
@@ -168,15 +169,15 @@ def test_evaluation_sees_every_example_once(count: int, shards: int, placing: An
     seen = []
     parts = Shards(shards, 0, shards)
     for batch, examples in eval_batches(split, 2, layout, placing(4, 40, shards), parts):
-        np.testing.assert_array_equal(batch["task_ids"], np.full((shards, 1), 2))
-        rows = {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
-        np.testing.assert_array_equal(rows["weights"], examples >= 0)
+        np.testing.assert_array_equal(batch.task_ids, np.full((shards, 1), 2))
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+        np.testing.assert_array_equal(rows.weights, examples >= 0)
         for row, slot in np.argwhere(examples >= 0):
             index = examples[row, slot]
             tokens = split.tokens[split.offsets[index] : split.offsets[index + 1]]
-            mine = rows["input_ids"][row][rows["attention_mask"][row] == slot + 1]
+            mine = rows.input_ids[row][rows.attention_mask[row] == slot + 1]
             np.testing.assert_array_equal(mine, tokens)
-            assert rows["targets"][row, slot] == split.targets[index]
+            assert rows.targets[row, slot] == split.targets[index]
         seen += examples[examples >= 0].tolist()
     assert sorted(seen) == list(range(count))
 

@@ -14,7 +14,7 @@ from pals_jax.models.adapters.spec import Adapter
 from pals_jax.models.bert import BertConfig, BertLayer, Embeddings
 from pals_jax.models.layers import dot_product_attention, dropout
 from pals_jax.models.multitask import MultiTaskModel, init_variables
-from pals_jax.models.segments import make_rows, one_position
+from pals_jax.models.segments import make_segments, one_position
 from pals_jax.runtime.errors import UserError
 
 INPUTS = tiny.inputs()
@@ -48,7 +48,7 @@ def test_the_scan_equals_a_loop_over_the_layers() -> None:
 
     @jax.jit
     def loop(encoder, ids, types, mask):
-        rows = make_rows(mask, jnp.zeros((len(mask), 1), int))
+        rows = make_segments(mask, jnp.zeros((len(mask), 1), int))
         h = Embeddings(model.config).apply({"params": encoder["embeddings"]}, ids, types, rows)
         for i in range(model.config.num_hidden_layers):
             layer = {"params": jax.tree.map(lambda x, i=i: x[i], encoder["layers"])}
@@ -171,7 +171,7 @@ def test_every_dropout_of_every_layer_has_a_mask_of_its_own() -> None:
 def test_dropout_keeps_the_mean() -> None:
     x = jnp.ones((1, 100, 1000))
     salts = jnp.ones((1, 1, 2), jnp.uint32)
-    places = make_rows(jnp.ones((1, 100), int), jnp.zeros((1, 1), int), salts).places
+    places = make_segments(jnp.ones((1, 100), int), jnp.zeros((1, 1), int), salts).places
     y = dropout(x, 0.1, jax.random.key(0), places)
     assert float((y == 0).mean()) == pytest.approx(0.1, abs=0.005)
     np.testing.assert_allclose(y[y != 0], 1 / 0.9, rtol=1e-6)

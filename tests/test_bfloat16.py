@@ -19,7 +19,7 @@ def test_parameters_and_logits_are_float32_and_the_layers_are_not() -> None:
     variables = tiny.variables(model)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {np.dtype("float32")}
     batch = tiny.inputs()
-    arrays = batch["input_ids"], batch["token_type_ids"], batch["attention_mask"], 1
+    arrays = *batch.tokens, 1
     hidden = model.apply(variables, *arrays, method="encode")
     assert hidden.dtype == jnp.bfloat16
     assert model.apply(variables, *arrays).dtype == jnp.float32

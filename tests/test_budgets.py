@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
+from pals_jax.data.batch import Batch
 from pals_jax.experiment.optim import make_optimizer
 from pals_jax.models.adapters import methods
 from pals_jax.models.bert import BertConfig
@@ -76,16 +77,16 @@ def count(
 
     tokens = np.zeros((8, 128), np.int32)
     numbers = np.zeros((8, 16), np.int32)
-    batch = {
+    hidden = np.zeros((8, 128, ENCODER.hidden_size), np.float32)
+    batch = Batch(
         **dict.fromkeys(("input_ids", "token_type_ids", "attention_mask"), tokens),
-        **dict.fromkeys(("first", "numbers"), numbers),
+        **dict.fromkeys(("first", "example_ids"), numbers),
         **dict.fromkeys(("targets", "weights"), numbers.astype(np.float32)),
-        "task_ids": np.zeros(groups, np.int32),
-    }
-    if groups < tasks:  # as TrainBatches has it
-        batch["tasks"] = np.arange(groups, dtype=np.int32)
-    if kept:
-        batch["hidden"] = np.zeros((8, 128, ENCODER.hidden_size), np.float32)
+        task_ids=np.zeros(groups, np.int32),
+        # As TrainBatches has it.
+        slot_tasks=np.arange(groups, dtype=np.int32) if groups < tasks else None,
+        hidden=hidden if kept else None,
+    )
     step = jax.jit(make_train_step(model, optimizer, seed=0), donate_argnums=0)
     compiled = step.lower(jax.eval_shape(first_state), batch).compile()
     return hlo.read(compiled.as_text()).flops

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Param
 from pals_jax.models.adapters.parse import parse_method
-from pals_jax.models.adapters.spec import Adapter, Owned
+from pals_jax.models.adapters.spec import Adapter, TaskCopy
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime.errors import UserError
 
@@ -87,8 +87,8 @@ def test_a_new_method_takes_no_change_elsewhere() -> None:
         def parameters(self, inputs: int, outputs: int, config: Any) -> Any:
             return {"weight": Param((outputs,))}
 
-        def __call__(self, theta: Any, x: Any, context: Any) -> Any:
-            return x.sum(-1, keepdims=True) * theta["weight"].reshape(1, 1, -1)
+        def __call__(self, params: Any, x: Any, context: Any) -> Any:
+            return x.sum(-1, keepdims=True) * params["weight"].reshape(1, 1, -1)
 
     model = tiny.model((Adapter("sum", "attention.heads", Sum(), reads="state"),))
     step, state = tiny.training(model, ("adapters/",))
@@ -186,5 +186,5 @@ def test_two_that_replace_or_gate_one_state_collide() -> None:
     prefix = methods.prefix_tuning(2, 0)[0]
     with pytest.raises(UserError, match=r"'prefix' and 'other' collide at attention.heads"):
         tiny.variables(tiny.model((prefix, dataclasses.replace(prefix, name="other"))))
-    owned = (Owned("first", "layers/", (0,)), Owned("second", "layers/", (1, 2)))
+    owned = (TaskCopy("first", "layers/", (0,)), TaskCopy("second", "layers/", (1, 2)))
     tiny.variables(tiny.model(owned))  # side by side

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 from pals_jax.models.dropout import example_salts, mask_bits, mask_key
-from pals_jax.models.segments import Places, make_rows
+from pals_jax.models.segments import Places, make_segments
 
 ROWS, LENGTH, SIZE = 64, 16, 384
 ZERO = jnp.zeros((1, 1), int)
@@ -18,7 +18,7 @@ ZERO = jnp.zeros((1, 1), int)
 def places(numbers: Any, key: Any, length: int = LENGTH) -> Places:
     """One example in each row."""
     salts = example_salts(key, jnp.asarray(numbers)[:, None])
-    return make_rows(jnp.ones((len(numbers), length), int), ZERO, salts).places
+    return make_segments(jnp.ones((len(numbers), length), int), ZERO, salts).places
 
 
 def bits(step: int) -> np.ndarray:
@@ -52,10 +52,10 @@ def test_masks_have_their_rate_and_do_not_resemble_each_other(rate: float) -> No
 def test_an_example_has_its_masks_wherever_it_is() -> None:
     """Of hidden states and of attention, alone in a row or behind another."""
     key = mask_key(7, 11)
-    alone = make_rows(jnp.ones((1, 4), int), ZERO, example_salts(key, jnp.array([[9]])))
+    alone = make_segments(jnp.ones((1, 4), int), ZERO, example_salts(key, jnp.array([[9]])))
     segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 0]])
     salts = example_salts(key, jnp.array([[5, 9]]))
-    shared = make_rows(segments, jnp.array([[0, 3]]), salts)
+    shared = make_segments(segments, jnp.array([[0, 3]]), salts)
     hidden = [mask_bits(key, x.places, (1, x.mask.shape[-1], 6)) for x in (alone, shared)]
     np.testing.assert_array_equal(hidden[0], hidden[1][:, 3:7])
     heads = [

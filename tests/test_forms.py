@@ -18,27 +18,27 @@ from pals_jax.convert import from_huggingface
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.blocks import Blocks
 from pals_jax.models.adapters.forms import Context, Dense, Form, Param, ProjectedFeedForward
-from pals_jax.models.segments import make_rows
+from pals_jax.models.segments import make_segments
 
 IDS = np.array([[2, 5, 9, 7, 3], [2, 11, 3, 0, 0]], np.int32)
 MASK = (IDS > 0).astype(np.int32)
 TYPES = np.zeros_like(IDS)
 
 
-def torch_linear(theta: Any, x: torch.Tensor) -> torch.Tensor:
-    return x @ torch.tensor(theta["kernel"]) + torch.tensor(theta["bias"])
+def torch_linear(params: Any, x: torch.Tensor) -> torch.Tensor:
+    return x @ torch.tensor(params["kernel"]) + torch.tensor(params["bias"])
 
 
-def ffn_blocks(theta: Any, x: torch.Tensor) -> torch.Tensor:
-    z = torch_linear(theta["down"], x)
+def ffn_blocks(params: Any, x: torch.Tensor) -> torch.Tensor:
+    z = torch_linear(params["down"], x)
     for i in range(3):
-        block = tiny.rows(theta["blocks"], i)
+        block = tiny.rows(params["blocks"], i)
         y = torch_linear(
             block["ffn"]["output"], gelu(torch_linear(block["ffn"]["intermediate"], z))
         )
         norm = {"weight": block["norm"]["scale"], "bias": block["norm"]["bias"]}
         z = layer_norm(z + y, (6,), **{k: torch.tensor(v) for k, v in norm.items()}, eps=1e-12)
-    return torch_linear(theta["up"], z)
+    return torch_linear(params["up"], z)
 
 
 @pytest.mark.parametrize(
@@ -65,16 +65,16 @@ def ffn_blocks(theta: Any, x: torch.Tensor) -> torch.Tensor:
 )
 def test_against_pytorch(form: Form, reference: Callable[..., torch.Tensor]) -> None:
     rng = np.random.default_rng(0)
-    theta = jax.tree.map(
+    params = jax.tree.map(
         lambda param: rng.normal(0, 0.5, param.shape).astype(np.float32),
         form.parameters(12, 12, tiny.config()),
         is_leaf=lambda x: isinstance(x, Param),
     )
     x = rng.normal(size=(2, 7, 12)).astype(np.float32)
-    context = Context(tiny.config(), make_rows(jnp.ones((2, 7), int), jnp.zeros((2, 1), int)))
-    expected = reference(theta, torch.tensor(x)).numpy()
+    context = Context(tiny.config(), make_segments(jnp.ones((2, 7), int), jnp.zeros((2, 1), int)))
+    expected = reference(params, torch.tensor(x)).numpy()
     assert expected.std() > 0.1
-    np.testing.assert_allclose(form(theta, x, context), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(form(params, x, context), expected, rtol=0, atol=1e-5)
 
 
 def encode(model: Any, variables: Any) -> np.ndarray:

@@ -16,6 +16,7 @@ import tiny
 import torch
 
 from pals_jax.convert import from_bert_n_pals, read_tensors, to_bert_n_pals
+from pals_jax.data.batch import Batch
 from pals_jax.experiment.optim import make_optimizer
 from pals_jax.models.adapters import methods
 from pals_jax.runtime.errors import UserError
@@ -44,18 +45,18 @@ def under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
-def batch(golden: SimpleNamespace, task: int) -> dict[str, np.ndarray]:
+def batch(golden: SimpleNamespace, task: int) -> Batch:
     arrays = golden.arrays
-    return {
-        "input_ids": arrays["input_ids"].astype(np.int32),
-        "token_type_ids": arrays["segment_ids"].astype(np.int32),
-        "attention_mask": arrays["input_mask"].astype(np.int32),
-        "task_ids": np.array([task], np.int32),
-        "targets": arrays[f"task{task}/labels"].astype(np.float32)[:, None],
-        "first": np.zeros((len(arrays["input_ids"]), 1), np.int32),
-        "numbers": np.arange(len(arrays["input_ids"]), dtype=np.int32)[:, None],
-        "weights": np.ones((len(arrays["input_ids"]), 1), np.float32),
-    }
+    return Batch(
+        input_ids=arrays["input_ids"].astype(np.int32),
+        token_type_ids=arrays["segment_ids"].astype(np.int32),
+        attention_mask=arrays["input_mask"].astype(np.int32),
+        task_ids=np.array([task], np.int32),
+        targets=arrays[f"task{task}/labels"].astype(np.float32)[:, None],
+        first=np.zeros((len(arrays["input_ids"]), 1), np.int32),
+        example_ids=np.arange(len(arrays["input_ids"]), dtype=np.int32)[:, None],
+        weights=np.ones((len(arrays["input_ids"]), 1), np.float32),
+    )
 
 
 def test_checkpoint_files(shared: Path, tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_outputs(golden: SimpleNamespace) -> None:
         return hidden, pooled, golden.model.apply(variables, ids, types, mask, task)
 
     for task in TASKS:
-        ids, types, mask, *_ = batch(golden, task).values()
+        ids, types, mask = batch(golden, task).tokens
         hidden, pooled, logits = outputs(golden.variables, ids, types, mask, task)
         expected = under(f"task{task}/", golden.arrays)
         np.testing.assert_allclose(hidden, expected["sequence_output"], rtol=0, atol=1e-5)

@@ -6,19 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from pals_jax.data.batch import Batch
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tasks import glue_task
 from pals_jax.runtime.errors import UserError
 from pals_jax.training.guards import CompilationGuard, CompilationWarning, check_finite
 
 
-def batch(length: int) -> dict[str, np.ndarray]:
-    return {"input_ids": np.zeros((2, length), np.int32)}
+def batch(length: int) -> Batch:
+    return tiny.batch([0, 0], rows=2).replace(input_ids=np.zeros((2, length), np.int32))
 
 
 def test_the_first_compilation_of_each_shape_is_right() -> None:
-    with CompilationGuard(jax.jit(lambda state, batch: state + batch["input_ids"].sum())) as guard:
+    with CompilationGuard(jax.jit(lambda state, batch: state + batch.input_ids.sum())) as guard:
         for length in (3, 4, 3, 4):
             guard(jnp.float32(0), batch(length))
             jax.jit(lambda x: x * 2)(np.zeros(length))  # what others compile is theirs
@@ -27,7 +29,7 @@ def test_the_first_compilation_of_each_shape_is_right() -> None:
 
 def test_any_other_is_reported() -> None:
     """Here the state changes its dtype under way, which a step must never do."""
-    with CompilationGuard(jax.jit(lambda state, batch: state + batch["input_ids"].sum())) as guard:
+    with CompilationGuard(jax.jit(lambda state, batch: state + batch.input_ids.sum())) as guard:
         guard(jnp.float32(0), batch(3))
         with pytest.warns(
             CompilationWarning, match=r"again for a batch of a known shape, \(2, 3\)"

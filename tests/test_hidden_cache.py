@@ -1,4 +1,4 @@
-"""Below the first adapter: steps that begin with what was kept are those that compute it anew."""
+"""The hidden-state cache: steps that begin with kept states equal those that compute them."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ from pals_jax.experiment.config import default
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.experiment.optim import make_optimizer
 from pals_jax.inference import hidden_cache
-from pals_jax.inference.hidden_cache import Below, with_hidden
+from pals_jax.inference.hidden_cache import HiddenCache, with_hidden
 from pals_jax.models.bert import Embeddings
 from pals_jax.models.encoder import Encoder, layers_below
 from pals_jax.models.multitask import adapter_shapes
@@ -112,7 +112,7 @@ def trained(it: Experiment, splits: Any, tasks: list[int], devices: int, packing
     make, seen = TrainBatches(splits, it.layout, placing, shards, 0, 3), []
     for draw in draws:
         batch = make(draw)
-        assert ("hidden" in batch) == (splits[0].hidden is not None)
+        assert (batch.hidden is not None) == (splits[0].hidden is not None)
         state, scalars = step(state, batch)
         seen.append(jax.device_get((scalars, state.trainable, state.opt_state)))
     return seen
@@ -156,9 +156,9 @@ def test_hidden_states_are_computed_once(
 ) -> None:
     """And again only for other texts, other weights below, or another dtype."""
     written: list[Path] = []
-    write = Below.write
+    write = HiddenCache.write
     monkeypatch.setattr(
-        Below, "write", lambda self, missing: written.extend(missing) or write(self, missing)
+        HiddenCache, "write", lambda self, missing: written.extend(missing) or write(self, missing)
     )
     it = experiment(tmp_path)
     variables, text = tiny.variables(it.model()), split()
@@ -200,7 +200,7 @@ def test_a_full_disk(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         def fail(*_: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(Below, "_compute", fail)
+        monkeypatch.setattr(HiddenCache, "_compute", fail)
     it = experiment(tmp_path)
     with pytest.raises(UserError, match=r"cannot write 0.00 MiB .* No space left on device; make"):
         with_hidden(it, tiny.variables(it.model()), split())
@@ -280,11 +280,11 @@ def test_going_on_with_another_encoder(
 def test_told_to_stop_before_the_first_step(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was being computed is not left behind."""
 
-    def stop(self: Below, split: TokenizedSplit, file: BinaryIO, bar: Any) -> None:
+    def stop(self: HiddenCache, split: TokenizedSplit, file: BinaryIO, bar: Any) -> None:
         file.write(b"half")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Below, "_compute", stop)
+    monkeypatch.setattr(HiddenCache, "_compute", stop)
     with pytest.raises(SystemExit, match="143"):
         main(arguments(small, small / "run", *ABOVE))
     assert not list((small / "cache").glob("building-*"))
@@ -360,6 +360,6 @@ def test_the_model_has_no_products_below(tmp_path: Path) -> None:
     assert flops.forward(it.model(), 7, kept=True) == pooler + head
     assert flops.training(it.model(), ("adapters/",), 7, kept=True) == pooler + 2 * head
     batch, _ = plan._eval_batch(it, Shards())
-    assert batch["hidden"].shape == (1, 4, 9, 12)
+    assert batch.hidden.shape == (1, 4, 9, 12)
     it.config.lower_dropout = True
-    assert "hidden" not in plan._eval_batch(it, Shards())[0]
+    assert plan._eval_batch(it, Shards())[0].hidden is None

@@ -101,7 +101,7 @@ def test_a_task_whose_rows_are_all_left_out_is_idle() -> None:
     for _ in range(2):  # At step 0 the learning rate is 0.
         state, _ = step(state, tiny.batch([1, 1, 2, 2]))
     weights = np.array([[1], [1], [0], [0]], np.float32)
-    after, _ = step(state, tiny.batch([1, 1, 2, 2]) | {"weights": weights})
+    after, _ = step(state, tiny.batch([1, 1, 2, 2]).replace(weights=weights))
     rows = [tiny.rows(x.variables["adapters"], 2) for x in (state, after)]
     tiny.assert_same(*rows)
     moments = [tiny.rows(x.opt_state[0][1].tasks, 2) for x in (state, after)]

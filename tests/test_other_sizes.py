@@ -21,8 +21,8 @@ from pals_jax.models.adapters.methods import Method
 from pals_jax.models.multitask import MultiTaskModel
 
 DEPTH, WIDTH, HEADS, LENGTH = 4, 20, 5, 11
-Theta = Mapping[str, Any]
-Change = Callable[[Theta, torch.Tensor, torch.Tensor], torch.Tensor]
+Params = Mapping[str, Any]
+Change = Callable[[Params, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -45,60 +45,60 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, MultiTaskMod
     return theirs, model, variables["params"]
 
 
-# The methods in PyTorch: theta holds one task's parameters in one layer; x is [B, L, D], and
+# The methods in PyTorch: params holds one task's parameters in one layer; x is [B, L, D], and
 # visible, bool [B, L], says which positions may be looked at.
 
 
-def linear(theta: Theta, x: torch.Tensor) -> torch.Tensor:
-    return x @ theta["kernel"] + theta["bias"]
+def linear(params: Params, x: torch.Tensor) -> torch.Tensor:
+    return x @ params["kernel"] + params["bias"]
 
 
-def pal(theta: Theta, x: torch.Tensor, visible: torch.Tensor, heads: int = 3) -> torch.Tensor:
-    z = linear(theta["down"], x)
+def pal(params: Params, x: torch.Tensor, visible: torch.Tensor, heads: int = 3) -> torch.Tensor:
+    z = linear(params["down"], x)
     query, key, value = (
-        linear(theta[name], z).unflatten(-1, (heads, -1)).transpose(1, 2)
+        linear(params[name], z).unflatten(-1, (heads, -1)).transpose(1, 2)
         for name in ("query", "key", "value")
     )
     z = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=visible[:, None, None]
     )
-    return gelu(linear(theta["up"], z.transpose(1, 2).flatten(2)))
+    return gelu(linear(params["up"], z.transpose(1, 2).flatten(2)))
 
 
-def low_rank(theta: Theta, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    return linear(theta["up"], gelu(linear(theta["down"], x)))
+def low_rank(params: Params, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    return linear(params["up"], gelu(linear(params["down"], x)))
 
 
-def projected_ffn(theta: Theta, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    z = gelu(linear(theta["ffn_0"], linear(theta["down"], x)))
-    return linear(theta["up"], linear(theta["ffn_1"], z) if "ffn_1" in theta else z)
+def projected_ffn(params: Params, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    z = gelu(linear(params["ffn_0"], linear(params["down"], x)))
+    return linear(params["up"], linear(params["ffn_1"], z) if "ffn_1" in params else z)
 
 
-def top_ffn(theta: Theta, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    z = linear(theta["down"], x)
-    blocks = theta["blocks"]
+def top_ffn(params: Params, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    z = linear(params["down"], x)
+    blocks = params["blocks"]
     for i in range(len(blocks["norm"]["bias"])):
         ffn, norm = (jax.tree.map(lambda p, i=i: p[i], blocks[name]) for name in ("ffn", "norm"))
         y = linear(ffn["output"], gelu(linear(ffn["intermediate"], z)))
         z = layer_norm(z + y, z.shape[-1:], norm["scale"], norm["bias"], eps=1e-12)
-    return linear(theta["up"], z)
+    return linear(params["up"], z)
 
 
-def top_dense(theta: Theta, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    return torch.tanh(linear(theta["dense"], x))
+def top_dense(params: Params, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(linear(params["dense"], x))
 
 
 def beside(change: Change, layers: tuple[int, ...], serial: bool = False) -> Callable[..., Any]:
     """LN(a + FFN(a) + change(h)) in some layers; or serially, LN(s + change(s)) of that sum s."""
 
-    def run(model: Any, theta: Theta, h: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    def run(model: Any, params: Params, h: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         for number, layer in enumerate(model.encoder.layer):
             a = layer.attention(h, attention_mask=visible[:, None, None])[0]
             s = a + layer.output.dense(layer.intermediate(a))
             if number in layers:
                 place = layers.index(number)
-                own = jax.tree.map(lambda p, place=place: p[place], theta.get("layers", {}))
-                s = s + change({**theta.get("shared", {}), **own}, s if serial else h, visible)
+                own = jax.tree.map(lambda p, place=place: p[place], params.get("layers", {}))
+                s = s + change({**params.get("shared", {}), **own}, s if serial else h, visible)
             h = layer.output.LayerNorm(s)
         return h
 
@@ -106,8 +106,8 @@ def beside(change: Change, layers: tuple[int, ...], serial: bool = False) -> Cal
 
 
 def on_top(change: Change) -> Callable[..., Any]:
-    def run(model: Any, theta: Theta, h: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        return change(theta["shared"], beside(change, ())(model, theta, h, visible), visible)
+    def run(model: Any, params: Params, h: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        return change(params["shared"], beside(change, ())(model, params, h, visible), visible)
 
     return run
 
@@ -144,9 +144,9 @@ def test_against_pytorch(case: str, encoder: tuple[Any, MultiTaskModel, Any]) ->
         variables = {"params": params, "adapters": adapters}
         actual = np.asarray(model.apply(variables, *tokens, 1, method="encode"))
     ids, types, mask = (torch.tensor(x).long() for x in tokens)
-    theta = jax.tree.map(torch.tensor, tiny.rows(adapters[method[0].name], 1))
+    params = jax.tree.map(torch.tensor, tiny.rows(adapters[method[0].name], 1))
     with torch.no_grad():
         bare = theirs(ids, mask, types).last_hidden_state.numpy()
-        expected = reference(theirs, theta, theirs.embeddings(ids, types), mask > 0).numpy()
+        expected = reference(theirs, params, theirs.embeddings(ids, types), mask > 0).numpy()
     assert np.abs(expected - bare).max() > 0.1  # the method does something
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)

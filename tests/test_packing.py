@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from pals_jax.data.batches import Batch, Layout, TrainBatches, eval_batches
+from pals_jax.data.batch import Batch
+from pals_jax.data.batches import Layout, TrainBatches, eval_batches
 from pals_jax.data.packing import Packed, Padded, Shape
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tokenize import TokenizedSplit
@@ -38,13 +39,13 @@ def batch(placing: Any, tasks: list[int], size: int, pad_id: int = 0, types: int
     splits = [split(rng) for _ in tiny.NUM_OUTPUTS]
     draw = Draw(np.array(tasks, np.int32), rng.integers(0, 11, (len(tasks), size)))
     make = TrainBatches(splits, Layout(pad_id, types), placing, Shards(), 0, len(splits))
-    return {name: x[0] for name, x in make(draw).items()}
+    return jax.tree.map(lambda x: x[0], make(draw))
 
 
 def assert_same_step(model: MultiTaskModel, padded: Batch, packed: Batch) -> None:
     """Loss and every gradient to 1e-5."""
     step, state = tiny.training(model)
-    assert packed["attention_mask"].max() > 2
+    assert packed.attention_mask.max() > 2
     (one, theirs), (other, ours) = (step(state, each) for each in (padded, packed))
     np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
 
@@ -70,11 +71,12 @@ def test_positions_of_roberta(pad_id: int) -> None:
     changes = {"model_type": "roberta", "pad_token_id": pad_id, "type_vocab_size": 1}
     model = tiny.model((), max_position_embeddings=10 + pad_id, **changes)
     padded, packed = (batch(p, *SINGLE, pad_id, types=1) for p in (Padded(8, 9), PACKED))
-    real = padded["attention_mask"] > 0  # no token of a text is padding
-    padded["input_ids"] = np.where(real, np.maximum(padded["input_ids"], 2), pad_id)
-    real = packed["attention_mask"] > 0
-    packed["input_ids"] = np.where(real, np.maximum(packed["input_ids"], 2), pad_id)
-    assert_same_step(model, padded, packed)
+
+    def without_pad_id(batch: Batch) -> Batch:
+        ids = np.maximum(batch.input_ids, 2)  # no token of a text is padding
+        return batch.replace(input_ids=np.where(batch.attention_mask > 0, ids, pad_id))
+
+    assert_same_step(model, without_pad_id(padded), without_pad_id(packed))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -88,7 +90,7 @@ def test_evaluation_of_every_method_is_that_of_padded_rows(name: str) -> None:
     for placing in (Padded(4, 9), Packed.into(2, 24)):
         logits = np.full((5, 11, 3), np.nan)
         for shards, places in eval_batches(held_out, 1, Layout(), placing, Shards()):
-            there, one = places >= 0, {k: x[0] for k, x in shards.items()}
+            there, one = places >= 0, jax.tree.map(lambda x: x[0], shards)
             logits[0, places[there]] = evaluate((variables, None), one)[there]
             logits[1, places[there]] = evaluate((variables, active), one)[there]
             logits[2:, places[there]] = every(variables, one)[:, there]

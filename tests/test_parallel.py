@@ -8,7 +8,8 @@ import pytest
 import tiny
 from jax.flatten_util import ravel_pytree
 
-from pals_jax.data.batches import Batch, Layout, TrainBatches, eval_batches, sizes
+from pals_jax.data.batch import Batch
+from pals_jax.data.batches import Layout, TrainBatches, eval_batches, sizes
 from pals_jax.data.packing import Packed, Padded
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tokenize import TokenizedSplit

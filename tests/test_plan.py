@@ -210,11 +210,11 @@ def tpu_step() -> Any:
     def first_state() -> Any:
         return create_state(init_variables(model, jax.random.key(0)), rules, optimizer)
 
-    rows = tiny.batch([0], rows=4)
     tokens = dict.fromkeys(
         ("input_ids", "token_type_ids", "attention_mask"), np.zeros((4, 32), np.int32)
     )
-    batch = jax.tree.map(lambda x: np.stack([x] * 8), rows | tokens)
+    rows = tiny.batch([0], rows=4).replace(**tokens)
+    batch = jax.tree.map(lambda x: np.stack([x] * 8), rows)
     step = make_train_step(model, optimizer, 0, parallel.axis_name)
     return parallel.compile(step, donate=True).lower(jax.eval_shape(first_state), batch)
 

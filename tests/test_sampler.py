@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from pals_jax.data.sampler import SCHEDULES, Sampler, task_probabilities
+from pals_jax.data.sampler import SAMPLING_SCHEDULES, Sampler, task_probabilities
 from pals_jax.runtime.errors import UserError
 
 # The sizes in the code of Stickland & Murray: CoLA, MRPC, MNLI, RTE, STS-B, SST-2, QQP, QNLI.
@@ -52,7 +52,7 @@ def test_frequencies_follow_the_probabilities(schedule):
     epochs, steps = 5, 4000
     sizes = tuple(size // 100 for size in GLUE_SIZES)
     sampler = make_sampler(sizes=sizes, schedule=schedule, epochs=epochs, steps_per_epoch=steps)
-    tasks = np.array([sampler.draw(step).task_ids[0] for step in range(epochs * steps)])
+    tasks = np.array([sampler.draw(step).trained_ids[0] for step in range(epochs * steps)])
     for epoch, drawn in enumerate(tasks.reshape(epochs, steps), 1):
         expected = steps * task_probabilities(sizes, schedule, epoch, epochs)
         observed = np.bincount(drawn, minlength=len(GLUE_SIZES))
@@ -61,17 +61,17 @@ def test_frequencies_follow_the_probabilities(schedule):
 
 def test_round_robin_is_a_fixed_cycle_also_across_groups():
     sampler = make_sampler(schedule="round_robin", groups=2)
-    drawn = np.concatenate([sampler.draw(step).task_ids for step in range(6)])
+    drawn = np.concatenate([sampler.draw(step).trained_ids for step in range(6)])
     np.testing.assert_array_equal(drawn, np.arange(12) % 3)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", SAMPLING_SCHEDULES)
 def test_any_step_can_be_asked_for_alone(schedule):
     in_order = make_sampler(schedule=schedule, groups=2)
     draws = [in_order.draw(step) for step in range(400)]
     for step in (399, 0, 250, 17):
         alone = make_sampler(schedule=schedule, groups=2).draw(step)
-        np.testing.assert_array_equal(alone.task_ids, draws[step].task_ids)
+        np.testing.assert_array_equal(alone.trained_ids, draws[step].trained_ids)
         np.testing.assert_array_equal(alone.examples, draws[step].examples)
 
 
@@ -91,8 +91,8 @@ def test_each_task_passes_through_all_its_data_reshuffled():
 def test_the_seed_changes_tasks_and_examples():
     a, b = make_sampler(seed=0), make_sampler(seed=1)
     draws = [(a.draw(step), b.draw(step)) for step in range(100)]
-    assert any(x.task_ids[0] != y.task_ids[0] for x, y in draws)
-    same_task = [(x, y) for x, y in draws if x.task_ids[0] == y.task_ids[0]]
+    assert any(x.trained_ids[0] != y.trained_ids[0] for x, y in draws)
+    same_task = [(x, y) for x, y in draws if x.trained_ids[0] == y.trained_ids[0]]
     assert any((x.examples != y.examples).any() for x, y in same_task)
 
 

@@ -109,11 +109,11 @@ def loss_and_gradients(batch: Any) -> tuple[float, Any]:
 def test_a_mixed_batch_is_the_weighted_mean_of_single_tasks() -> None:
     weights = np.array([1, 2, 0.5, 1], np.float32)
     task_ids = np.array([0, 1, 2, 0])
-    mixed, gradients = loss_and_gradients(tiny.batch(task_ids) | {"weights": weights[:, None]})
+    mixed, gradients = loss_and_gradients(tiny.batch(task_ids).replace(weights=weights[:, None]))
     singles = []
     for task in range(3):
         own = np.where(task_ids == task, weights, 0)
-        singles.append(loss_and_gradients(tiny.batch([task] * 4) | {"weights": own[:, None]}))
+        singles.append(loss_and_gradients(tiny.batch([task] * 4).replace(weights=own[:, None])))
     shares = [weights[task_ids == task].sum() / weights.sum() for task in range(3)]
     losses = [loss for loss, _ in singles]
     assert len({round(loss, 3) for loss in losses}) == 3
@@ -131,7 +131,7 @@ def test_a_step_may_be_told_which_tasks_can_move(name: str) -> None:
     """In any order; told nothing, it moves all that its optimiser does."""
     optimizer, _ = make_optimizer(tiny.optimizer_config(name), 3, tiny.TOTAL_STEPS)
     batch = tiny.batch([2, 0, 2, 2])
-    told = batch | {"tasks": np.array([2, 1, 0], np.int32)}
+    told = batch.replace(slot_tasks=np.array([2, 1, 0], np.int32))
     start = create_state(tiny.variables(MODEL), ["params/", "adapters/"], optimizer)
     step = tiny.fused(make_train_step(MODEL, optimizer, seed=0))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)  # noqa: E731
@@ -140,17 +140,15 @@ def test_a_step_may_be_told_which_tasks_can_move(name: str) -> None:
 
 def test_rows_without_weight_do_not_matter() -> None:
     weights = np.array([[1], [1], [0], [0]], np.float32)
-    one = tiny.batch([0, 1, 2, 0], seed=1) | {"weights": weights}
-    other = tiny.batch([0, 1, 1, 2], seed=2) | {"weights": weights}
-    other |= {
-        name: np.concatenate([one[name][:2], x[2:]]) for name, x in other.items() if len(x) == 4
-    }
+    one = tiny.batch([0, 1, 2, 0], seed=1).replace(weights=weights)
+    other = tiny.batch([0, 1, 1, 2], seed=2).replace(weights=weights)
+    other = jax.tree.map(lambda a, b: np.concatenate([a[:2], b[2:]]), one, other)
     loss, gradients = loss_and_gradients(one)
     other_loss, other_gradients = loss_and_gradients(other)
     assert loss == other_loss
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)  # noqa: E731
     jax.tree.map(close, gradients, other_gradients)
-    kept = loss_and_gradients(one | {"weights": np.array([[1], [0], [0], [0]], np.float32)})[0]
+    kept = loss_and_gradients(one.replace(weights=np.array([[1], [0], [0], [0]], np.float32)))[0]
     assert loss != pytest.approx(kept)
 
 

@@ -18,7 +18,7 @@ from pals_jax.inference.evaluator import Results
 from pals_jax.runtime import distributed
 from pals_jax.training import sweep
 from pals_jax.training.step import TrainState
-from pals_jax.training.vmapped_runs import sharing
+from pals_jax.training.vmapped_runs import share_frozen
 
 CONFIG = Path(__file__).with_name("tiny_experiment.py")
 
@@ -27,16 +27,16 @@ CONFIG = Path(__file__).with_name("tiny_experiment.py")
 def test_a_sweep_trains_every_run_and_makes_one_table(
     small: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, programs = sweep.train_together, jax.devices()[0].client.live_executables
+    real, programs = sweep.train, jax.devices()[0].client.live_executables
     begin, end = [], []  # how many there are when a run begins, and when it ends
 
-    def trained(*given: Any) -> list[Results]:
+    def trained(*given: Any) -> Results:
         begin.append(len(programs()))
         results = real(*given)
         end.append(len(programs()))
         return results
 
-    monkeypatch.setattr(sweep, "train_together", trained)
+    monkeypatch.setattr(sweep, "train", trained)
     overrides = [{"seed": 0, "method": "shared"}, {"optimizer.learning_rate": 0.01, "seed": 1}]
     command = ["train", f"--config={CONFIG}:{small}", f"--workdir={small / 'sweep'}", "--sweep"]
     command += [f"--config.sweep={tuple(overrides)}", "--config.epochs=1"]
@@ -117,9 +117,9 @@ def test_what_is_frozen_alike_is_in_memory_once() -> None:
 
     def state(seed: float) -> TrainState:
         ones, other = jnp.ones((2, 3)), jnp.full(4, seed)
-        return TrainState(0, {"theta": ones}, {"encoder": ones, "pooler": other}, ())
+        return TrainState(0, {"params": ones}, {"encoder": ones, "pooler": other}, ())
 
-    first, second, third = sharing(state(seed) for seed in (0.0, 0.0, 1.0))
+    first, second, third = share_frozen(state(seed) for seed in (0.0, 0.0, 1.0))
     assert first.frozen["encoder"] is second.frozen["encoder"] is third.frozen["encoder"]
     assert first.frozen["pooler"] is second.frozen["pooler"]
     np.testing.assert_array_equal(third.frozen["pooler"], np.ones(4))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from pals_jax.data.batch import Batch
 from pals_jax.experiment.optim import make_optimizer, map_tasks, moves_idle_tasks
 from pals_jax.models import task_axis
 from pals_jax.models.multitask import MultiTaskModel, init_variables
@@ -29,13 +30,13 @@ class Training:
         self.step = tiny.fused(make_train_step(self.model, self.optimizer, seed=0))
         self.apply = tiny.fused(self.model.apply)
 
-    def batch(self, drawn: tuple[int, int], seed: int) -> dict[str, np.ndarray]:
+    def batch(self, drawn: tuple[int, int], seed: int) -> Batch:
         """Says which tasks may move as the trainer's batches do."""
         batch, every = tiny.batch(drawn, seed=seed), np.arange(len(self.model.num_outputs))
         if moves_idle_tasks(self.config) or len(every) <= 2:
             return batch
         may_move = np.append(np.unique(drawn), np.setdiff1d(every, drawn))[:2]
-        return batch | {"tasks": may_move.astype(np.int32)}
+        return batch.replace(slot_tasks=may_move.astype(np.int32))
 
     def start(self) -> TrainState:
         variables = jax.jit(lambda: init_variables(self.model, jax.random.key(0)))()

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from pals_jax.data.batch import Batch
 from pals_jax.experiment.optim import make_optimizer
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Context
@@ -110,16 +111,17 @@ def inputs(seed: int = 0, rows: int = 4, length: int = 7) -> dict[str, np.ndarra
     }
 
 
-def batch(task_ids: Any, seed: int = 0, rows: int = 4) -> dict[str, np.ndarray]:
+def batch(task_ids: Any, seed: int = 0, rows: int = 4) -> Batch:
     """A training batch; its targets are class 0 or 1, valid for every task."""
     targets = np.random.default_rng(seed).integers(0, 2, rows).astype(np.float32)
-    return inputs(seed, rows) | {
-        "task_ids": np.asarray(task_ids, np.int32),
-        "first": np.zeros((rows, 1), np.int32),
-        "numbers": np.arange(rows, dtype=np.int32)[:, None],
-        "targets": targets[:, None],
-        "weights": np.ones((rows, 1), np.float32),
-    }
+    return Batch(
+        **inputs(seed, rows),
+        task_ids=np.asarray(task_ids, np.int32),
+        first=np.zeros((rows, 1), np.int32),
+        example_ids=np.arange(rows, dtype=np.int32)[:, None],
+        targets=targets[:, None],
+        weights=np.ones((rows, 1), np.float32),
+    )
 
 
 class Probe:
@@ -134,7 +136,7 @@ class Probe:
     def parameters(self, inputs: int, outputs: int, config: BertConfig) -> dict[str, Any]:
         return {}
 
-    def __call__(self, theta: Any, x: Any, context: Context) -> Any:
+    def __call__(self, params: Any, x: Any, context: Context) -> Any:
         key = context.dropout_key
         data = None if key is None else jax.random.key_data(key)
         jax.debug.callback(lambda *seen: self.seen.append(seen), x, data)

@@ -13,10 +13,10 @@ from serving import Peak, serve
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from glue_mix import Mix, taken
 
-from pals_jax.data.batches import Batch
+from pals_jax.data.batch import Batch
 from pals_jax.experiment.optim import make_optimizer
 from pals_jax.inference.evaluator import Evaluator
-from pals_jax.models.segments import Packing
+from pals_jax.inference.steps import apply_to_batch
 from pals_jax.runtime.compile_cache import forget_compiled
 from pals_jax.runtime.parallel import DataParallel
 from pals_jax.training.step import create_state, example_losses, make_train_step
@@ -64,7 +64,7 @@ class Steps:
     def inference(self, steps: range) -> None:
         """Answers the examples of steps of one task, divided as `pals-jax evaluate` does."""
         draws = self._dev[steps.start : steps.stop]
-        (task,) = {int(draw.task_ids[0]) for draw in draws}
+        (task,) = {int(draw.trained_ids[0]) for draw in draws}
         split = taken(self._mix.dev[task], np.concatenate([draw.examples[0] for draw in draws]))
         self._evaluator.logits(self._state.variables, self._mix.experiment.tasks[task], split)
 
@@ -81,16 +81,14 @@ class Steps:
 
     def loss(self, i: int) -> float:
         """Of a training batch of one task, without dropout."""
-        batch = {name: x[0] for name, x in self._batch(i).items()}
-        tokens = (batch[name] for name in ("input_ids", "token_type_ids", "attention_mask"))
-        packing = Packing(batch["first"], batch["numbers"])
-        task_ids, targets = batch["task_ids"], batch["targets"].reshape(-1)
-        logits: Any = self._model.apply(self._state.variables, *tokens, task_ids, packing=packing)
+        batch = jax.tree.map(lambda x: x[0], self._batch(i))
+        targets = batch.targets.reshape(-1)
+        logits: Any = apply_to_batch(self._model, self._state.variables, batch)
         logits = logits.reshape(-1, logits.shape[-1])
-        is_regression = self._mix.experiment.tasks[task_ids[0]].is_regression
+        is_regression = self._mix.experiment.tasks[batch.task_ids[0]].is_regression
         regression = jnp.full(len(targets), is_regression)
-        losses = example_losses(logits, targets, regression) * batch["weights"].reshape(-1)
-        return float(losses.sum() / batch["weights"].sum())
+        losses = example_losses(logits, targets, regression) * batch.weights.reshape(-1)
+        return float(losses.sum() / batch.weights.sum())
 
     def _batch(self, i: int) -> Batch:
         return self._batches(self._mix.draw(i))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Bottleneck, Prefix, Scale
-from pals_jax.models.adapters.spec import Adapter, Layers, Method, Owned
+from pals_jax.models.adapters.spec import Adapter, Layers, Method, TaskCopy
 from pals_jax.models.bert import BertConfig
 from pals_jax.runtime.errors import UserError
 
@@ -183,7 +183,7 @@ def write_method(method: Method, encoder: BertConfig) -> dict[str, Any]:
     return config
 
 
-def _group(spec: Adapter | Owned, depth: int) -> tuple[Any, ...]:
+def _group(spec: Adapter | TaskCopy, depth: int) -> tuple[Any, ...]:
     """The architecture and the layers of what one configuration may hold, and what else agrees."""
     match spec:
         case Adapter(form=Prefix()):

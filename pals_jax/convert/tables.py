@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from pals_jax.models.adapters.spec import Owned
+from pals_jax.models.adapters.spec import TaskCopy
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel, init_variables, variable_shapes
 from pals_jax.runtime.errors import UserError
@@ -203,10 +203,10 @@ def _owned(
     encoder = unflatten_dict({p[2:]: x for p, x in variables.items() if p[0] == "params"})
     depth, num_tasks = model.config.num_hidden_layers, len(model.num_outputs)
     copies = {
-        ("adapters", owned.name, *path): x
-        for owned in model.method
-        if isinstance(owned, Owned)
-        for path, x in flatten_dict(owned.copies(encoder, depth, num_tasks)).items()
+        ("adapters", task_copy.name, *path): x
+        for task_copy in model.method
+        if isinstance(task_copy, TaskCopy)
+        for path, x in flatten_dict(task_copy.copies(encoder, depth, num_tasks)).items()
     }
     return {path: copies[path] for path in new if path in copies}
 

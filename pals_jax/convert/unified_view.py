@@ -14,7 +14,7 @@ from pals_jax.convert import tables
 from pals_jax.convert.tables import Slot, Tensors
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Bottleneck, Prefix
-from pals_jax.models.adapters.spec import Adapter, Method, Owned
+from pals_jax.models.adapters.spec import Adapter, Method, TaskCopy
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime.errors import UserError
@@ -197,7 +197,7 @@ def unified_view_slots(model: MultiTaskModel) -> Iterator[Slot]:
             yield from tables.dense(f"{_PREFIX}control_trans.0", (*path, "down"), (0,))
 
 
-def _layer_slots(name: str, spec: Adapter | Owned, layer: int) -> Iterator[Slot]:
+def _layer_slots(name: str, spec: Adapter | TaskCopy, layer: int) -> Iterator[Slot]:
     """One layer's part of a spec, where their options can say it."""
     path, index = ("adapters", spec.name, "layers"), (0, layer)
     match spec:
@@ -240,7 +240,7 @@ def _adapter_slots(name: str, adapter: Adapter, form: Bottleneck, layer: int) ->
         yield Slot(f"{name}.scale", (*path, "scale"), (0, slice(layer, layer + 1)))
 
 
-def _no_place(spec: Adapter | Owned) -> UserError:
+def _no_place(spec: Adapter | TaskCopy) -> UserError:
     return UserError(
         f"a unified-view checkpoint has no place for {spec.name!r}; it holds one kind of change at"
         " attention and one at the feed-forward block, on all layers, as the authors' options say."

@@ -13,7 +13,7 @@ import numpy as np
 
 from pals_jax.runtime.errors import UserError
 
-SCHEDULES = ("round_robin", "proportional", "sqrt", "annealed")
+SAMPLING_SCHEDULES = ("round_robin", "proportional", "sqrt", "annealed")
 
 # What a random stream is for; part of its key.
 _TASKS, _EXAMPLES = 0, 1
@@ -27,7 +27,7 @@ def task_probabilities(sizes: Sequence[int], schedule: str, epoch: int, epochs: 
 
     Args:
         sizes: N_i, the number of training examples of each of the T tasks.
-        schedule: one of `SCHEDULES`.
+        schedule: one of `SAMPLING_SCHEDULES`.
         epoch: e, from 1.
         epochs: E.
 
@@ -38,8 +38,10 @@ def task_probabilities(sizes: Sequence[int], schedule: str, epoch: int, epochs: 
         UserError: an unknown schedule, or a task without examples.
         ValueError: an epoch outside 1 to E.
     """
-    if schedule not in SCHEDULES:
-        raise UserError(f"unknown sampling {schedule!r}; known are {', '.join(SCHEDULES)}.")
+    if schedule not in SAMPLING_SCHEDULES:
+        raise UserError(
+            f"unknown sampling {schedule!r}; known are {', '.join(SAMPLING_SCHEDULES)}."
+        )
     if min(sizes) < 1:
         raise UserError(f"task {list(sizes).index(min(sizes))} has no training examples.")
     if not 1 <= epoch <= epochs:
@@ -54,11 +56,11 @@ class Draw(NamedTuple):
     """What one step sees.
 
     Attributes:
-        task_ids: int32 [G]; the task of each group.
+        trained_ids: int32 [G]; the task of each group, as an index among the trained tasks.
         examples: int64 [G, b]; indices into that task's training examples.
     """
 
-    task_ids: np.ndarray
+    trained_ids: np.ndarray
     examples: np.ndarray
 
 
@@ -71,7 +73,7 @@ class Sampler:
 
     Attributes:
         sizes: number of training examples of each of the T tasks.
-        schedule: one of `SCHEDULES`.
+        schedule: one of `SAMPLING_SCHEDULES`.
         seed: of everything random here.
         epochs: number of epochs; the annealed schedule moves once an epoch.
         steps_per_epoch: number of steps in each.
@@ -108,10 +110,10 @@ class Sampler:
         if not 0 <= step < self.steps:
             raise ValueError(f"step {step} is not in 0 to {self.steps - 1}")
         draws = slice(step * self.groups, (step + 1) * self.groups)
-        task_ids = self._tasks[draws]
-        pairs = zip(task_ids.tolist(), self._earlier_draws[draws].tolist(), strict=True)
+        trained_ids = self._tasks[draws]
+        pairs = zip(trained_ids.tolist(), self._earlier_draws[draws].tolist(), strict=True)
         examples = [self._examples(task, earlier) for task, earlier in pairs]
-        return Draw(task_ids, np.stack(examples))
+        return Draw(trained_ids, np.stack(examples))
 
     @functools.cached_property
     def _tasks(self) -> np.ndarray:

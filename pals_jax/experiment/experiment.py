@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from pals_jax.convert import huggingface
-from pals_jax.data.batches import Batch, Layout, TrainBatches, eval_batches, sizes
+from pals_jax.data.batch import Batch
+from pals_jax.data.batches import Layout, TrainBatches, eval_batches, sizes
 from pals_jax.data.metrics import CORRELATIONS, METRICS
 from pals_jax.data.own_tasks import own_files, own_task
 from pals_jax.data.packing import Packed, Padded

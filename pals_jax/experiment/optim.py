@@ -45,7 +45,7 @@ def linear_schedule(peak: float, warmup: float, total_steps: int) -> optax.Sched
     )
 
 
-SCHEDULES: dict[str, Callable[[float, float, int], optax.Schedule]] = {
+LEARNING_RATE_SCHEDULES: dict[str, Callable[[float, float, int], optax.Schedule]] = {
     "bert": bert_schedule,
     "linear": linear_schedule,
 }
@@ -166,7 +166,7 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
     """Adam without bias correction, as BERT was trained; optax's own always corrects."""
 
     def init(params: Tree) -> tuple[Tree, Tree]:
-        # Two trees, for a step gives the memory of each back.
+        # Two allocations: donated buffers must not alias.
         return jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
 
     def update(grads: Tree, state: tuple[Tree, Tree], params: Tree = None) -> Any:
@@ -202,11 +202,14 @@ def make_optimizer(
     Raises:
         UserError: an unknown optimiser or schedule.
     """
-    if config.schedule not in SCHEDULES:
+    if config.schedule not in LEARNING_RATE_SCHEDULES:
         raise UserError(
-            f"unknown optimizer.schedule {config.schedule!r}; known are {', '.join(SCHEDULES)}."
+            f"unknown optimizer.schedule {config.schedule!r}; known are"
+            f" {', '.join(LEARNING_RATE_SCHEDULES)}."
         )
-    schedule = SCHEDULES[config.schedule](config.learning_rate, config.warmup, total_steps)
+    schedule = LEARNING_RATE_SCHEDULES[config.schedule](
+        config.learning_rate, config.warmup, total_steps
+    )
     decay = optax.add_decayed_weights(config.weight_decay, decays)
     scale = optax.scale_by_learning_rate(schedule)
     if config.name == "adamw":

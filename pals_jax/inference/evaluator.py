@@ -40,6 +40,12 @@ class Evaluator:
         step = make_eval_step(self.experiment.model(), self.parallel.axis_name)
         return self.parallel.compile(step)
 
+    @functools.cached_property
+    def every_task_step(self) -> Callable[..., jax.Array]:
+        """`steps.make_every_task_step`, compiled once."""
+        step = make_every_task_step(self.experiment.model(), self.parallel.axis_name)
+        return self.parallel.compile(step)
+
     def logits(
         self,
         variables: Any,
@@ -68,10 +74,9 @@ class Evaluator:
         if len(tasks) == 1:
             return [self.logits(variables, tasks[0], split)]
         model = self.experiment.model()
-        step = self.parallel.compile(make_every_task_step(model, self.parallel.axis_name))
         out = np.empty((len(model.num_outputs), len(split), max(model.num_outputs)), np.float32)
         for batch, examples in self.experiment.eval_batches(split, 0, self.parallel.shards):
-            logits = np.asarray(step(variables, batch))
+            logits = np.asarray(self.every_task_step(variables, batch))
             out[:, examples[examples >= 0]] = logits[:, examples >= 0]
         ids = [self.experiment.tasks.index(task) for task in tasks]
         pairs = zip(ids, tasks, strict=True)

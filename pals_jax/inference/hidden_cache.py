@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from pals_jax.data.batch import Batch
 from pals_jax.data.tokenize import TokenizedSplit
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.models.adapters.bound import TaskAdapters
@@ -44,7 +45,7 @@ def with_hidden(experiment: Experiment, variables: Tree, splits: Tree) -> Tree:
     Raises:
         UserError: the cache cannot be written.
     """
-    below = Below.of(experiment, variables["params"]["encoder"])
+    below = HiddenCache.of(experiment, variables["params"]["encoder"])
     files = {below.file(split): split for split in jax.tree.leaves(splits)}
     size = in_bytes(sum(map(below.size, files.values())))
     say(
@@ -75,7 +76,9 @@ def check_same(experiment: Experiment, given: Tree, restored: Tree) -> None:
     """
     if experiment.config.lower_dropout:
         return
-    one, other = (Below.of(experiment, each["params"]["encoder"]) for each in (given, restored))
+    one, other = (
+        HiddenCache.of(experiment, each["params"]["encoder"]) for each in (given, restored)
+    )
     if one.digest.digest() != other.digest.digest():
         raise UserError(
             f"{experiment.config.encoder} is not the encoder that the run began with: the layers"
@@ -84,7 +87,7 @@ def check_same(experiment: Experiment, given: Tree, restored: Tree) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Below:
+class HiddenCache:
     """The layers below the first adapter, and where their hidden states are kept.
 
     Attributes:
@@ -159,7 +162,7 @@ class Below:
         """Writes the hidden states of a split, each example where its tokens are."""
         for batch, examples in self.experiment.eval_batches(split, 0, self.parallel.shards):
             hidden = np.asarray(self._step(self.params, batch))
-            begins = batch["first"].reshape(examples.shape)
+            begins = batch.first.reshape(examples.shape)
             for row, slot in np.argwhere(examples >= 0).tolist():
                 start, stop = split.offsets[examples[row, slot] :][:2].tolist()
                 begin = begins[row, slot]
@@ -173,10 +176,9 @@ class Below:
         axis_name = self.parallel.axis_name
         nothing = TaskAdapters((), {}, self.encoder.config)
 
-        def step(params: Tree, batch: Tree) -> Array:
-            tokens = (batch[name] for name in ("input_ids", "token_type_ids", "attention_mask"))
+        def step(params: Tree, batch: Batch) -> Array:
             apply = cast(Callable[..., Array], self.encoder.apply)
-            hidden = apply({"params": params}, *tokens, nothing, batch["first"])
+            hidden = apply({"params": params}, *batch.tokens, nothing, batch.first)
             if axis_name is None:
                 return hidden
             return jax.lax.all_gather(hidden, axis_name, tiled=True)

@@ -1,52 +1,52 @@
 """The model applied to a batch, and the evaluation steps made of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
-import jax
-from jax import Array
+import optax
+from jax import Array, lax
 
+from pals_jax.data.batch import Batch
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.segments import Packing
 
-Tree = Any
-Batch = Mapping[str, Array]
-_TOKENS = ("input_ids", "token_type_ids", "attention_mask")
+
+def apply_to_batch(
+    model: MultiTaskModel, variables: optax.Params, batch: Batch, **kwargs: Any
+) -> Array:
+    """Logits float32 [B, M, C] of every example; `kwargs` as for the model."""
+    packing = Packing(batch.first, batch.example_ids)
+    logits = model.apply(
+        variables, *batch.tokens, batch.task_ids, packing=packing, hidden=batch.hidden, **kwargs
+    )
+    return cast(Array, logits)
 
 
 def make_eval_step(model: MultiTaskModel, axis_name: str | None = None) -> Callable[..., Array]:
     """The pure evaluation step: (variables, active) and a batch to logits, float32 [B, M, C].
 
-    The batch is one of `make_train_step`, of which it needs tokens, places and task_ids. `active`,
-    bool [N], says which layers keep their adapters; None: all. With `axis_name` every device
-    returns the logits of all, in their order.
+    `active`, bool [N], says which layers keep their adapters; None: all. With `axis_name` every
+    device returns the logits of all devices, in their order.
     """
 
-    def eval_step(given: tuple[Tree, Array | None], batch: Batch) -> Array:
+    def eval_step(given: tuple[optax.Params, Array | None], batch: Batch) -> Array:
         variables, active = given
         logits = apply_to_batch(model, variables, batch, active=active)
-        return logits if axis_name is None else jax.lax.all_gather(logits, axis_name, tiled=True)
+        return logits if axis_name is None else lax.all_gather(logits, axis_name, tiled=True)
 
     return eval_step
 
 
 def make_every_task_step(
     model: MultiTaskModel, axis_name: str | None = None
-) -> Callable[[Tree, Batch], Array]:
+) -> Callable[[optax.Params, Batch], Array]:
     """The pure step from variables and a batch to its logits under every task, [T, B, M, C]."""
 
-    def every_task_step(variables: Tree, batch: Batch) -> Array:
-        tokens = (batch[name] for name in _TOKENS)
-        packing = Packing(batch["first"], batch["numbers"])
-        logits = cast(Array, model.apply(variables, *tokens, packing, method="every_task"))
+    def every_task_step(variables: optax.Params, batch: Batch) -> Array:
+        packing = Packing(batch.first, batch.example_ids)
+        logits = cast(Array, model.apply(variables, *batch.tokens, packing, method="every_task"))
         if axis_name is None:
             return logits
-        return jax.lax.all_gather(logits, axis_name, axis=1, tiled=True)
+        return lax.all_gather(logits, axis_name, axis=1, tiled=True)
 
     return every_task_step
-
-
-def apply_to_batch(model: MultiTaskModel, variables: Tree, batch: Batch, **kwargs: Any) -> Array:
-    tokens = (batch[name] for name in _TOKENS)
-    kwargs |= {"packing": Packing(batch["first"], batch["numbers"]), "hidden": batch.get("hidden")}
-    return cast(Array, model.apply(variables, *tokens, batch["task_ids"], **kwargs))

@@ -23,7 +23,7 @@ from pals_jax.models.layers import (
     merge_heads,
     split_heads,
 )
-from pals_jax.models.segments import Places, Rows
+from pals_jax.models.segments import Places, Segments
 from pals_jax.runtime.errors import UserError
 
 
@@ -155,17 +155,17 @@ class Embeddings(Block):
     """Words + positions + token types, layer norm, dropout."""
 
     @nn.compact
-    def __call__(self, input_ids: Array, token_type_ids: Array, rows: Rows) -> Array:
+    def __call__(self, input_ids: Array, token_type_ids: Array, segments: Segments) -> Array:
         """input_ids, token_type_ids: int [B, L] -> [B, L, D]."""
         config = self.config
-        position = self.position_ids(input_ids, rows.places.position)
+        position = self.position_ids(input_ids, segments.places.position)
         x = (
             self.table(config.vocab_size, "word")(input_ids)
             + self.table(config.max_position_embeddings, "position")(position)
             + self.table(config.type_vocab_size, "token_type")(token_type_ids)
         )
         x = self.norm("norm")(x)
-        return self.dropout(x, config.hidden_dropout_prob, rows.places)
+        return self.dropout(x, config.hidden_dropout_prob, segments.places)
 
     def position_ids(self, input_ids: Array, position: Array) -> Array:
         """int [B, L]: from 0; RoBERTa's count real tokens, from behind the padding's own."""
@@ -187,7 +187,7 @@ class Attention(Block):
     """Multi-head self-attention and its output projection."""
 
     @nn.compact
-    def __call__(self, x: Array, rows: Rows, sites: Sites = no_sites) -> Array:
+    def __call__(self, x: Array, segments: Segments, sites: Sites = no_sites) -> Array:
         """x: [B, L, D] -> [B, L, D]."""
         config = self.config
         query, key, value = (
@@ -201,42 +201,42 @@ class Attention(Block):
             query,
             key,
             value,
-            rows,
+            segments,
             dropout_rate=config.attention_probs_dropout_prob,
             dropout_key=self.dropout_key(),
         )
         z = merge_heads(heads)
         z = sites("attention.heads", z, x, query=query, log_normaliser=log_normaliser)
         y = sites("attention.projection", self.dense(config.hidden_size, "output")(z), z)
-        return self.dropout(y, config.hidden_dropout_prob, rows.places)
+        return self.dropout(y, config.hidden_dropout_prob, segments.places)
 
 
 class FeedForward(Block):
     """Expansion, activation, projection."""
 
     @nn.compact
-    def __call__(self, x: Array, rows: Rows, sites: Sites = no_sites) -> Array:
+    def __call__(self, x: Array, segments: Segments, sites: Sites = no_sites) -> Array:
         """x: [B, L, D] -> [B, L, D]."""
         config = self.config
         z = self.dense(config.intermediate_size, "intermediate")(x)
         z = ACTIVATIONS[config.hidden_act](sites("ffn.intermediate", z, x))
         z = sites("ffn.hidden", z, x)
         y = sites("ffn.projection", self.dense(config.hidden_size, "output")(z), z)
-        return self.dropout(y, config.hidden_dropout_prob, rows.places)
+        return self.dropout(y, config.hidden_dropout_prob, segments.places)
 
 
 class BertLayer(Block):
     """One post-LN layer: a = LN(h + MH(h)); h' = LN(a + FFN(a)), open at its sites."""
 
     @nn.compact
-    def __call__(self, h: Array, rows: Rows, sites: Sites = no_sites) -> Array:
+    def __call__(self, h: Array, segments: Segments, sites: Sites = no_sites) -> Array:
         """h: [B, L, D] -> [B, L, D]."""
         block = {"config": self.config, "dtype": self.dtype}
         attention_norm, ffn_norm = self.norm("attention_norm"), self.norm("ffn_norm")
-        y = Attention(**block, name="attention")(h, rows, sites)
+        y = Attention(**block, name="attention")(h, segments, sites)
         y = sites("attention.output", y, h, normalise=lambda y: attention_norm(h + y))
         a = attention_norm(h + y)
-        y = FeedForward(**block, name="ffn")(a, rows, sites)
+        y = FeedForward(**block, name="ffn")(a, segments, sites)
         y = sites("ffn.output", y, a, normalise=lambda y: ffn_norm(a + y))
         return sites("layer.output", ffn_norm(sites("layer", a + y, h)), h)
 

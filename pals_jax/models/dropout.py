@@ -51,7 +51,7 @@ def mask_key(seed: int, step: Array) -> Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
-def example_salts(key: Array, numbers: Array) -> Array:
-    """What tells the masks of examples apart, by their numbers: int [...] -> uint32 [..., 2]."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers.reshape(-1))
-    return jax.random.key_data(keys).reshape(*numbers.shape, 2)
+def example_salts(key: Array, example_ids: Array) -> Array:
+    """One salt per example, so that masks differ between examples: int [...] -> uint32 [..., 2]."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, example_ids.reshape(-1))
+    return jax.random.key_data(keys).reshape(*example_ids.shape, 2)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from pals_jax.models.adapters.bound import TaskAdapters
-from pals_jax.models.adapters.spec import Owned
+from pals_jax.models.adapters.spec import TaskCopy
 from pals_jax.models.bert import BertConfig, BertLayer, Embeddings, Pooler
-from pals_jax.models.segments import Places, Rows, make_rows, one_position
+from pals_jax.models.segments import Places, Segments, make_segments, one_position
 
 
 class Encoder(nn.Module):
@@ -75,30 +75,30 @@ class Encoder(nn.Module):
             [B, L, D] in `dtype`.
         """
         length, depth = input_ids.shape[1], self.config.num_hidden_layers
-        rows = make_rows(attention_mask, first, salts)
+        segments = make_segments(attention_mask, first, salts)
         keys: Any = (None, None, None)
         if self.has_rng("dropout"):
             below, key, above = jax.random.split(self.make_rng("dropout"), 3)
             keys = below, jax.random.split(key, depth), above
         begin = 0
         if hidden is None:
-            h = self.embeddings(input_ids, token_type_ids, rows)
-            h = adapters.sites(rows, keys[0])("embeddings", h, h)
+            h = self.embeddings(input_ids, token_type_ids, segments)
+            h = adapters.sites(segments, keys[0])("embeddings", h, h)
         else:
             h, begin = hidden, layers_below(adapters)
         # A site below the layers may have added positions at the end (prompts).
         prompts = (h.shape[1] - length) // first.shape[1]
-        longer = make_rows(attention_mask, first, salts, prompts)
+        longer = make_segments(attention_mask, first, salts, prompts)
         for start, stop in adapters.spans():
             if start >= begin:
                 h = self._scan(h, longer, keys[1], adapters, start, stop)
         h = h[:, :length]
-        return adapters.sites(rows, keys[2])("top", h, h)
+        return adapters.sites(segments, keys[2])("top", h, h)
 
     def _scan(
         self,
         h: Array,
-        rows: Rows,
+        segments: Segments,
         keys: Array | None,
         adapters: TaskAdapters,
         start: int,
@@ -107,10 +107,10 @@ class Encoder(nn.Module):
         """Layers start to stop - 1, which all carry the same adapters."""
 
         def body(h: Any, layer: Any) -> tuple[Any, None]:
-            params, thetas, key, active = layer
+            params, adapter_params, key, active = layer
             rngs = {} if key is None else {"dropout": key}
-            sites = adapters.sites(rows, key, thetas, active)
-            h = self._layer().apply({"params": params}, h, rows, sites, rngs=rngs)
+            sites = adapters.sites(segments, key, adapter_params, active)
+            h = self._layer().apply({"params": params}, h, segments, sites, rngs=rngs)
             return h, None
 
         # For the backward pass a layer keeps what its matrix products gave, if that: the rest is
@@ -149,8 +149,8 @@ def lowest_layers(adapters: TaskAdapters) -> dict[str, int]:
     lowest = {}
     for spec in adapters.method:
         indices = spec.layer_indices(depth)
-        if isinstance(spec, Owned):
-            mine = adapters.thetas[spec.name]
+        if isinstance(spec, TaskCopy):
+            mine = adapters.adapter_params[spec.name]
             enters, indices = "embeddings" in mine, indices if "layers" in mine else ()
         else:
             enters = spec.site == "embeddings"

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from pals_jax.models.dropout import mask_bits
-from pals_jax.models.segments import Places, Rows
+from pals_jax.models.segments import Places, Segments
 
 
 def gelu(x: Array) -> Array:
@@ -51,8 +51,8 @@ def dropout(
     if key is None or rate == 0.0:
         return x
     keep = mask_bits(key, places, x.shape, columns) >= np.uint32(rate * 2**32)
-    # Apart from what it is multiplied with: XLA for TPUs would hash again in every fused product
-    # that needs the mask, and take twice as long to compile.
+    # Barrier: otherwise XLA:TPU fuses and recomputes the mask in every consumer, and compiles twice
+    # as long.
     keep = jax.lax.optimization_barrier(keep)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
@@ -61,7 +61,7 @@ def dot_product_attention(
     query: Array,
     key: Array,
     value: Array,
-    rows: Rows,
+    segments: Segments,
     *,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
@@ -74,7 +74,7 @@ def dot_product_attention(
         query: [B, H, L, K]. The softmax is computed in float32 whatever its dtype.
         key: [B, H, L, K].
         value: [B, H, L, K].
-        rows: whose mask says where a query may look at a key.
+        segments: their mask says which keys a query may attend to.
         dropout_rate: probability with which an attention weight is dropped.
         dropout_key: random key; None turns dropout off.
 
@@ -83,13 +83,13 @@ def dot_product_attention(
         softmax's denominator, float32 [B, H, L].
     """
     scores = jnp.einsum("bhqk,bhsk->bhqs", query, key, preferred_element_type=jnp.float32)
-    # Apart from the softmax, and so are their gradients: XLA for TPUs would compute its gradient
-    # twice, for queries and for keys, or overflow its stack on products fused into one (v6e).
+    # Barrier between scores and softmax, also in the backward pass: otherwise XLA:TPU computes the
+    # softmax gradient twice, for queries and for keys, or overflows its stack (v6e).
     scores = jax.lax.optimization_barrier(scores)
     scores = scores / jnp.sqrt(jnp.float32(query.shape[-1]))
-    scores = jnp.where(rows.mask, scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(segments.mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    places = rows.places
+    places = segments.places
     weights = dropout(weights, dropout_rate, dropout_key, places, places.position)
     heads = jnp.einsum("bhqs,bhsk->bhqk", weights, value)
     return heads, jax.nn.logsumexp(scores, axis=-1)

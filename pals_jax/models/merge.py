@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from pals_jax.models import task_axis
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Prefix, Scale
-from pals_jax.models.adapters.spec import Adapter, Method, Owned
+from pals_jax.models.adapters.spec import Adapter, Method, TaskCopy
 from pals_jax.models.multitask import MultiTaskModel
 
 _Path = tuple[str, ...]
@@ -56,16 +56,16 @@ def merged(
     depth = model.config.num_hidden_layers
     encoder = flatten_dict(jax.tree.map(np.array, dict(variables["params"]["encoder"])))
     rows = jax.tree.map(lambda x: np.array(x[task]), dict(variables["adapters"]))
-    for owned in model.method:
-        if isinstance(owned, Owned):
-            _own(encoder, owned, rows[owned.name], depth)
+    for task_copy in model.method:
+        if isinstance(task_copy, TaskCopy):
+            _own(encoder, task_copy, rows[task_copy.name], depth)
     weights, rest = _split(model.method)
     # Factors of a projection's input come last: they also change what is added to its kernel.
     for adapter in sorted(weights, key=lambda adapter: adapter.site in _INPUTS):
-        theta = {**rows[adapter.name].get("shared", {}), **rows[adapter.name].get("layers", {})}
+        params = {**rows[adapter.name].get("shared", {}), **rows[adapter.name].get("layers", {})}
         layers = list(adapter.layer_indices(depth))
         merge = _add if adapter.compose == "add" else _multiply
-        merge(encoder, adapter, theta, layers)
+        merge(encoder, adapter, params, layers)
     outputs = model.num_outputs[task]
     head = {name: leaf[..., :outputs] for name, leaf in rows["head"].items()}
     left = {adapter.name: rows[adapter.name] for adapter in rest} | {"head": head}
@@ -97,9 +97,9 @@ def flat_prefixes(method: Method, adapters: Mapping[str, Any]) -> tuple[Method, 
     return flat, collection
 
 
-def _keys_and_values(theta: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _keys_and_values(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Keys and values [T, n, P, D] of a prefix with its network (see `forms.Prefix`)."""
-    shared, up = theta["shared"], theta["layers"]["up"]
+    shared, up = params["shared"], params["layers"]["up"]
     down = shared["down"]
     z = np.tanh(shared["embedding"] @ down["kernel"] + down["bias"][:, None, :])
     y = np.einsum("tpm,tnmd->tnpd", z, up["kernel"]) + up["bias"][:, :, None, :]
@@ -123,17 +123,19 @@ def _is_weight_change(adapter: Adapter) -> bool:
     return methods.is_low_rank_change(adapter)
 
 
-def _own(encoder: dict[_Path, np.ndarray], owned: Owned, mine: Any, depth: int) -> None:
-    layers = list(owned.layer_indices(depth))
+def _own(encoder: dict[_Path, np.ndarray], task_copy: TaskCopy, mine: Any, depth: int) -> None:
+    layers = list(task_copy.layer_indices(depth))
     for path, leaf in flatten_dict(mine).items():
         encoder[path][layers if path[0] == "layers" else ...] = leaf
 
 
-def _add(encoder: dict[_Path, np.ndarray], adapter: Adapter, theta: Any, layers: list[int]) -> None:
+def _add(
+    encoder: dict[_Path, np.ndarray], adapter: Adapter, params: Any, layers: list[int]
+) -> None:
     """x W + b + s ((x V + c) U + d) = x (W + s V U) + (b + s (c U + d))."""
     path = _OUTPUTS[adapter.site]
-    scale = theta["scale"][:, None, None] if adapter.scale == "learned" else adapter.scale
-    down, up = theta["down"], theta["up"]
+    scale = params["scale"][:, None, None] if adapter.scale == "learned" else adapter.scale
+    down, up = params["down"], params["up"]
     encoder[*path, "kernel"][layers] += scale * (down["kernel"] @ up["kernel"])
     if "bias" in down:
         bias = scale * (down["bias"][..., None, :] @ up["kernel"] + up["bias"][..., None, :])
@@ -141,10 +143,10 @@ def _add(encoder: dict[_Path, np.ndarray], adapter: Adapter, theta: Any, layers:
 
 
 def _multiply(
-    encoder: dict[_Path, np.ndarray], adapter: Adapter, theta: Any, layers: list[int]
+    encoder: dict[_Path, np.ndarray], adapter: Adapter, params: Any, layers: list[int]
 ) -> None:
     """(x W + b) l = x (W l) + b l, with l on the columns of W; (x l) W, with l on its rows."""
-    path, factor = _PROJECTIONS[adapter.site], theta["scale"]
+    path, factor = _PROJECTIONS[adapter.site], params["scale"]
     if adapter.site in _INPUTS:
         encoder[*path, "kernel"][layers] *= factor[..., :, None]
     else:

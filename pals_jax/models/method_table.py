@@ -11,7 +11,7 @@ from rich.table import Table
 from pals_jax.models import counts
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Form, Prompt, Scale
-from pals_jax.models.adapters.spec import Adapter, Owned
+from pals_jax.models.adapters.spec import Adapter, TaskCopy
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
 
@@ -75,9 +75,9 @@ def _options(method: Any) -> str:
     return f"({', '.join(f'{option.name}={option.default!r}' for option in options)})"
 
 
-def _cells(part: Adapter | Owned) -> tuple[str, ...]:
+def _cells(part: Adapter | TaskCopy) -> tuple[str, ...]:
     layers = part.layers if isinstance(part.layers, str) else ", ".join(map(str, part.layers))
-    if isinstance(part, Owned):
+    if isinstance(part, TaskCopy):
         in_layers = any(re.match(part.pattern, f"layers/{name}") for name in _OF_A_LAYER)
         return (part.pattern, "own copy", "", "replace", "", layers if in_layers else "")
     return (

@@ -21,8 +21,8 @@ from jax import Array
 from pals_jax.models.adapters import bound
 from pals_jax.models.adapters import spec as spec_lib
 from pals_jax.models.adapters.bound import TaskAdapters
-from pals_jax.models.adapters.forms import Theta, dense, project
-from pals_jax.models.adapters.spec import Method, Owned, Stack
+from pals_jax.models.adapters.forms import Params, dense, project
+from pals_jax.models.adapters.spec import Method, Stack, TaskCopy
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.dropout import example_salts
 from pals_jax.models.encoder import Encoder
@@ -64,7 +64,7 @@ class MultiTaskModel(nn.Module):
         self.encoder = self.param("encoder", self._init_encoder)
         spec_lib.check(self.method, self.encoder, self.config.num_hidden_layers)
         head = {k: Stack(v) for k, v in dense(self.config.hidden_size, self._width).items()}
-        self.thetas = {
+        self.adapter_params = {
             spec.name: self.variable("adapters", spec.name, self._init, spec)
             for spec in self.method
         } | {
@@ -79,21 +79,21 @@ class MultiTaskModel(nn.Module):
         # Without a parent: it is applied to parameters some of which may be a task's own.
         return Encoder(self.config, self.dtype, self.remat, parent=None)
 
-    def _init_encoder(self, key: Array) -> Theta:
+    def _init_encoder(self, key: Array) -> Params:
         bare = TaskAdapters((), {}, self.config)
         ids = jnp.zeros((1, 1), jnp.int32)
         return self._modules().init(key, ids, bare, method="everything")["params"]
 
-    def _init(self, spec: Any) -> Theta:
-        if isinstance(spec, Owned):
+    def _init(self, spec: Any) -> Params:
+        if isinstance(spec, TaskCopy):
             depth = self.config.num_hidden_layers
             return spec.copies(self.encoder, depth, len(self.num_outputs))
         return self._draw(spec.parameters(self.config))
 
-    def _draw(self, stacks: Any) -> Theta:
+    def _draw(self, stacks: Any) -> Params:
         return spec_lib.init(self.make_rng("params"), stacks, len(self.num_outputs))
 
-    def _mask_head(self, head: Theta) -> Theta:
+    def _mask_head(self, head: Params) -> Params:
         """kernel [T, D, C] and bias [T, C], zero beyond a task's own number of outputs."""
         exists = self._output_exists()
         return {"kernel": head["kernel"] * exists[:, None, :], "bias": head["bias"] * exists}
@@ -110,7 +110,7 @@ class MultiTaskModel(nn.Module):
         task_ids: Array,
         active: Array | None = None,
         packing: Packing | None = None,
-        tasks: Array | None = None,
+        slot_tasks: Array | None = None,
         hidden: Array | None = None,
     ) -> Array:
         """Logits of each row, or of each example of every row, under the head of its task.
@@ -124,8 +124,8 @@ class MultiTaskModel(nn.Module):
                 consecutive groups of rows.
             active: bool [N]; the layers that keep their adapters. None: all.
             packing: where the M examples of each row are. None: each row is one.
-            tasks: int [U]; the tasks, of all T, that the `adapters` collection here holds, so that
-                `task_ids` are 0 to U - 1. None: all.
+            slot_tasks: int [U]; the tasks, on the task axis, whose rows the `adapters` collection
+                holds here; `task_ids` then index these U slots. None: it holds all T tasks.
             hidden: [B, L, D] in `dtype`; what the layers below all that belongs to a task give
                 (`encoder.layers_below`), which are not computed then. None: all are.
 
@@ -139,7 +139,7 @@ class MultiTaskModel(nn.Module):
         """
         tokens = input_ids, token_type_ids, attention_mask
         hidden = self.encode(*tokens, task_ids, active, packing, hidden)
-        return self.classify(self.pool(hidden, task_ids, packing), task_ids, packing, tasks)
+        return self.classify(self.pool(hidden, task_ids, packing), task_ids, packing, slot_tasks)
 
     def every_task(
         self,
@@ -170,9 +170,9 @@ class MultiTaskModel(nn.Module):
         if packing is None:
             self._check_length(input_ids.shape[1])
 
-        def encode(thetas: Any, task: Array, own: _Own, *inputs: Any) -> Array:
+        def encode(adapter_params: Any, task: Array, own: _Own, *inputs: Any) -> Array:
             *tokens, hidden = inputs
-            adapters = TaskAdapters(self.method, thetas, self.config, active)
+            adapters = TaskAdapters(self.method, adapter_params, self.config, active)
             params = adapters.own_outside(self.encoder)
             return self._apply(params, own.rngs, *tokens, adapters, own.first, own.salts, hidden)
 
@@ -182,8 +182,8 @@ class MultiTaskModel(nn.Module):
     def pool(self, hidden: Array, task_ids: Array, packing: Packing | None = None) -> Array:
         """[B, L, D] -> [B, D] or [B, M, D]: the pooler on each example's first position."""
 
-        def pool(thetas: Any, task: Array, own: _Own, hidden: Array) -> Array:
-            adapters = TaskAdapters(self.method, thetas, self.config)
+        def pool(adapter_params: Any, task: Array, own: _Own, hidden: Array) -> Array:
+            adapters = TaskAdapters(self.method, adapter_params, self.config)
             params = adapters.own_outside(self.encoder)
             return self._apply(params, own.rngs, hidden, own.first, own.salts, method="pool")
 
@@ -201,43 +201,45 @@ class MultiTaskModel(nn.Module):
         exists = jnp.asarray(self._output_exists())
         exists = exists if tasks is None else exists[tasks]
 
-        def classify(thetas: Any, task: Array, own: _Own, pooled: Array) -> Array:
+        def classify(adapter_params: Any, task: Array, own: _Own, pooled: Array) -> Array:
             rate, key = self.config.hidden_dropout_prob, own.rngs.get("dropout")
             places = Places.of_examples(own.salts, pooled)
             pooled = dropout(pooled.astype(jnp.float32), rate, key, places)
-            logits = project(thetas["head"], pooled)
+            logits = project(adapter_params["head"], pooled)
             return jnp.where(exists[task][None, None], logits, jnp.finfo(logits.dtype).min)
 
         of_examples = pooled[:, None] if packing is None else pooled
         logits = self._by_row(classify, task_ids, packing, of_examples)
         return logits[:, 0] if packing is None else logits
 
-    def _apply(self, params: Theta, rngs: Any, *inputs: Any, **kwargs: Any) -> Array:
+    def _apply(self, params: Params, rngs: Any, *inputs: Any, **kwargs: Any) -> Array:
         """The encoder on these parameters, some of which may be a task's own."""
         return cast(Array, self._modules().apply({"params": params}, *inputs, rngs=rngs, **kwargs))
 
     def _by_row(
         self, run: Callable[..., Array], task_ids: Array, packing: Packing | None, *inputs: Any
     ) -> Array:
-        """`run(thetas, task, own, *inputs)` on every row, a batch of one, side by side."""
+        """`run(adapter_params, task, own, *inputs)` on every row, a batch of one, side by side."""
         packing = Packing.alone(inputs[0].shape[0]) if packing is None else packing
         groups = self._task_groups(task_ids, inputs[0].shape[0])
-        thetas = {name: bound.select(v.value, groups) for name, v in self.thetas.items()}
+        adapter_params = {
+            name: bound.select(v.value, groups) for name, v in self.adapter_params.items()
+        }
         rngs, salts = {}, None
         if self.has_rng("dropout"):
             rngs["dropout"] = self.make_rng("dropout")
-            salts = example_salts(rngs["dropout"], packing.numbers)
+            salts = example_salts(rngs["dropout"], packing.example_ids)
 
-        def one(thetas: Any, task: Array, row: Any) -> Array:
+        def one(adapter_params: Any, task: Array, row: Any) -> Array:
             first, salts, *inputs = jax.tree.map(lambda x: x[None], row)
-            return run(thetas, task, _Own(rngs, first, salts), *inputs)[0]
+            return run(adapter_params, task, _Own(rngs, first, salts), *inputs)[0]
 
         by_group = jax.vmap(jax.vmap(one, (None, None, 0)))
         rows = jax.tree.map(
             lambda x: x.reshape(groups.shape[0], -1, *x.shape[1:]),
             (packing.first, salts, *inputs),
         )
-        out = by_group(thetas, groups, rows)
+        out = by_group(adapter_params, groups, rows)
         return out.reshape(-1, *out.shape[2:])
 
     def _task_groups(self, task_ids: Array, rows: int) -> Array:

@@ -21,12 +21,12 @@ class Packing(NamedTuple):
 
     Attributes:
         first: int [B, M]; the position of each example's first token.
-        numbers: int [B, M]; each example's number in the whole batch, of which its dropout masks
-            are a function.
+        example_ids: int [B, M]; the index of each example in the whole batch, of which its dropout
+            masks are a function.
     """
 
     first: Array
-    numbers: Array
+    example_ids: Array
 
     @classmethod
     def alone(cls, rows: int) -> "Packing":
@@ -51,7 +51,7 @@ class Places(NamedTuple):
         return cls(jnp.zeros(like.shape[:2], jnp.int32), salts)
 
 
-class Rows(NamedTuple):
+class Segments(NamedTuple):
     """The rows as the encoder's blocks see them.
 
     Attributes:
@@ -65,39 +65,41 @@ class Rows(NamedTuple):
     first: Array
 
 
-def make_rows(segments: Array, first: Array, salts: Array | None = None, prompts: int = 0) -> Rows:
+def make_segments(
+    segment_ids: Array, first: Array, salts: Array | None = None, prompts: int = 0
+) -> Segments:
     """The rows of a batch.
 
     Args:
-        segments: int [B, L]; 0 at padding, else, from 1, which of its row's examples a position
+        segment_ids: int [B, L]; 0 at padding, else, from 1, which of its row's examples a position
             belongs to.
         first: int [B, M].
         salts: uint32 [B, M, 2], or None.
         prompts: how many positions every example has at the end of its row besides, position p
             of example m at L + p * M + m.
     """
-    (rows, length), count = segments.shape, first.shape[1]
-    position = jnp.arange(length)[None] - _of_example(first, segments)
-    if count > 1:  # alone, padding counts on, as it does where BERT comes from
-        position = jnp.where(segments > 0, position, 0)
+    (rows, length), count = segment_ids.shape, first.shape[1]
+    position = jnp.arange(length)[None] - _of_example(first, segment_ids)
+    if count > 1:  # With one example per row, positions keep counting through padding, as in BERT.
+        position = jnp.where(segment_ids > 0, position, 0)
     if prompts:
         index = jnp.broadcast_to(jnp.arange(prompts * count), (rows, prompts * count))
-        segments = jnp.concatenate([segments, index % count + 1], axis=1)
+        segment_ids = jnp.concatenate([segment_ids, index % count + 1], axis=1)
         position = jnp.concatenate([position, _PROMPTS + index // count], axis=1)
-    mask = segments[:, None, None, :] > 0
+    mask = segment_ids[:, None, None, :] > 0
     if count > 1:
-        mine, theirs = segments[:, None, :, None], segments[:, None, None, :]
+        mine, theirs = segment_ids[:, None, :, None], segment_ids[:, None, None, :]
         mask &= (mine == theirs) | (mine == 0)
-    salt = None if salts is None else _of_example(salts, segments)
-    return Rows(mask, Places(position, salt), first)
+    salt = None if salts is None else _of_example(salts, segment_ids)
+    return Segments(mask, Places(position, salt), first)
 
 
-def _of_example(values: Array, segments: Array) -> Array:
+def _of_example(values: Array, segment_ids: Array) -> Array:
     """[B, M, ...] -> [B, L, ...]: of the example that each position belongs to."""
-    index = jnp.maximum(segments - 1, 0).reshape(*segments.shape, *[1] * (values.ndim - 2))
+    index = jnp.maximum(segment_ids - 1, 0).reshape(*segment_ids.shape, *[1] * (values.ndim - 2))
     return jnp.take_along_axis(values, index, axis=1)
 
 
-def one_position() -> Rows:
+def one_position() -> Segments:
     """One position of one example, to find shapes with."""
-    return make_rows(jnp.ones((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32))
+    return make_segments(jnp.ones((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32))

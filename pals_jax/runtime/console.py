@@ -27,6 +27,14 @@ def say(message: str) -> None:
         tqdm.tqdm.write(message, file=sys.stderr)
 
 
+def print_table(table: object, width: int | None = None) -> None:
+    """Prints a rich table to stderr, for a person: stdout is for machines. Host 0 only."""
+    from rich.console import Console
+
+    if distributed.is_main():
+        Console(stderr=True, width=width).print(table)
+
+
 def in_bytes(size: float) -> str:
     """A number of bytes for a person."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"

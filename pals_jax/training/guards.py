@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pals_jax.data.batch import Batch
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tasks import Task
 from pals_jax.runtime.errors import Diverged
@@ -44,9 +45,12 @@ class CompilationGuard:
     def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         self.count += event == _LOWERING and threading.get_ident() == self._thread
 
-    def __call__(self, state: Any, batch: dict[str, np.ndarray]) -> Any:
+    def __call__(self, state: Any, batch: Batch) -> Any:
         """The step's own result."""
-        shapes = tuple((name, x.shape, x.dtype) for name, x in batch.items())
+        shapes = tuple(
+            (jax.tree_util.keystr(path), x.shape, x.dtype)
+            for path, x in jax.tree.leaves_with_path(batch)
+        )
         before, self._thread = self.count, threading.get_ident()
         try:
             result = self._step(state, batch)
@@ -55,7 +59,7 @@ class CompilationGuard:
         if self.count > before and shapes in self._seen:
             warnings.warn(
                 f"the training step was compiled again for a batch of a known shape,"
-                f" {batch['input_ids'].shape}; it has {self.count} compilations now. The run is"
+                f" {batch.input_ids.shape}; it has {self.count} compilations now. The run is"
                 " right, but slower than it should be.",
                 CompilationWarning,
                 stacklevel=2,
@@ -89,7 +93,7 @@ def check_finite(
     seen = draw(first_step + at)
     what = "; ".join(
         f"{tasks[task].name}: {', '.join(map(str, examples))}"
-        for task, examples in zip(seen.task_ids.tolist(), seen.examples.tolist(), strict=True)
+        for task, examples in zip(seen.trained_ids.tolist(), seen.examples.tolist(), strict=True)
     )
     raise Diverged(
         f"the training has diverged: in step {first_step + at + 1} the loss is"

@@ -21,7 +21,7 @@ from pals_jax.training.metric_writer import MetricWriter
 from pals_jax.training.step import TrainState
 
 
-class Record:
+class RunWriter:
     """The experiment, tokenizer, checkpoints and metrics of a run; a context manager."""
 
     def __init__(
@@ -42,11 +42,11 @@ class Record:
         distributed.barrier("workdir")
         workdir_lib.refuse_vanished(workdir)
         self._opened = contextlib.ExitStack()
-        self.checkpoints = self._opened.enter_context(Checkpoints(workdir, parallel))
+        self._checkpoints = self._opened.enter_context(Checkpoints(workdir, parallel))
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest checkpoint, or `state`; metrics are of the steps behind it from now on."""
-        state = self.checkpoints.restore(state)
+        state = self._checkpoints.restore(state)
         self._writer = self._opened.enter_context(MetricWriter(self._workdir, int(state.step)))
         return state
 
@@ -75,20 +75,30 @@ class Record:
         """
         workdir_lib.refuse_vanished(self._workdir)
         self._writer.flush()  # a run that goes on from here begins behind these lines
-        self.checkpoints.save(done, state)
+        self._checkpoints.save(done, state)
 
-    def evaluate(self, done: int, variables: Any, evaluator: Evaluator, splits: Splits) -> None:
+    def evaluate(self, done: int, state: TrainState, evaluator: Evaluator, splits: Splits) -> None:
         """Evaluates the end of an epoch; the best one is kept."""
         workdir_lib.refuse_vanished(self._workdir)
+        variables = state.variables
         results = evaluator.evaluate(variables, splits)
         score = evaluator.score(results)
         self._writer.write(done, flatten_dict(results, sep="/") | {"score": score})
         config = self._experiment.config
         epoch = done // config.steps_per_epoch
         say(f"{self._workdir.name}: epoch {epoch} of {config.epochs}: {score:.4f}")
-        self.checkpoints.save_best(done, variables, score)
+        self._checkpoints.save_best(done, variables, score)
 
-    def __enter__(self) -> "Record":
+    def wait(self) -> None:
+        """Returns when all checkpoints are on disk."""
+        self._checkpoints.wait()
+
+    @property
+    def where(self) -> str:
+        """The workdir."""
+        return str(self._workdir)
+
+    def __enter__(self) -> "RunWriter":
         return self
 
     def __exit__(self, *error: Any) -> None:

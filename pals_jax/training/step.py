@@ -1,8 +1,7 @@
 """One training step and one evaluation step, pure functions of a state and a batch."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from pals_jax.data.batch import Batch
 from pals_jax.experiment.optim import TASKS, task_trees, with_task_trees
 from pals_jax.inference.steps import apply_to_batch
 from pals_jax.models.adapters.bound import overlay
@@ -19,10 +19,6 @@ from pals_jax.models.dropout import mask_key
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.task_axis import gather, scatter
 from pals_jax.runtime.errors import UserError
-
-Tree = Any
-Batch = Mapping[str, Array]
-_TOKENS = ("input_ids", "token_type_ids", "attention_mask")
 
 
 class TrainState(struct.PyTreeNode):
@@ -36,17 +32,17 @@ class TrainState(struct.PyTreeNode):
     """
 
     step: Array
-    trainable: Tree
-    frozen: Tree
-    opt_state: Tree
+    trainable: optax.Params
+    frozen: optax.Params
+    opt_state: optax.OptState
 
     @property
-    def variables(self) -> Tree:
+    def variables(self) -> optax.Params:
         """{"params", "adapters"}, whole again."""
         return overlay(self.frozen, self.trainable)
 
 
-def partition(variables: Tree, rules: Sequence[str]) -> tuple[Tree, Tree]:
+def partition(variables: optax.Params, rules: Sequence[str]) -> tuple[optax.Params, optax.Params]:
     """Divides `variables` into what is trained and what is frozen.
 
     Args:
@@ -91,7 +87,7 @@ def example_losses(logits: Array, targets: Array, is_regression: Array) -> Array
 
 
 def create_state(
-    variables: Tree, rules: Sequence[str], optimizer: optax.GradientTransformation
+    variables: optax.Params, rules: Sequence[str], optimizer: optax.GradientTransformation
 ) -> TrainState:
     """The state before the first step."""
     trainable, frozen = partition(variables, rules)
@@ -106,16 +102,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The pure training step.
 
-    Its batch holds, for B rows of up to M examples each,
-        input_ids, token_type_ids, attention_mask: int32 [B, L], as the model takes them;
-        hidden: [B, L, D], as the model takes it, or not there;
-        first, numbers: int32 [B, M]; see `Packing`;
-        targets, weights: float32 [B, M]; a weight of 0 leaves an example out;
-        task_ids: int32 [G]: those of G equal, consecutive groups of rows;
-        tasks: int32 [U], different ones with all of `task_ids`, the only ones that may move; or not
-            there: all may.
     It returns the next state and the scalars loss (mean over the weighted examples) and grad_norm
-    (before clipping). Its dropout masks are a function of seed, step and an example's number.
+    (before clipping). Its dropout masks are a function of seed, step and an example's id.
 
     Args:
         model: the model.
@@ -127,36 +115,37 @@ def make_train_step(
     is_regression = np.asarray(model.num_outputs) == 1
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        key, tasks = mask_key(seed, state.step), batch.get("tasks")
-        count, task_ids = len(is_regression), batch["task_ids"]
-        if tasks is not None:
-            count, found = len(tasks), task_ids[:, None] == tasks[None]
-            # A task that is not among them is out of range, where the model says NaN.
-            task_ids = jnp.where(found.any(axis=1), found.argmax(axis=1), count)
-        # What belongs to tasks is read of `tasks` alone, and written back at the end.
+        key, slot_tasks = mask_key(seed, state.step), batch.slot_tasks
+        num_slots, slot_ids = len(is_regression), batch.task_ids
+        if slot_tasks is not None:
+            found = batch.task_ids[:, None] == slot_tasks[None]
+            num_slots = len(slot_tasks)
+            # A task that has no slot gets an id out of range, for which the model returns NaN.
+            slot_ids = jnp.where(found.any(axis=1), found.argmax(axis=1), num_slots)
+        # Read what belongs to the tasks of the slots alone, and write it back at the end.
         every = state.trainable.get(TASKS, {}), task_trees(state.opt_state)
-        of_tasks, opt_trees = gather(every, tasks)
+        of_tasks, opt_trees = gather(every, slot_tasks)
         before = state.trainable | ({TASKS: of_tasks} if of_tasks else {})
-        frozen = {k: gather(v, tasks) if k == TASKS else v for k, v in state.frozen.items()}
+        frozen = {k: gather(v, slot_tasks) if k == TASKS else v for k, v in state.frozen.items()}
 
-        def loss_fn(trainable: Tree) -> Array:
+        def loss_fn(trainable: optax.Params) -> Array:
             logits = apply_to_batch(
                 model,
                 overlay(frozen, trainable),
-                {**batch, "task_ids": task_ids},
-                tasks=tasks,
+                batch.replace(task_ids=slot_ids),
+                slot_tasks=slot_tasks,
                 rngs={"dropout": key},
             )
-            per_group = batch["targets"].size // len(task_ids)
-            regression = jnp.repeat(jnp.asarray(is_regression)[batch["task_ids"]], per_group)
+            per_group = batch.targets.size // len(batch.task_ids)
+            regression = jnp.repeat(jnp.asarray(is_regression)[batch.task_ids], per_group)
             outputs = logits.reshape(-1, logits.shape[-1])
-            losses = example_losses(outputs, batch["targets"].reshape(-1), regression)
-            return jnp.sum(losses * batch["weights"].reshape(-1))
+            losses = example_losses(outputs, batch.targets.reshape(-1), regression)
+            return jnp.sum(losses * batch.weights.reshape(-1))
 
         loss, grads = jax.value_and_grad(loss_fn)(before)
         # A task whose examples are all left out does not count as drawn.
-        of_groups = batch["weights"].reshape(len(task_ids), -1).sum(axis=1)
-        weights = jnp.zeros(count).at[task_ids].add(of_groups)
+        of_groups = batch.weights.reshape(len(slot_ids), -1).sum(axis=1)
+        weights = jnp.zeros(num_slots).at[slot_ids].add(of_groups)
         if axis_name is not None:
             loss, grads, weights = jax.lax.psum((loss, grads, weights), axis_name)
         loss, grads = jax.tree.map(lambda x: x / jnp.sum(weights), (loss, grads))
@@ -165,7 +154,7 @@ def make_train_step(
         )
         trainable = optax.apply_updates(before, updates)
         after = trainable.get(TASKS, {}), task_trees(opt_state)
-        of_tasks, opt_trees = scatter(every, tasks, after)
+        of_tasks, opt_trees = scatter(every, slot_tasks, after)
         trainable |= {TASKS: of_tasks} if of_tasks else {}
         opt_state = with_task_trees(opt_state, opt_trees)
         state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)

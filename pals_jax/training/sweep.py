@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
 from pals_jax.data import metrics
@@ -19,10 +18,10 @@ from pals_jax.experiment.experiment import Experiment
 from pals_jax.inference.evaluator import Results
 from pals_jax.runtime import distributed, storage
 from pals_jax.runtime.compile_cache import forget_compiled
-from pals_jax.runtime.console import say
+from pals_jax.runtime.console import print_table, say
 from pals_jax.runtime.errors import Diverged, UserError
-from pals_jax.training.train import train_together
-from pals_jax.training.vmapped_runs import can_be_trained_together
+from pals_jax.training.train import train
+from pals_jax.training.vmapped_runs import can_be_vmapped, train_together
 
 FILE = "sweep.json"
 
@@ -68,7 +67,7 @@ def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
         rows.sort(key=lambda row: -np.inf if row["score"] is None else row["score"], reverse=True)
         if distributed.is_main():
             storage.write_text(workdir / FILE, json.dumps(rows, indent=1))
-    Console(stderr=True, quiet=not distributed.is_main()).print(sweep_table(rows))
+    print_table(sweep_table(rows))
     return rows
 
 
@@ -76,6 +75,8 @@ def _train(runs: dict[str, ConfigDict], workdir: epath.Path) -> dict[str, Result
     """Trains runs in one step, or where one diverges each alone; None for those that do."""
     say(f"training {', '.join(runs)}")
     try:
+        if len(runs) == 1:
+            return {name: train(config, workdir / name) for name, config in runs.items()}
         of_all = train_together([*runs.values()], [workdir / name for name in runs])
         return dict(zip(runs, of_all, strict=True))
     except Diverged as error:
@@ -93,7 +94,7 @@ def _in_one_step(runs: dict[str, ConfigDict], workdir: epath.Path) -> list[list[
     for name, config in runs.items():
         for group in groups:
             same = newest_step(workdir / group[0]) == newest_step(workdir / name)
-            if same and can_be_trained_together(runs[group[0]], config):
+            if same and can_be_vmapped(runs[group[0]], config):
                 group.append(name)
                 break
         else:

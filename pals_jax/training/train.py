@@ -1,16 +1,20 @@
 """Training: read this page from top to bottom to know what a run does."""
 
-import contextlib
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
+import numpy as np
+import optax
 from etils import epath
 from ml_collections import ConfigDict
-from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from pals_jax.convert import huggingface
 from pals_jax.data import metrics
+from pals_jax.data.batch import Batch
+from pals_jax.data.batches import TrainBatches
 from pals_jax.data.prefetch import prefetch
 from pals_jax.data.tasks import Task
 from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
@@ -23,14 +27,13 @@ from pals_jax.inference.run import Run
 from pals_jax.models import counts
 from pals_jax.runtime import distributed, storage
 from pals_jax.runtime.compile_cache import forget_compiled, keep_compiled
-from pals_jax.runtime.console import progress, say
+from pals_jax.runtime.console import print_table, progress, say
 from pals_jax.runtime.errors import Preempted, UserError
-from pals_jax.runtime.parallel import DataParallel
+from pals_jax.runtime.parallel import DataParallel, Step
 from pals_jax.training.guards import CompilationGuard
 from pals_jax.training.metric_writer import Window
-from pals_jax.training.run_writer import Record
-from pals_jax.training.step import TrainState, create_state
-from pals_jax.training.vmapped_runs import Together, sharing
+from pals_jax.training.run_writer import RunWriter
+from pals_jax.training.step import TrainState, create_state, make_train_step
 
 _LOG_EVERY = 10  # steps between two lines of metrics
 
@@ -52,120 +55,126 @@ def train(config: ConfigDict, workdir: epath.Path, base: epath.Path | None = Non
         The dev results of the best checkpoint.
 
     Raises:
-        Preempted: it was told to stop, and has saved where it stands.
+        Preempted: the run was told to stop, and has saved where it stands.
         UserError: something in the configuration, the data or the workdir is wrong.
-    """
-    return train_together([config], [workdir], base)[0]
-
-
-def train_together(
-    configs: Sequence[ConfigDict], workdirs: Sequence[epath.Path], base: epath.Path | None = None
-) -> list[Results]:
-    """Trains K experiments in one step; each workdir becomes that of a run of its own.
-
-    Args:
-        configs: of which any two `can_be_trained_together`.
-        workdirs: of each, as `train` has it; all stand at the same step.
-        base: as `train` has it.
-
-    Returns:
-        Of each the dev results of its best checkpoint.
-
-    Raises:
-        Preempted, UserError: as `train`.
     """
     # ---------------------------------------------------------------- what is to be done
     earlier = None if base is None else Run.load(base)
-    experiments = [
-        Experiment.from_config(config, earlier.experiment if earlier else None)
-        for config in configs
-    ]
-    for experiment, workdir in zip(experiments, workdirs, strict=True):
-        refuse_another_experiment(experiment, workdir)
-    experiment, config = experiments[0], experiments[0].config  # for what does not differ
-    tasks, total_steps = experiment.trained, experiment.steps
+    experiment = Experiment.from_config(config, earlier.experiment if earlier else None)
+    refuse_another_experiment(experiment, workdir)
     keep_compiled(experiment.cache_dir)
 
-    # ---------------------------------------------------------------- weights and data
-    tokenizer = earlier.tokenizer if earlier else _tokenizer(experiment)
-    _check_fit(experiment, tokenizer)
-    train_splits = [experiment.read(task, "train", tokenizer) for task in tasks]
-    eval_splits = {task.name: experiment.read_eval(task, tokenizer) for task in tasks}
-    samplers = [each.sampler([len(split) for split in train_splits]) for each in experiments]
-    states = sharing(_first_state(each, earlier) for each in experiments)
-    if not config.lower_dropout:
-        splits = train_splits, eval_splits
-        train_splits, eval_splits = with_hidden(experiment, states[0].variables, splits)
+    # ---------------------------------------------------------------- data and weights
+    data = read_data(experiment, earlier)
+    sampler = experiment.sampler(data.sizes)
+    state = first_state(experiment, earlier)
+    data = data.with_hidden(experiment, state)
 
     # ---------------------------------------------------------------- steps
-    parallel, together = DataParallel.over(), Together.of(experiments, states)
-    batches = experiment.train_batches(train_splits, samplers[0], parallel.shards)
-    step_fn = together.train_step(parallel.axis_name)
-    train_step = CompilationGuard(parallel.compile(step_fn, donate=True))
-    say(f"batches are {batches.placing}")
+    parallel = DataParallel.over()
+    batches = experiment.train_batches(data.train, sampler, parallel.shards)
+    optimizer, _ = experiment.optimizer()
+    train_step = make_train_step(experiment.model(), optimizer, config.seed, parallel.axis_name)
     evaluator = Evaluator(experiment, parallel)
-    console = Console(stderr=True, quiet=not distributed.is_main())
-    names = tuple(task.name for task in experiment.tasks)
-    console.print(counts.counts_table(counts.count(experiment.model()), config.method, names))
+    describe(experiment, batches)
 
-    # ---------------------------------------------------------------- go on from where we are
-    with contextlib.ExitStack() as opened, distributed.Preemption() as preemption, train_step:
-        records = [
-            opened.enter_context(Record(each, workdir, tokenizer, sampler, parallel))
-            for each, workdir, sampler in zip(experiments, workdirs, samplers, strict=True)
-        ]
-        given = states[0].variables
-        states = sharing(r.restore(state) for r, state in zip(records, states, strict=True))
-        start = _common_step(states)
-        if start:
-            check_same(experiment, given, states[0].variables)
-            say(f"going on from step {start} of {total_steps}")
-        state = parallel.put(together.stack(states))
-        del given, states  # their memory is the state's now, which the first step gives back
-
-        # ------------------------------------------------------------ loop
-        with progress(total_steps, start, "step") as bar:
-            window = Window()
-            make = lambda step: parallel.put_batch(batches(*together.draws(samplers, step)))  # noqa: E731
-            ready = prefetch(make, range(start, total_steps))
-            for done, batch in enumerate(ready, start=start + 1):
-                state, scalars = train_step(state, batch)
-                window.add(scalars, config.batch_size)
-                bar.update()
-
-                stop = preemption.reached(done)
-                end_of_epoch = done % config.steps_per_epoch == 0
-                save = stop or end_of_epoch or done % config.checkpoint_every == 0
-                if save or done % _LOG_EVERY == 0:
-                    scalars, rate = window.flush()
-                    for record, its in zip(records, together.scalars(scalars), strict=True):
-                        record.log(done, its, rate)
-                    bar.set_postfix(loss=f"{scalars['loss'].mean():.3f}", refresh=False)
-                if save:
-                    for record, own in zip(records, together.states(state), strict=True):
-                        if end_of_epoch:
-                            record.evaluate(done, own.variables, evaluator, eval_splits)
-                        record.save(done, own)
-                    window = Window()
-                if stop and done < total_steps:
-                    for record in records:
-                        record.checkpoints.wait()
-                    raise Preempted(
-                        f"told to stop; step {done} of {total_steps} is saved in"
-                        f" {', '.join(map(str, workdirs))}. Run the same command to go on."
-                    )
+    # ---------------------------------------------------------------- the loop
+    with RunWriter(experiment, workdir, data.tokenizer, sampler, parallel) as writer:
+        given = state.variables
+        state = writer.restore(state)
+        if int(state.step):
+            check_same(experiment, given, state.variables)
+        state = parallel.put(state)
+        del given  # the state owns this memory from here on; the first step donates it
+        state = take_steps(
+            experiment,
+            parallel.compile(train_step, donate=True),
+            state,
+            lambda step: parallel.put_batch(batches(sampler.draw(step))),
+            writer,
+            lambda done, state: writer.evaluate(done, state, evaluator, data.evals),
+        )
 
     # ---------------------------------------------------------------- result
+    return report(experiment, workdir, state.variables, evaluator, data)
+
+
+class Writer(Protocol):
+    """What `take_steps` tells of a run, or of several runs in one step: see `RunWriter`."""
+
+    def log(self, done: int, scalars: dict[str, np.ndarray], rate: float) -> None:
+        """Writes the figures of the last steps."""
+
+    def save(self, done: int, state: TrainState) -> None:
+        """Writes a checkpoint."""
+
+    def wait(self) -> None:
+        """Returns when all checkpoints are on disk."""
+
+    @property
+    def where(self) -> str:
+        """The workdir, or workdirs."""
+
+
+def take_steps(
+    experiment: Experiment,
+    step: Step,
+    state: TrainState,
+    make_batch: Callable[[int], Batch],
+    writer: Writer,
+    evaluate: Callable[[int, TrainState], None],
+) -> TrainState:
+    """The training loop, from the step of `state` to the end of the run.
+
+    Args:
+        experiment: says how many steps there are, and when to save and to evaluate.
+        step: the compiled training step; it donates the state.
+        state: the state to go on from.
+        make_batch: the batch of a step, by its number; called ahead on another thread.
+        writer: receives figures and checkpoints.
+        evaluate: called with the number of steps taken and the state at the end of each epoch.
+
+    Returns:
+        The last state.
+
+    Raises:
+        Preempted: the run was told to stop, and has saved where it stands.
+        UserError: the training has diverged, or the workdir cannot be written.
+    """
+    config, total_steps, start = experiment.config, experiment.steps, int(state.step)
+    if start:
+        say(f"going on from step {start} of {total_steps}")
+    with (
+        distributed.Preemption() as preemption,
+        CompilationGuard(step) as train_step,
+        progress(total_steps, start, "step") as bar,
+    ):
+        window = Window()
+        for done, batch in enumerate(prefetch(make_batch, range(start, total_steps)), start + 1):
+            state, scalars = train_step(state, batch)
+            window.add(scalars, config.batch_size)
+            bar.update()
+
+            stop = preemption.reached(done)
+            end_of_epoch = done % config.steps_per_epoch == 0
+            save = stop or end_of_epoch or done % config.checkpoint_every == 0
+            if save or done % _LOG_EVERY == 0:
+                scalars, rate = window.flush()
+                writer.log(done, scalars, rate)
+                bar.set_postfix(loss=f"{scalars['loss'].mean():.3f}", refresh=False)
+            if save:
+                if end_of_epoch:
+                    evaluate(done, state)
+                writer.save(done, state)
+                window = Window()  # the time that saving takes is not the steps'
+            if stop and done < total_steps:
+                writer.wait()
+                raise Preempted(
+                    f"told to stop; step {done} of {total_steps} is saved in {writer.where}."
+                    " Run the same command to go on."
+                )
     say(f"the training step was compiled {train_step.count} times")
-    shapes, of_all = next(together.states(state)).variables, []
-    for workdir in workdirs:
-        step, variables = restore_best(workdir, shapes, parallel)
-        results = evaluator.evaluate(variables, eval_splits)
-        console.print(results_table(tasks, results, _baselines(tasks, train_splits, eval_splits)))
-        say(f"the best checkpoint, of step {step}, is in {workdir / 'best'}; use it with")
-        say(f"  pals-jax predict --workdir={workdir} --task={tasks[0].name}")
-        of_all.append(results)
-    return of_all
+    return state
 
 
 def train_separately(config: ConfigDict, workdir: epath.Path) -> Results:
@@ -185,16 +194,55 @@ def train_separately(config: ConfigDict, workdir: epath.Path) -> Results:
         results |= train(alone, workdir / name)
         forget_compiled()
     if distributed.is_main():
-        Console(stderr=True).print(results_table(tasks, results))
+        print_table(results_table(tasks, results))
         storage.write_text(workdir / "results.json", json.dumps(results, indent=1))
     return results
 
 
-def _tokenizer(experiment: Experiment) -> PreTrainedTokenizerFast:
-    return load_tokenizer(huggingface.resolve(experiment.config.encoder))
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run reads.
+
+    Attributes:
+        tokenizer: the tokenizer of the encoder.
+        train: the training examples of each trained task, in their order.
+        evals: the evaluation splits of each trained task.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    train: list[TokenizedSplit]
+    evals: Splits
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of training examples of each task."""
+        return [len(split) for split in self.train]
+
+    def with_hidden(self, experiment: Experiment, state: TrainState) -> "Data":
+        """The data with cached hidden states, if the configuration asks for them."""
+        if experiment.config.lower_dropout:
+            return self
+        train, evals = with_hidden(experiment, state.variables, (self.train, self.evals))
+        return dataclasses.replace(self, train=train, evals=evals)
 
 
-def _first_state(experiment: Experiment, earlier: Run | None) -> TrainState:
+def read_data(experiment: Experiment, earlier: Run | None = None) -> Data:
+    """Reads and tokenises what the experiment trains and evaluates on.
+
+    Raises:
+        UserError: the data are missing or wrong, or the tokenizer does not fit the encoder.
+    """
+    encoder = experiment.config.encoder
+    tokenizer = earlier.tokenizer if earlier else load_tokenizer(huggingface.resolve(encoder))
+    _check_fit(experiment, tokenizer)
+    return Data(
+        tokenizer,
+        [experiment.read(task, "train", tokenizer) for task in experiment.trained],
+        {task.name: experiment.read_eval(task, tokenizer) for task in experiment.trained},
+    )
+
+
+def first_state(experiment: Experiment, earlier: Run | None = None) -> TrainState:
     """The state before the first step."""
     config = experiment.config
     if earlier is None:
@@ -206,19 +254,29 @@ def _first_state(experiment: Experiment, earlier: Run | None) -> TrainState:
     return create_state(variables, config.trainable, optimizer)
 
 
-def _common_step(states: Sequence[TrainState]) -> int:
-    """At which all stand.
+def describe(experiment: Experiment, batches: TrainBatches) -> None:
+    """Says what is about to be trained: the shapes of batches and the numbers of parameters."""
+    say(f"batches are {batches.placing}")
+    names = tuple(task.name for task in experiment.tasks)
+    counted = counts.count(experiment.model())
+    print_table(counts.counts_table(counted, experiment.config.method, names))
 
-    Raises:
-        UserError: they do not.
-    """
-    steps = {int(state.step) for state in states}
-    if len(steps) > 1:
-        raise UserError(
-            f"the runs of the sweep stand at different steps, {sorted(steps)}, since a checkpoint"
-            " was damaged; run the same command again, and they are trained apart."
-        )
-    return steps.pop()
+
+def report(
+    experiment: Experiment,
+    workdir: epath.Path,
+    shapes: optax.Params,
+    evaluator: Evaluator,
+    data: Data,
+) -> Results:
+    """Evaluates the best checkpoint of a finished run, and says how to use it."""
+    tasks = experiment.trained
+    step, variables = restore_best(workdir, shapes, evaluator.parallel)
+    results = evaluator.evaluate(variables, data.evals)
+    print_table(results_table(tasks, results, _baselines(tasks, data.train, data.evals)))
+    say(f"the best checkpoint, of step {step}, is in {workdir / 'best'}; use it with")
+    say(f"  pals-jax predict --workdir={workdir} --task={tasks[0].name}")
+    return results
 
 
 def _check_fit(experiment: Experiment, tokenizer: PreTrainedTokenizerFast) -> None:

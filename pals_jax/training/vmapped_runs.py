@@ -5,6 +5,7 @@ same steps. Of runs with one seed, which see the same examples, what lies below 
 and all dropout masks are computed once.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -12,19 +13,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import Array
 from ml_collections import ConfigDict
 
 from pals_jax.data.sampler import Draw, Sampler
 from pals_jax.experiment.config import encoder_is_frozen
 from pals_jax.experiment.experiment import Experiment
-from pals_jax.runtime.parallel import Step, on_this_host
+from pals_jax.experiment.workdir import refuse_another_experiment
+from pals_jax.inference.evaluator import Evaluator, Results
+from pals_jax.inference.hidden_cache import check_same
+from pals_jax.runtime.compile_cache import keep_compiled
+from pals_jax.runtime.errors import UserError
+from pals_jax.runtime.parallel import DataParallel, Step, on_this_host
+from pals_jax.training.run_writer import RunWriter
 from pals_jax.training.step import TrainState, make_train_step
+from pals_jax.training.train import describe, first_state, read_data, report, take_steps
 
 Tree = Any
 
 
-def can_be_trained_together(one: ConfigDict, other: ConfigDict) -> bool:
+def can_be_vmapped(one: ConfigDict, other: ConfigDict) -> bool:
     """Whether one step can train both: a frozen encoder, and another seed or rate at most."""
     return encoder_is_frozen(one) and _rest(one) == _rest(other)
 
@@ -36,7 +45,7 @@ def _rest(config: ConfigDict) -> dict[str, Any]:
     return rest
 
 
-def sharing(states: Iterable[TrainState]) -> list[TrainState]:
+def share_frozen(states: Iterable[TrainState]) -> list[TrainState]:
     """States, made one after the other, of which equal frozen leaves become one array in memory."""
     kept: list[TrainState] = []
     for state in states:
@@ -51,9 +60,110 @@ def _one_of_equal(first: Any, other: Any) -> Any:
     return first if np.array_equal(on_this_host(first), on_this_host(other)) else other
 
 
+def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[epath.Path]) -> list[Results]:
+    """Trains K experiments in one step; each workdir becomes that of a run of its own.
+
+    Args:
+        configs: any two of them `can_be_vmapped`.
+        workdirs: of each, as `train` has it; all stand at the same step.
+
+    Returns:
+        Of each the dev results of its best checkpoint.
+
+    Raises:
+        Preempted, UserError: as `train`.
+    """
+    experiments = [Experiment.from_config(config) for config in configs]
+    for each, workdir in zip(experiments, workdirs, strict=True):
+        refuse_another_experiment(each, workdir)
+    experiment = experiments[0]  # for what does not differ
+    keep_compiled(experiment.cache_dir)
+    data = read_data(experiment)
+    samplers = [each.sampler(data.sizes) for each in experiments]
+    states = share_frozen(first_state(each) for each in experiments)
+    data = data.with_hidden(experiment, states[0])
+
+    parallel, runs = DataParallel.over(), VmappedRuns.of(experiments, states)
+    batches = experiment.train_batches(data.train, samplers[0], parallel.shards)
+    evaluator = Evaluator(experiment, parallel)
+    describe(experiment, batches)
+
+    with contextlib.ExitStack() as opened:
+        writers = [
+            opened.enter_context(RunWriter(each, workdir, data.tokenizer, sampler, parallel))
+            for each, workdir, sampler in zip(experiments, workdirs, samplers, strict=True)
+        ]
+        given = states[0].variables
+        states = share_frozen(w.restore(state) for w, state in zip(writers, states, strict=True))
+        if _common_step(states):
+            check_same(experiment, given, states[0].variables)
+        state = parallel.put(runs.stack(states))
+        del given, states  # the state owns their memory from here on; the first step donates it
+
+        def evaluate(done: int, state: TrainState) -> None:
+            for writer, own in zip(writers, runs.states(state), strict=True):
+                writer.evaluate(done, own, evaluator, data.evals)
+
+        state = take_steps(
+            experiment,
+            parallel.compile(runs.train_step(parallel.axis_name), donate=True),
+            state,
+            lambda step: parallel.put_batch(batches(*runs.draws(samplers, step))),
+            _Writers(runs, writers),
+            evaluate,
+        )
+
+    shapes = next(runs.states(state)).variables
+    return [report(experiment, workdir, shapes, evaluator, data) for workdir in workdirs]
+
+
+def _common_step(states: Sequence[TrainState]) -> int:
+    """The step at which all runs stand.
+
+    Raises:
+        UserError: they stand at different steps.
+    """
+    steps = {int(state.step) for state in states}
+    if len(steps) > 1:
+        raise UserError(
+            f"the runs of the sweep stand at different steps, {sorted(steps)}, since a checkpoint"
+            " was damaged; run the same command again, and they are trained apart."
+        )
+    return steps.pop()
+
+
 @dataclasses.dataclass(frozen=True)
-class Together:
-    """K runs with one state and one step. A single run is as it ever is, without an axis of runs.
+class _Writers:
+    """The writers of several runs, as the writer of one: each gets what is its own.
+
+    Attributes:
+        runs: how states and figures divide into those of each run.
+        writers: one for each run.
+    """
+
+    runs: "VmappedRuns"
+    writers: Sequence[RunWriter]
+
+    def log(self, done: int, scalars: dict[str, np.ndarray], rate: float) -> None:
+        for writer, own in zip(self.writers, self.runs.scalars(scalars), strict=True):
+            writer.log(done, own, rate)
+
+    def save(self, done: int, state: TrainState) -> None:
+        for writer, own in zip(self.writers, self.runs.states(state), strict=True):
+            writer.save(done, own)
+
+    def wait(self) -> None:
+        for writer in self.writers:
+            writer.wait()
+
+    @property
+    def where(self) -> str:
+        return ", ".join(writer.where for writer in self.writers)
+
+
+@dataclasses.dataclass(frozen=True)
+class VmappedRuns:
+    """K runs with one state and one step, whose leaves lead with an axis of runs.
 
     Attributes:
         experiments: of the runs.
@@ -65,8 +175,8 @@ class Together:
     apart: Tree
 
     @classmethod
-    def of(cls, experiments: Sequence[Experiment], states: Sequence[TrainState]) -> "Together":
-        """Looks where the frozen parts of their first states, which are `sharing`, differ."""
+    def of(cls, experiments: Sequence[Experiment], states: Sequence[TrainState]) -> "VmappedRuns":
+        """Looks where the frozen parts of their first states (see `share_frozen`) differ."""
 
         def differ(first: Any, *others: Any) -> bool:
             return not all(other is first for other in others)
@@ -74,26 +184,22 @@ class Together:
         return cls(tuple(experiments), jax.tree.map(differ, *(state.frozen for state in states)))
 
     @property
-    def _alone(self) -> bool:
-        return len(self.experiments) == 1
-
-    @property
     def _one_seed(self) -> bool:
         return len({experiment.config.seed for experiment in self.experiments}) == 1
 
     def stack(self, states: Sequence[TrainState]) -> TrainState:
         """The state of all, from those of each, which stand at the same step."""
-        return states[0] if self._alone else self._map(lambda *x: jnp.stack(x), *states)
+        return self._map(lambda *x: jnp.stack(x), *states)
 
     def states(self, state: TrainState) -> Iterator[TrainState]:
         """The inverse: the state of each, made when it is asked for."""
         for run in range(len(self.experiments)):
-            yield state if self._alone else self._map(lambda x, run=run: x[run], state)
+            yield self._map(lambda x, run=run: x[run], state)
 
     def scalars(self, scalars: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         """Those of each, [n], of n steps of all, [n, K]."""
         for run in range(len(self.experiments)):
-            yield scalars if self._alone else {name: x[:, run] for name, x in scalars.items()}
+            yield {name: x[:, run] for name, x in scalars.items()}
 
     def _map(self, change: Callable[..., Array], *states: TrainState) -> TrainState:
         def frozen(apart: bool, *x: Array) -> Array:
@@ -111,10 +217,8 @@ class Together:
         return [sampler.draw(step) for sampler in (samplers[:1] if self._one_seed else samplers)]
 
     def train_step(self, axis_name: str | None) -> Step:
-        """The pure training step, see `step.make_train_step`; of several, its scalars are [K]."""
+        """The pure training step, see `step.make_train_step`; its scalars are [K]."""
         configs = [experiment.config for experiment in self.experiments]
-        if self._alone:
-            return self._step(configs[0].seed, configs[0].optimizer.learning_rate, axis_name)
 
         def step(state: TrainState, batch: Tree, seed: Array, learning_rate: Array) -> Any:
             return self._step(seed, learning_rate, axis_name)(state, batch)

@@ -16,13 +16,13 @@ from pals_jax.models.adapters.forms import (
     BERT_INIT,
     Context,
     Param,
-    Theta,
+    Params,
     check_size,
     dense,
     project,
 )
 from pals_jax.models.bert import Attention, BertConfig, BertLayer, Block, FeedForward
-from pals_jax.models.segments import Rows, one_position
+from pals_jax.models.segments import Segments, one_position
 from pals_jax.runtime.errors import UserError
 
 _INITS = {
@@ -36,8 +36,8 @@ class _AttentionBlock(Block):
     """LN(x + MH(x))."""
 
     @nn.compact
-    def __call__(self, x: Array, rows: Rows) -> Array:
-        y = Attention(self.config, self.dtype, name="attention")(x, rows)
+    def __call__(self, x: Array, segments: Segments) -> Array:
+        y = Attention(self.config, self.dtype, name="attention")(x, segments)
         return self.norm("norm")(x + y)
 
 
@@ -45,8 +45,8 @@ class _FeedForwardBlock(Block):
     """LN(x + FFN(x))."""
 
     @nn.compact
-    def __call__(self, x: Array, rows: Rows) -> Array:
-        y = FeedForward(self.config, self.dtype, name="ffn")(x, rows)
+    def __call__(self, x: Array, segments: Segments) -> Array:
+        y = FeedForward(self.config, self.dtype, name="ffn")(x, segments)
         return self.norm("norm")(x + y)
 
 
@@ -93,18 +93,18 @@ class Blocks:
             "up": dense(self.size, outputs),
         }
 
-    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
+    def __call__(self, params: Params, x: Array, context: Context) -> Array:
         block = self._block(self._config(context.config), x.dtype)
         key = context.dropout_key
 
         def body(z: Any, step: Any) -> tuple[Any, None]:
-            params, index = step
+            block_params, index = step
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
-            return block.apply({"params": params}, z, context.rows, rngs=rngs), None
+            return block.apply({"params": block_params}, z, context.segments, rngs=rngs), None
 
-        z = project(theta["down"], x) if self.size else x
-        z, _ = jax.lax.scan(body, z, (theta["blocks"], jnp.arange(self.count)))
-        return project(theta["up"], z) if self.size else z
+        z = project(params["down"], x) if self.size else x
+        z, _ = jax.lax.scan(body, z, (params["blocks"], jnp.arange(self.count)))
+        return project(params["up"], z) if self.size else z
 
     def _config(self, config: BertConfig) -> BertConfig:
         return dataclasses.replace(

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from pals_jax.models.adapters.forms import Context, Theta
-from pals_jax.models.adapters.spec import _OUTSIDE, Adapter, Method, Owned
+from pals_jax.models.adapters.forms import Context, Params
+from pals_jax.models.adapters.spec import _OUTSIDE, Adapter, Method, TaskCopy
 from pals_jax.models.bert import BertConfig, Sites
-from pals_jax.models.segments import Rows
+from pals_jax.models.segments import Segments
 
 
-def select(collection: Theta, task_ids: Array) -> Theta:
+def select(collection: Params, task_ids: Array) -> Params:
     """The rows [G, ...] of the tasks `task_ids` (int [G]) from leaves [T, ...].
 
     A task id out of range gives NaN where it could not be refused before (under a trace): it must
@@ -32,7 +32,7 @@ def select(collection: Theta, task_ids: Array) -> Theta:
     return jax.tree.map(rows, collection)
 
 
-def overlay(tree: Theta, patch: Theta) -> Theta:
+def overlay(tree: Params, patch: Params) -> Params:
     """`tree` with the leaves of `patch` in place of its own."""
     return unflatten_dict(flatten_dict(tree) | flatten_dict(patch))
 
@@ -42,14 +42,14 @@ class TaskAdapters:
     """A method with the parameters of one task, as the encoder asks for it.
 
     Attributes:
-        method: its adapters in the order in which they are applied, and what is owned.
-        thetas: {name: its part of the `adapters` collection} without the task axis.
+        method: its adapters in the order in which they are applied, and what is task_copy.
+        adapter_params: {name: its part of the `adapters` collection} without the task axis.
         config: the encoder's.
         active: bool [N]; where False, a layer goes without its adapters. None: all are active.
     """
 
     method: Method
-    thetas: Mapping[str, Theta]
+    adapter_params: Mapping[str, Params]
     config: BertConfig
     active: Array | None = None
 
@@ -59,9 +59,9 @@ class TaskAdapters:
         return tuple(spec for spec in self.method if isinstance(spec, Adapter))
 
     @property
-    def owned(self) -> tuple[Owned, ...]:
+    def task_copies(self) -> tuple[TaskCopy, ...]:
         """The method's copies."""
-        return tuple(spec for spec in self.method if isinstance(spec, Owned))
+        return tuple(spec for spec in self.method if isinstance(spec, TaskCopy))
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of the runs of consecutive layers that carry the same."""
@@ -76,47 +76,47 @@ class TaskAdapters:
                 yield start, stop
                 start = stop
 
-    def layers(self, start: int, stop: int) -> dict[str, Theta]:
+    def layers(self, start: int, stop: int) -> dict[str, Params]:
         """Per-layer parameters [stop - start, ...] of the adapters that the span carries."""
         return {
             a.name: jax.tree.map(
-                partial(self._span, a, start, stop), self.thetas[a.name].get("layers", {})
+                partial(self._span, a, start, stop), self.adapter_params[a.name].get("layers", {})
             )
             for a in self.adapters
             if start in a.layer_indices(self.config.num_hidden_layers)
         }
 
-    def own_layers(self, layers: Theta, start: int, stop: int) -> Theta:
+    def own_layers(self, layers: Params, start: int, stop: int) -> Params:
         """`layers`, parameters [stop - start, ...] of the span, with the task's own in place."""
-        for owned in self.owned:
-            mine = self.thetas[owned.name].get("layers")
-            if mine and start in owned.layer_indices(self.config.num_hidden_layers):
-                mine = jax.tree.map(partial(self._span, owned, start, stop), mine)
+        for task_copy in self.task_copies:
+            mine = self.adapter_params[task_copy.name].get("layers")
+            if mine and start in task_copy.layer_indices(self.config.num_hidden_layers):
+                mine = jax.tree.map(partial(self._span, task_copy, start, stop), mine)
                 layers = overlay(layers, mine)
         return layers
 
-    def own_outside(self, encoder: Theta) -> Theta:
+    def own_outside(self, encoder: Params) -> Params:
         """`encoder`, all its parameters, with the task's own in place, but for the layers'."""
-        for owned in self.owned:
-            mine = {k: v for k, v in self.thetas[owned.name].items() if k != "layers"}
+        for task_copy in self.task_copies:
+            mine = {k: v for k, v in self.adapter_params[task_copy.name].items() if k != "layers"}
             encoder = overlay(encoder, mine)
         return encoder
 
-    def _span(self, spec: Adapter | Owned, start: int, stop: int, x: Array) -> Array:
+    def _span(self, spec: Adapter | TaskCopy, start: int, stop: int, x: Array) -> Array:
         first = spec.layer_indices(self.config.num_hidden_layers).index(start)
         return x[first : first + stop - start]
 
     def sites(
         self,
-        rows: Rows,
+        segments: Segments,
         key: Array | None,
-        layer: Mapping[str, Theta] | None = None,
+        layer: Mapping[str, Params] | None = None,
         active: Array | None = None,
     ) -> Sites:
         """The sites of one layer, or, without `layer`, those below and above all layers.
 
         Args:
-            rows: who is where.
+            segments: which example each position belongs to.
             key: their dropout key, or None.
             layer: that layer's slice of `layers`.
             active: its scalar of `active`.
@@ -136,12 +136,15 @@ class TaskAdapters:
             for index, adapter in enumerate(self.adapters):
                 if adapter.site != site or adapter.name not in layer:
                     continue
-                theta = {**self.thetas[adapter.name].get("shared", {}), **layer[adapter.name]}
+                params = {
+                    **self.adapter_params[adapter.name].get("shared", {}),
+                    **layer[adapter.name],
+                }
                 own_key = None if key is None else jax.random.fold_in(key, index)
-                context = Context(self.config, rows, own_key, query, log_normaliser)
+                context = Context(self.config, segments, own_key, query, log_normaliser)
                 x = block_input if adapter.reads == "block_input" else state
                 x = normalise(x) if adapter.reads == "normalised" else x
-                changed = adapter.change(theta, state, x, context)
+                changed = adapter.change(params, state, x, context)
                 state = changed if active is None else jnp.where(active, changed, state)
             return state
 

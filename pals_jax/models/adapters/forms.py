@@ -2,7 +2,7 @@
 
 A form says which parameters it has at one place of the encoder, and computes from them the change
 that `pals_jax.models.adapters.spec` composes with the state. It knows neither the encoder nor the
-task: all rows that reach it belong to one task, whose parameters `theta` are already selected.
+task: all rows that reach it belong to one task, whose parameters `params` are already selected.
 
 Dimension letters: see `pals_jax.models.layers`.
 """
@@ -23,10 +23,10 @@ from pals_jax.models.layers import (
     merge_heads,
     split_heads,
 )
-from pals_jax.models.segments import Rows
+from pals_jax.models.segments import Segments
 from pals_jax.runtime.errors import UserError
 
-Theta = Mapping[str, Any]
+Params = Mapping[str, Any]
 Initializer = Callable[..., Array]
 
 _zeros, _ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
@@ -49,14 +49,14 @@ class Context:
 
     Attributes:
         config: the encoder's.
-        rows: who is where in the rows.
+        segments: which example each position of a row belongs to.
         dropout_key: key of this place in this step; None turns dropout off.
         query: at "attention.heads" the queries [B, H, L, K].
         log_normaliser: there, the logarithm of each softmax's denominator, [B, H, L].
     """
 
     config: BertConfig
-    rows: Rows
+    segments: Segments
     dropout_key: Array | None = None
     query: Array | None = None
     log_normaliser: Array | None = None
@@ -68,7 +68,7 @@ class Form(Protocol):
     def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
         """A tree of `Param`, for an input of `inputs` features and a state of `outputs`."""
 
-    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
+    def __call__(self, params: Params, x: Array, context: Context) -> Array:
         """x: [B, L, inputs] -> [B, L, outputs], or what broadcasts to it, in the dtype of `x`."""
 
 
@@ -80,21 +80,21 @@ def dense(
     return kernel | ({"bias": Param((outputs,), _zeros)} if bias else {})
 
 
-def project(theta: Theta, x: Array) -> Array:
+def project(params: Params, x: Array) -> Array:
     """x W + b, in the dtype of `x`; b may be absent."""
-    y = x @ theta["kernel"].astype(x.dtype)
-    if "bias" not in theta:
+    y = x @ params["kernel"].astype(x.dtype)
+    if "bias" not in params:
         return y
-    return y + theta["bias"].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    return y + params["bias"].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def layer_norm(theta: Theta, x: Array, epsilon: float = 1e-5) -> Array:
+def layer_norm(params: Params, x: Array, epsilon: float = 1e-5) -> Array:
     """Layer norm of the last axis, computed in float32."""
     z = x.astype(jnp.float32)
     z = z - z.mean(-1, keepdims=True)
     z = z * jax.lax.rsqrt(jnp.square(z).mean(-1, keepdims=True) + epsilon)
     lead = (1,) * (x.ndim - 1) + (-1,)
-    return (z * theta["scale"].reshape(lead) + theta["bias"].reshape(lead)).astype(x.dtype)
+    return (z * params["scale"].reshape(lead) + params["bias"].reshape(lead)).astype(x.dtype)
 
 
 # Kaiming-uniform with a = sqrt(5), as PyTorch initialises a projection [inputs, outputs].
@@ -148,10 +148,10 @@ class Bottleneck:
             "up": dense(self.size, outputs, up, self.bias),
         }
 
-    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
-        x = layer_norm(theta["norm"], x) if self.norm else x
-        x = dropout(x, self.dropout, context.dropout_key, context.rows.places)
-        return project(theta["up"], ACTIVATIONS[self.activation](project(theta["down"], x)))
+    def __call__(self, params: Params, x: Array, context: Context) -> Array:
+        x = layer_norm(params["norm"], x) if self.norm else x
+        x = dropout(x, self.dropout, context.dropout_key, context.segments.places)
+        return project(params["up"], ACTIVATIONS[self.activation](project(params["down"], x)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,20 +178,20 @@ class ProjectedAttention:
         attention = {name: dense(self.size, self.size) for name in ("query", "key", "value")}
         return {"down": dense(inputs, self.size), **attention, "up": dense(self.size, outputs)}
 
-    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
-        z = project(theta["down"], x)
+    def __call__(self, params: Params, x: Array, context: Context) -> Array:
+        z = project(params["down"], x)
         query, key, value = (
-            split_heads(project(theta[name], z), self.heads) for name in ("query", "key", "value")
+            split_heads(project(params[name], z), self.heads) for name in ("query", "key", "value")
         )
         heads, _ = dot_product_attention(
             query,
             key,
             value,
-            context.rows,
+            context.segments,
             dropout_rate=context.config.attention_probs_dropout_prob,
             dropout_key=context.dropout_key,
         )
-        return ACTIVATIONS[self.activation](project(theta["up"], merge_heads(heads)))
+        return ACTIVATIONS[self.activation](project(params["up"], merge_heads(heads)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,12 +212,12 @@ class ProjectedFeedForward:
         between = {f"ffn_{i}": dense(self.size, self.size) for i in range(self.depth)}
         return {"down": dense(inputs, self.size), **between, "up": dense(self.size, outputs)}
 
-    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
+    def __call__(self, params: Params, x: Array, context: Context) -> Array:
         del context
-        z = ACTIVATIONS[self.activation](project(theta["ffn_0"], project(theta["down"], x)))
+        z = ACTIVATIONS[self.activation](project(params["ffn_0"], project(params["down"], x)))
         if self.depth == 2:
-            z = project(theta["ffn_1"], z)
-        return project(theta["up"], z)
+            z = project(params["ffn_1"], z)
+        return project(params["up"], z)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,8 +238,8 @@ class Scale:
             )
         }
 
-    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
-        scale = 2.0 * jax.nn.sigmoid(theta["weight"]) if self.sigmoid else theta["scale"]
+    def __call__(self, params: Params, x: Array, context: Context) -> Array:
+        scale = 2.0 * jax.nn.sigmoid(params["weight"]) if self.sigmoid else params["scale"]
         return scale.astype(x.dtype)
 
 
@@ -272,33 +272,33 @@ class Prefix:
             "up": dense(self.bottleneck, 2 * outputs),  # keys, then values
         }
 
-    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
-        scores, value = self._scores(theta, x, context)
+    def __call__(self, params: Params, x: Array, context: Context) -> Array:
+        scores, value = self._scores(params, x, context)
         softmax = self.activation == "softmax"
         weights = jax.nn.softmax(scores, axis=-1) if softmax else jax.nn.relu(scores)
         rate = context.config.attention_probs_dropout_prob
-        places = context.rows.places
+        places = context.segments.places
         weights = dropout(weights.astype(x.dtype), rate, context.dropout_key, places)
         return merge_heads(jnp.einsum("bhqp,bhpk->bhqk", weights, value))
 
-    def gate(self, theta: Theta, x: Array, context: Context) -> Array:
+    def gate(self, params: Params, x: Array, context: Context) -> Array:
         """lambda(x) of He et al., equation 8: the prefix's share of a joint softmax, [B, L, D]."""
-        scores, value = self._scores(theta, x, context)
+        scores, value = self._scores(params, x, context)
         assert context.log_normaliser is not None  # which comes with the queries
         share = jax.nn.sigmoid(jax.nn.logsumexp(scores, axis=-1) - context.log_normaliser)
         share = jnp.broadcast_to(share[..., None], (*share.shape, value.shape[-1]))
         return merge_heads(share).astype(x.dtype)
 
-    def _scores(self, theta: Theta, x: Array, context: Context) -> tuple[Array, Array]:
+    def _scores(self, params: Params, x: Array, context: Context) -> tuple[Array, Array]:
         """Scores float32 [B, H, L, P], and values [1, H, P, K]."""
         query = context.query
         if query is None:
             raise UserError("a prefix works at the site attention.heads only.")
         if self.bottleneck:
-            z = jnp.tanh(project(theta["down"], theta["embedding"].astype(x.dtype)))
-            key, value = jnp.split(project(theta["up"], z), 2, axis=-1)
+            z = jnp.tanh(project(params["down"], params["embedding"].astype(x.dtype)))
+            key, value = jnp.split(project(params["up"], z), 2, axis=-1)
         else:
-            key, value = (theta[name].astype(x.dtype) for name in ("key", "value"))
+            key, value = (params[name].astype(x.dtype) for name in ("key", "value"))
         key, value = (split_heads(t[None], query.shape[1]) for t in (key, value))
         scores = jnp.einsum("bhqk,ghpk->bhqp", query, key, preferred_element_type=jnp.float32)
         return scores / jnp.sqrt(jnp.float32(query.shape[-1])), value
@@ -320,9 +320,9 @@ class Prompt:
         del inputs
         return {"embedding": Param((self.length, outputs))}
 
-    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
-        examples = context.rows.first.shape[1]  # of a row, each of which sees its own alone
-        prompt = jnp.repeat(theta["embedding"].astype(x.dtype), examples, axis=0)[None]
+    def __call__(self, params: Params, x: Array, context: Context) -> Array:
+        examples = context.segments.first.shape[1]  # of a row, each of which sees its own alone
+        prompt = jnp.repeat(params["embedding"].astype(x.dtype), examples, axis=0)[None]
         return jnp.broadcast_to(prompt, (x.shape[0], *prompt.shape[1:]))
 
 
@@ -338,9 +338,9 @@ class Dense:
     def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
         return {"dense": dense(inputs, outputs)}
 
-    def __call__(self, theta: Theta, x: Array, context: Context) -> Array:
+    def __call__(self, params: Params, x: Array, context: Context) -> Array:
         del context
-        return ACTIVATIONS[self.activation](project(theta["dense"], x))
+        return ACTIVATIONS[self.activation](project(params["dense"], x))
 
 
 def check_size(size: int, least: int = 1) -> None:

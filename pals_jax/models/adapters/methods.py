@@ -17,7 +17,7 @@ from pals_jax.models.adapters.forms import (
     Prompt,
     Scale,
 )
-from pals_jax.models.adapters.spec import Adapter, Layers, Method, Owned
+from pals_jax.models.adapters.spec import Adapter, Layers, Method, TaskCopy
 from pals_jax.runtime.errors import UserError
 
 # ------------------------------------------------ BERT and PALs (Stickland & Murray 2019)
@@ -126,7 +126,7 @@ def _top(form: Form) -> Method:
 
 def pooler() -> Method:
     """A pooler of each task's own."""
-    return (Owned("pooler", "pooler/"),)
+    return (TaskCopy("pooler", "pooler/"),)
 
 
 # ------------------------------------------------ Houlsby et al. 2019
@@ -153,7 +153,7 @@ def houlsby(
 
 def layer_norms() -> Method:
     """Every layer norm of each task's own (section 3.4)."""
-    return (Owned("layer_norms", ".*norm/"),)
+    return (TaskCopy("layer_norms", ".*norm/"),)
 
 
 def top_layers(count: int = 1) -> Method:
@@ -161,7 +161,7 @@ def top_layers(count: int = 1) -> Method:
     if type(count) is not int or count < 1:
         raise UserError(f"top_layers owns a whole number of layers from 1, not {count!r}.")
     layers = tuple(range(-count, 0))
-    return (Owned("top_layers", "layers/|pooler/", layers),)
+    return (TaskCopy("top_layers", "layers/|pooler/", layers),)
 
 
 # ------------------------------------------------ Towards a unified view (He et al. 2022)
@@ -218,7 +218,7 @@ def lora(
     return tuple(Adapter(f"lora_{name}", LORA_SITES[name], form, scale=scale) for name in targets)
 
 
-def is_low_rank_change(spec: Adapter | Owned) -> bool:
+def is_low_rank_change(spec: Adapter | TaskCopy) -> bool:
     """Whether a part of a method does nothing but change a projection by one of low rank."""
     match spec:
         case Adapter(
@@ -228,7 +228,7 @@ def is_low_rank_change(spec: Adapter | Owned) -> bool:
     return False
 
 
-def is_lora(spec: Adapter | Owned) -> bool:
+def is_lora(spec: Adapter | TaskCopy) -> bool:
     """Whether it is LoRA: such a change without biases, its scale a number."""
     match spec:
         case Adapter(form=Bottleneck(bias=False), scale=int() | float()):
@@ -294,7 +294,7 @@ def mam(prefix: int = 16, size: int = 16, scale: float | Literal["learned"] = 2.
 
 def bitfit() -> Method:
     """Every bias of each task's own (Ben Zaken et al. 2022)."""
-    return (Owned("biases", ".*/bias$"),)
+    return (TaskCopy("biases", ".*/bias$"),)
 
 
 def ia3() -> Method:

@@ -2,13 +2,13 @@
 
 Every method is a tuple of values in the words of one sentence: at a site of the encoder, add, or
 multiply in, a small function (a form) of a hidden state, whose parameters belong to a task. An
-`Adapter` says that sentence; an `Owned` says that a task has its own copy of some of the encoder's
-parameters (layer norms, biases, whole layers).
+`Adapter` says that sentence; a `TaskCopy` says that a task has its own copy of some of the
+encoder's parameters (layer norms, biases, whole layers).
 
 The parameters live in the `adapters` collection, each leaf with a leading task axis:
 
     {adapter name: {"shared": {parameter: [T, ...]}, "layers": {parameter: [T, n, ...]}},
-     owned name: {"layers": {the encoder's own path: [T, n, ...]}, the rest of it: [T, ...]}}
+     task copy's name: {"layers": {the encoder's own path: [T, n, ...]}, the rest of it: [T, ...]}}
 
 where n counts the layers concerned and "shared" holds what all of them use (V^E and V^D of PALs).
 A task is data: `select` takes the rows of the tasks of a batch, and from there on nothing knows
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from pals_jax.models.adapters.forms import Context, Form, Param, Theta
+from pals_jax.models.adapters.forms import Context, Form, Param, Params
 from pals_jax.models.bert import SITES, BertConfig
 from pals_jax.runtime.errors import UserError
 
@@ -140,14 +140,14 @@ class Adapter:
             )
         return tree
 
-    def change(self, theta: Theta, state: Array, x: Array, context: Context) -> Array:
+    def change(self, params: Params, state: Array, x: Array, context: Context) -> Array:
         """The changed state, in its own dtype."""
-        delta = self.form(theta, x, context)
+        delta = self.form(params, x, context)
         if self.compose == "add":
-            scale = theta["scale"].astype(delta.dtype) if self.scale == "learned" else self.scale
+            scale = params["scale"].astype(delta.dtype) if self.scale == "learned" else self.scale
             return state + scale * delta
         if self.compose == "gate":
-            gate = self.form.gate(theta, x, context)  # type: ignore[attr-defined]
+            gate = self.form.gate(params, x, context)  # type: ignore[attr-defined]
             return (1.0 - gate) * state + gate * delta
         if self.compose == "multiply":
             return state * delta.reshape((1,) * (state.ndim - delta.ndim) + delta.shape)
@@ -155,7 +155,7 @@ class Adapter:
 
 
 @dataclasses.dataclass(frozen=True)
-class Owned:
+class TaskCopy:
     """A task's own copy of some of the encoder's parameters, which begins as their value.
 
     Attributes:
@@ -172,7 +172,7 @@ class Owned:
         """The layers concerned."""
         return layer_indices(self.layers, depth)
 
-    def take(self, encoder: Theta, depth: int) -> Theta:
+    def take(self, encoder: Params, depth: int) -> Params:
         """The part of the encoder's parameters that it is a copy of."""
         indices = list(self.layer_indices(depth))
         return unflatten_dict(
@@ -183,7 +183,7 @@ class Owned:
             }
         )
 
-    def leaves(self, encoder: Theta, depth: int) -> set[tuple[str, int]]:
+    def leaves(self, encoder: Params, depth: int) -> set[tuple[str, int]]:
         """The (path, layer) that it is a copy of; outside the layers, layer is -1."""
         return {
             ("/".join(path), layer)
@@ -191,14 +191,14 @@ class Owned:
             for layer in (self.layer_indices(depth) if path[0] == "layers" else (-1,))
         }
 
-    def copies(self, encoder: Theta, depth: int, num_tasks: int) -> Theta:
+    def copies(self, encoder: Params, depth: int, num_tasks: int) -> Params:
         """Initial values: for each of the T tasks a copy, leaves [T, ...]."""
         return jax.tree.map(
             lambda x: jnp.broadcast_to(x, (num_tasks, *x.shape)), self.take(encoder, depth)
         )
 
 
-Method = tuple[Adapter | Owned, ...]
+Method = tuple[Adapter | TaskCopy, ...]
 
 
 def prompt_length(method: Method) -> int:
@@ -207,7 +207,7 @@ def prompt_length(method: Method) -> int:
     return sum(prompt.form.length for prompt in prompts)  # type: ignore[attr-defined]
 
 
-def check(method: Method, encoder: Theta, depth: int) -> None:
+def check(method: Method, encoder: Params, depth: int) -> None:
     """Sees that the parts of a method do not collide.
 
     Raises:
@@ -218,7 +218,7 @@ def check(method: Method, encoder: Theta, depth: int) -> None:
         raise UserError(f"the method has two parts named {repeated[0]!r}; they would collide.")
     taken: dict[Any, str] = {}
     for spec in method:
-        if isinstance(spec, Owned):
+        if isinstance(spec, TaskCopy):
             places: set[Any] = spec.leaves(encoder, depth)
         elif spec.compose in ("replace", "gate"):
             places = {(spec.site, layer) for layer in spec.layer_indices(depth) or (-1,)}
@@ -240,7 +240,7 @@ class Stack(NamedTuple):
     sizes: tuple[int, ...] = ()
 
 
-def init(key: Array, stacks: Any, num_tasks: int) -> Theta:
+def init(key: Array, stacks: Any, num_tasks: int) -> Params:
     """Initial values, drawn independently for every task and layer.
 
     Args:

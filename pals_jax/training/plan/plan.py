@@ -15,7 +15,7 @@ import numpy as np
 from rich.table import Table
 
 from pals_jax.convert import huggingface
-from pals_jax.data.batches import Batch
+from pals_jax.data.batch import Batch
 from pals_jax.data.packing import Shape
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer

@@ -1,0 +1,50 @@
+"""The batch: what a step reads, as one type.
+
+Dimension letters: B rows, L positions, M examples a row has room for, D hidden size, G task groups,
+U tasks that may move. On the host every array has a leading axis of this host's shards, which
+`DataParallel.compile` takes off.
+"""
+
+from typing import Any
+
+from flax import struct
+
+Array = Any  # np.ndarray on the host, jax.Array in a step
+
+
+class Batch(struct.PyTreeNode):
+    """B rows of one or more examples each, as training and evaluation steps take them.
+
+    Attributes:
+        input_ids: int32 [B, L].
+        token_type_ids: int32 [B, L].
+        attention_mask: int32 [B, L]; 0 at padding, else, from 1, which of its row's examples a
+            position belongs to.
+        first: int32 [B, M]; the position of each example's first token.
+        example_ids: int32 [B, M]; the index of each example in the whole batch, -1 where a row has
+            fewer than M. Its dropout masks are a function of it.
+        targets: float32 [B, M]; a class id, or a regression target.
+        weights: float32 [B, M]; a weight of 0 leaves an example out of the loss.
+        task_ids: int32 [G]; on the model's task axis, the tasks of G equal, consecutive groups of
+            rows.
+        slot_tasks: int32 [U]; on the model's task axis, the task of each of the U slots of a step.
+            They differ and include all of `task_ids`; no other task may move. None: all may move.
+        hidden: [B, L, D] in the compute dtype; the hidden states below the first adapter, with
+            which the encoder begins. None: it begins with the tokens.
+    """
+
+    input_ids: Array
+    token_type_ids: Array
+    attention_mask: Array
+    first: Array
+    example_ids: Array
+    targets: Array
+    weights: Array
+    task_ids: Array
+    slot_tasks: Array | None = None
+    hidden: Array | None = None
+
+    @property
+    def tokens(self) -> tuple[Array, Array, Array]:
+        """input_ids, token_type_ids, attention_mask: the first arguments of every model."""
+        return self.input_ids, self.token_type_ids, self.attention_mask
