@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pals_jax import __version__
+from pals_jax.runtime.accelerators import skip_absent_tpu
 from pals_jax.runtime.errors import Preempted, UserError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and not hasattr(args, "config"):
         parser.error(f"{args.command} takes no configuration: {' '.join(overrides)}")
     args.overrides = overrides
+    skip_absent_tpu()
     # Or transformers tells everyone that PyTorch, which we do without, is not there.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -1,10 +1,12 @@
 """A strict session: eight CPU devices, warnings are errors, rank promotion raises."""
 
 import csv
+import hashlib
 import importlib.util
 import json
 import os
-import tempfile
+import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,33 +15,53 @@ import numpy as np
 import pytest
 import tokenizers
 
+from pals_jax.runtime import parallel
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Runs in tests compile the same few programs again and again, also in processes of their own.
-_COMPILED = tempfile.TemporaryDirectory(prefix="pals_jax_compiled_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def compile_cache() -> Path:
+    """One directory for each checkout, version of JAX and processor.
+
+    Workers, processes that tests start, and the next invocation share what was compiled. JAX's own
+    key does not tell processors apart, and a program compiled for another one may not run here.
+    """
+    cpu = Path("/proc/cpuinfo")
+    flags = re.search(r"flags.*", cpu.read_text()) if cpu.exists() else None
+    processor = hashlib.sha256((flags[0] if flags else platform.machine()).encode()).hexdigest()
+    return REPOSITORY / ".cache" / f"compiled-{jax.__version__}-{processor[:8]}"
+
+
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compile_cache())
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+jax.config.update("jax_compilation_cache_dir", str(compile_cache()))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Most tests are mostly compilation, and that mostly optimisation.
 
-    The others are run as by users, who have one CPU, not eight that each update all parameters.
+    Campaigns (`nightly`) run as users run: optimised, on one CPU rather than on eight that each
+    update all parameters.
     """
-    optimized = config.option.markexpr == "optimized"
-    jax.config.update("jax_num_cpu_devices", 1 if optimized else 8)
-    if not optimized:
-        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    nightly = config.option.markexpr == "nightly"
+    jax.config.update("jax_num_cpu_devices", 1 if nightly else 8)
+    if not nightly:
+        flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
         if jax.__version_info__ < (0, 12):  # later ones do not know it; see `tiny.fused`
-            os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+            flags.append("--xla_cpu_use_fusion_emitters=false")
+        os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 
 LONGEST = [
     f"test_{name}"
-    for name in ("recovery", "packing", "below", "gcs", "hosts", "sweep", "train", "parallel")
+    for name in (
+        *("recovery", "packing", "hidden_cache", "gcs", "distributed", "sweep", "train"),
+        *("parallel", "catalogue", "export"),
+    )
 ]
 
 
@@ -49,17 +71,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
+# Runs in tests use one device: on two cores eight take three times as long, and what several
+# devices change is shown by the tests that are marked `all_devices`.
+every_device, parallel.available = parallel.available, lambda: jax.devices()[:1]
+
+
+@pytest.fixture(autouse=True)
+def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All eight devices for a test that is marked `all_devices`."""
+    if request.node.get_closest_marker("all_devices"):
+        monkeypatch.setattr(parallel, "available", every_device)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs() -> Iterator[None]:
-    """Lets go of what a module compiled: a process has room for some hundreds of programs.
+    """Lets go of what was compiled before a process runs out of memory maps.
 
-    Each takes up to hundreds of the 65,530 memory maps that Linux gives a process.
+    A program takes up to hundreds of the 65,530 maps that Linux gives a process.
     """
     yield
-    jax.clear_caches()
-
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or len(maps.read_bytes().splitlines()) > 30_000:
+        jax.clear_caches()
 
 
 def need(path: Path, what: str) -> Path:

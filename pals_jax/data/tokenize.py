@@ -7,15 +7,17 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pals_jax.data.examples import Examples
 from pals_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _FORMAT = 1  # of the cache; to be raised when its content changes meaning
 _FILES = ("tokens", "offsets", "first", "targets")
@@ -64,7 +66,7 @@ class TokenizedSplit:
         return cls(*(np.load(directory / f"{name}.npy", mmap_mode="r") for name in _FILES))
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
     """The fast tokenizer of a checkpoint.
 
     Args:
@@ -73,6 +75,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: there is none, or it is not a fast one.
     """
+    # transformers takes most of a second to import, and imports torch where it is installed.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     local = Path(name).is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), local_files_only=local)
@@ -89,7 +94,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
 
 
 def encode(
-    examples: Examples, tokenizer: PreTrainedTokenizerFast, max_length: int
+    examples: Examples, tokenizer: "PreTrainedTokenizerFast", max_length: int
 ) -> TokenizedSplit:
     """The tokens of examples, as the tokenizer's own `__call__` gives them.
 
@@ -109,7 +114,7 @@ def encode(
 
 
 def tokenize_split(
-    examples: Examples, tokenizer: PreTrainedTokenizerFast, max_length: int, cache_dir: Path
+    examples: Examples, tokenizer: "PreTrainedTokenizerFast", max_length: int, cache_dir: Path
 ) -> TokenizedSplit:
     """As `encode`, but from the cache if it is there, and into it if not.
 
@@ -132,7 +137,9 @@ def tokenize_split(
     return TokenizedSplit.load(directory)
 
 
-def _backend(examples: Examples, tokenizer: PreTrainedTokenizerFast, max_length: int) -> Tokenizer:
+def _backend(
+    examples: Examples, tokenizer: "PreTrainedTokenizerFast", max_length: int
+) -> Tokenizer:
     """A copy that truncates and does not pad, whatever the tokenizer was last used for."""
     parts = max(map(len, examples.texts), default=1)
     needed = tokenizer.num_special_tokens_to_add(pair=parts == 2) + parts

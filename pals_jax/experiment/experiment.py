@@ -7,13 +7,12 @@ evaluation and prediction need.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
-from transformers import PreTrainedTokenizerFast
 
 from pals_jax.convert import huggingface
 from pals_jax.data.batch import Batch
@@ -34,6 +33,9 @@ from pals_jax.models.encoder import lowest_layers
 from pals_jax.models.multitask import MultiTaskModel, adapter_shapes
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.shards import Shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +201,7 @@ class Experiment:
         """Where tokens and hidden states are kept."""
         return Path(self.config.data.cache_dir).expanduser()
 
-    def read(self, task: Task, split: str, tokenizer: PreTrainedTokenizerFast) -> TokenizedSplit:
+    def read(self, task: Task, split: str, tokenizer: "PreTrainedTokenizerFast") -> TokenizedSplit:
         """The examples of a split, tokenised or out of the cache.
 
         Raises:
@@ -209,7 +211,7 @@ class Experiment:
         return tokenize_split(examples, tokenizer, self.config.data.max_length, self.cache_dir)
 
     def read_eval(
-        self, task: Task, tokenizer: PreTrainedTokenizerFast
+        self, task: Task, tokenizer: "PreTrainedTokenizerFast"
     ) -> dict[str, TokenizedSplit]:
         """The evaluation splits that the source has, of which there must be one."""
         present = self.source(task).splits(task)

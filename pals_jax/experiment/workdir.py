@@ -8,11 +8,10 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 from flax.traverse_util import flatten_dict
-from transformers import PreTrainedTokenizerFast
 
 from pals_jax.data.tasks import Task
 from pals_jax.data.tokenize import load_tokenizer
@@ -21,6 +20,9 @@ from pals_jax.experiment.experiment import Experiment
 from pals_jax.models.bert import BertConfig
 from pals_jax.runtime import storage
 from pals_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 FILE = "experiment.json"
 _SIZES = "train_examples"
@@ -125,13 +127,13 @@ def load(workdir: epath.Path) -> Experiment:
         raise UserError(f"{path} is damaged ({error}).") from error
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, workdir: epath.Path) -> None:
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", workdir: epath.Path) -> None:
     """Writes the tokenizer of a run to where `saved_tokenizer` reads it."""
     with storage.Staged(workdir / _TOKENIZER) as folder:
         tokenizer.save_pretrained(folder.path)
 
 
-def saved_tokenizer(workdir: epath.Path) -> PreTrainedTokenizerFast:
+def saved_tokenizer(workdir: epath.Path) -> "PreTrainedTokenizerFast":
     """The tokenizer of a run.
 
     Raises:

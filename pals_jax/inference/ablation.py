@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
 
 from pals_jax.inference.run import Run
 from pals_jax.models.adapters.spec import Adapter
@@ -58,6 +57,8 @@ def to_json(changes: Mapping[str, np.ndarray]) -> dict[str, list[list[float | No
 
 def plot(changes: Mapping[str, np.ndarray], path: epath.Path) -> None:
     """One heat map for each task."""
+    from matplotlib.figure import Figure  # takes a second to import
+
     figure = Figure(figsize=(4 * len(changes), 4), layout="constrained")
     panels = figure.subplots(1, len(changes), squeeze=False)[0]
     for axes, (name, change) in zip(panels, changes.items(), strict=True):

@@ -3,11 +3,10 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from rich.table import Table
 
 from pals_jax.data import metrics
 from pals_jax.data.tasks import Task
@@ -16,6 +15,9 @@ from pals_jax.experiment.experiment import Experiment
 from pals_jax.inference.steps import make_eval_step, make_every_task_step
 from pals_jax.runtime.errors import Diverged
 from pals_jax.runtime.parallel import DataParallel
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Results = dict[str, dict[str, dict[str, float]]]  # task -> split -> metric
 Splits = Mapping[str, Mapping[str, TokenizedSplit]]  # task -> split
@@ -120,8 +122,10 @@ def decide(task: Task, logits: np.ndarray) -> np.ndarray:
 
 def results_table(
     tasks: Sequence[Task], results: Results, baselines: Results | None = None
-) -> Table:
+) -> "Table":
     """Results for a person, x 100, beside those of the majority baseline where they are given."""
+    from rich.table import Table
+
     rows = Table(title="dev scores (x 100)", title_justify="left")
     for name in ("task", "split", "metric"):
         rows.add_column(name)

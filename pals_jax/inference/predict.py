@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import scipy.special
-
 from pals_jax.data.examples import Examples
 from pals_jax.data.readers import Row, read_rows
 from pals_jax.data.tasks import GLUE, Task
@@ -93,9 +91,11 @@ def predict(run: Run, tasks: Sequence[Task], texts: Texts) -> Iterator[dict[str,
 
     Of a single task these are "prediction" and "p(LABEL)"; of several their names come before.
     """
+    from scipy.special import softmax  # takes most of a second to import
+
     answers = run.evaluator.every_task(run.variables, tasks, _encode(run, texts))
     decisions = [decide(task, logits) for task, logits in zip(tasks, answers, strict=True)]
-    shares = [scipy.special.softmax(logits, axis=-1) for logits in answers]
+    shares = [softmax(logits, axis=-1) for logits in answers]
     for i, text in enumerate(texts):
         record: dict[str, Any] = dict(zip(tasks[0].text, text, strict=True))
         for task, decision, share in zip(tasks, decisions, shares, strict=True):

@@ -1,11 +1,10 @@
 """A run that has been evaluated at least once: all that its workdir holds, ready to be used."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
-from transformers import PreTrainedTokenizerFast
 
 from pals_jax.data.tasks import Task
 from pals_jax.experiment import workdir as workdir_lib
@@ -18,6 +17,9 @@ from pals_jax.runtime.compile_cache import keep_compiled
 from pals_jax.runtime.console import say
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Run:
     """
 
     experiment: Experiment
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: "PreTrainedTokenizerFast"
     evaluator: Evaluator
     step: int
     variables: Any

@@ -1,13 +1,15 @@
 """Counting parameters: what is shared, what each task adds, and the multiple of the encoder."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from rich.table import Table
 
 from pals_jax.models.multitask import MultiTaskModel, variable_shapes
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +67,10 @@ def count(model: MultiTaskModel) -> Counts:
     return Counts(size(shapes["params"]), adapters, heads)
 
 
-def counts_table(counts: Counts, method: str, tasks: tuple[str, ...]) -> Table:
+def counts_table(counts: Counts, method: str, tasks: tuple[str, ...]) -> "Table":
     """The counts for a person."""
+    from rich.table import Table
+
     rows = Table(title=f"parameters of {method}, {len(tasks)} tasks", title_justify="left")
     rows.add_column("part")
     rows.add_column("parameters", justify="right")

@@ -4,9 +4,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from pals_jax.models import counts
 from pals_jax.models.adapters import methods
@@ -14,6 +12,9 @@ from pals_jax.models.adapters.forms import Form, Prompt, Scale
 from pals_jax.models.adapters.spec import Adapter, TaskCopy
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 COLUMNS = (
     *("method", "site", "form", "input", "composition"),
@@ -51,8 +52,10 @@ def rows() -> list[dict[str, str]]:
     return table
 
 
-def table() -> Table:
+def table() -> "Table":
     """For a person."""
+    from rich.table import Table
+
     rich = Table(title="methods, at their default options", title_justify="left")
     for column in COLUMNS:
         rich.add_column(column, justify="right" if column == COLUMNS[-1] else "left", no_wrap=True)

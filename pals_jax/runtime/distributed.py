@@ -1,21 +1,22 @@
 """The processes of a run, one for each host of a TPU pod, and what they must agree on."""
 
 import contextlib
-import importlib.util
 import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+from pals_jax.runtime.accelerators import has_tpu
 from pals_jax.runtime.errors import Unavailable, UserError, reason
+
+_CONNECT_SECONDS = 300  # to wait for the other processes of a run
 
 
 def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -46,22 +47,19 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
             "num_processes": processes,
             "process_id": process,
         }
-    elif _on_cloud_tpu() or _under_slurm():
+    elif has_tpu() or _under_slurm():
         where = {}
     else:
         return
+    others = f"{processes} processes at {coordinator}" if where else "the other hosts of this run"
+    print(f"waiting for {others}, at most {_CONNECT_SECONDS} s", file=sys.stderr, flush=True)
     try:
-        jax.distributed.initialize(**where)
+        jax.distributed.initialize(**where, initialization_timeout=_CONNECT_SECONDS)
     except (RuntimeError, ValueError) as error:
         kind = UserError if isinstance(error, ValueError) else Unavailable
         raise kind(
             f"the processes of this run did not find each other ({reason(error)})."
         ) from error
-
-
-def _on_cloud_tpu() -> bool:
-    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 def _under_slurm() -> bool:

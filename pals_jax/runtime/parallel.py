@@ -21,6 +21,11 @@ Step = Callable[[Tree, Tree], Any]
 AXIS = "data"  # the name of the devices' axis
 
 
+def available() -> list[jax.Device]:
+    """The devices of all hosts that a run uses."""
+    return jax.devices()
+
+
 @dataclasses.dataclass(frozen=True)
 class DataParallel:
     """The devices, in the order of the shards of a batch.
@@ -34,7 +39,7 @@ class DataParallel:
     @classmethod
     def over(cls, devices: Sequence[jax.Device] | None = None) -> "DataParallel":
         """Over `devices`, or all there are; those of one host side by side, as pmap has them."""
-        devices = jax.devices() if devices is None else devices
+        devices = available() if devices is None else devices
         return cls(tuple(sorted(devices, key=lambda device: (device.process_index, device.id))))
 
     @property

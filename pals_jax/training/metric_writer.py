@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 from etils import epath
 
 from pals_jax.runtime import distributed, storage
@@ -21,6 +20,8 @@ class MetricWriter:
         self._main = distributed.is_main()
         if not self._main:
             return
+        import tensorboardX  # takes most of a second to import
+
         kept = "".join(_lines_until(workdir / "metrics.jsonl", start))
         self._folder = storage.Staged(workdir)
         path = self._folder.path / "metrics.jsonl"

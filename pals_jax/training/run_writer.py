@@ -1,12 +1,11 @@
 """What one run leaves in its workdir while it is trained, alone or together with others."""
 
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
-from transformers import PreTrainedTokenizerFast
 
 from pals_jax.data.sampler import Sampler
 from pals_jax.experiment import workdir as workdir_lib
@@ -20,6 +19,9 @@ from pals_jax.training.guards import check_finite
 from pals_jax.training.metric_writer import MetricWriter
 from pals_jax.training.step import TrainState
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 
 class RunWriter:
     """The experiment, tokenizer, checkpoints and metrics of a run; a context manager."""
@@ -28,7 +30,7 @@ class RunWriter:
         self,
         experiment: Experiment,
         workdir: epath.Path,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: "PreTrainedTokenizerFast",
         sampler: Sampler,
         parallel: DataParallel,
     ) -> None:

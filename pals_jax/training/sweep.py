@@ -4,12 +4,11 @@ Runs on a frozen encoder that differ in seed and learning rate alone are trained
 """
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from rich.table import Table
 
 from pals_jax.data import metrics
 from pals_jax.experiment import config as config_lib
@@ -22,6 +21,9 @@ from pals_jax.runtime.console import print_table, say
 from pals_jax.runtime.errors import Diverged, UserError
 from pals_jax.training.train import train
 from pals_jax.training.vmapped_runs import can_be_vmapped, train_together
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FILE = "sweep.json"
 
@@ -115,8 +117,10 @@ def _row(
     return row | {"scores": scores, "score": metrics.selection_score(of_tasks, results)}
 
 
-def sweep_table(rows: list[dict[str, Any]]) -> Table:
+def sweep_table(rows: list[dict[str, Any]]) -> "Table":
     """The runs for a person, the best first: overrides, score of each task x 100, their mean."""
+    from rich.table import Table
+
     keys = list(dict.fromkeys(key for row in rows for key in row["overrides"]))
     tasks = list(dict.fromkeys(task for row in rows for task in row["scores"]))
     columns = Table(title="sweep, dev scores (x 100)", title_justify="left")

@@ -3,13 +3,12 @@
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import optax
 from etils import epath
 from ml_collections import ConfigDict
-from transformers import PreTrainedTokenizerFast
 
 from pals_jax.convert import huggingface
 from pals_jax.data import metrics
@@ -34,6 +33,9 @@ from pals_jax.training.guards import CompilationGuard
 from pals_jax.training.metric_writer import Window
 from pals_jax.training.run_writer import RunWriter
 from pals_jax.training.step import TrainState, create_state, make_train_step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _LOG_EVERY = 10  # steps between two lines of metrics
 
@@ -209,7 +211,7 @@ class Data:
         evals: the evaluation splits of each trained task.
     """
 
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: "PreTrainedTokenizerFast"
     train: list[TokenizedSplit]
     evals: Splits
 
@@ -279,7 +281,7 @@ def report(
     return results
 
 
-def _check_fit(experiment: Experiment, tokenizer: PreTrainedTokenizerFast) -> None:
+def _check_fit(experiment: Experiment, tokenizer: "PreTrainedTokenizerFast") -> None:
     """Refuses a tokenizer or a length that the encoder has no embeddings for."""
     architecture, max_length = experiment.architecture, experiment.config.data.max_length
     if len(tokenizer) > architecture.vocab_size:

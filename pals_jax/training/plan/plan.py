@@ -8,11 +8,10 @@ how long the run takes and what it costs.
 import dataclasses
 import re
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from rich.table import Table
 
 from pals_jax.convert import huggingface
 from pals_jax.data.batch import Batch
@@ -31,6 +30,9 @@ from pals_jax.training.plan import flops, hlo
 from pals_jax.training.plan.ahead_of_time import Compiled, compile_step
 from pals_jax.training.plan.tpus import KINDS, Kind
 from pals_jax.training.step import TrainState, create_state, make_train_step
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _LINKS = 2  # of each chip, those that make a ring of them
 
@@ -305,8 +307,10 @@ def _examples(experiment: Experiment, count: int) -> TokenizedSplit:
     return as_if_kept(experiment, split)
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: Plan) -> "Table":
     """The plan for a person."""
+    from rich.table import Table
+
     kind, steps = plan.kind, (plan.train, plan.evaluation)
     rows = Table(
         title=f"{plan.topology}: {kind.chips} chips, {kind.devices} devices",

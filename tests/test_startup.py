@@ -1,0 +1,64 @@
+"""What starting a command imports: nothing heavy before it is needed, and no TPU that is absent."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pals_jax.runtime import accelerators
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+HEAVY = {"sklearn", "scipy", "tensorboardX", "matplotlib", "torch", "tensorflow_datasets"}
+LIBRARIES = HEAVY | {"transformers", "orbax", "huggingface_hub"}
+CODE = """
+import contextlib, io, sys
+from pals_jax.cli import main
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    main(sys.argv[1:])
+print(" ".join({name.split(".")[0] for name in sys.modules}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "may_not_import"),
+    [
+        (["--help"], LIBRARIES | {"jax", "flax", "numpy"}),
+        (["methods", "--json"], LIBRARIES - {"scipy"}),  # which jax.scipy imports
+        (["params", f"--config={CONFIGS / 'pals_glue.py'}", "--json"], HEAVY - {"scipy"}),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_a_command_imports_no_more_than_it_needs(arguments: list, may_not_import: set) -> None:
+    command = [sys.executable, "-c", CODE, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert not set(done.stdout.split()) & may_not_import
+
+
+def test_what_predicts_imports_nothing_that_only_training_needs() -> None:
+    """Importing it; transformers brings torch along where that is installed, so it is not asked."""
+    code = "import sys, pals_jax.inference.predict; print(*{n.split('.')[0] for n in sys.modules})"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert not set(done.stdout.split()) & (HEAVY - {"scipy"} | {"transformers", "huggingface_hub"})
+
+
+@pytest.mark.parametrize(
+    ("installed", "chips", "expected"),
+    [
+        ({"libtpu"}, False, "cpu"),
+        ({"libtpu"}, True, None),
+        (set(), False, None),
+        ({"libtpu", "jax_plugins"}, False, None),
+    ],
+)
+def test_a_tpu_that_is_absent_is_not_looked_for(
+    installed: set, chips: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([self] if chips else []))
+    accelerators.skip_absent_tpu()
+    assert os.environ.get("JAX_PLATFORMS") == expected
