@@ -1,9 +1,9 @@
-"""The random bits of dropout masks: a hash of what may be dropped, element by element.
+"""The random bits of dropout masks: a keyed hash of each element's place.
 
-JAX's default generator, threefry, costs more than the layer whose mask it draws. A mask needs no
-more than a hash that XLA fuses into the multiplication. What is hashed is the place of dropout
-(a key), the example (a salt) and the element's place within the example: an example has the same
-masks in whatever row, batch shape and device it lies.
+JAX's default generator, threefry, costs more than the layer whose mask it draws; a hash that XLA
+fuses into the multiplication is enough for a mask. The hash takes the dropout site (a key), the
+example (a salt) and the element's place within the example, so that an example has the same masks
+in any row, batch shape and device.
 """
 
 import jax
@@ -12,7 +12,7 @@ from jax import Array
 
 from pals_jax.models.segments import Places
 
-_STRIDE = 4096  # between the elements of two positions, of which no example has more
+_STRIDE = 4096  # more than the positions of any example
 
 
 def mask_bits(
@@ -21,8 +21,8 @@ def mask_bits(
     """Random bits, uint32 `shape`: a keyed 32-bit mixer (two rounds of xor-shift and multiply).
 
     Args:
-        key: of the place of dropout in the step.
-        places: of the positions, whose salts are not None.
+        key: key of the dropout site in this step.
+        places: the places of the positions; their salts must not be None.
         shape: (B, L, C) or (B, H, L, C).
         columns: int [B, C]; the place within the example that an element of the last axis stands
             for, where it is a position too. None: its index.

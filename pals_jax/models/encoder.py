@@ -27,7 +27,7 @@ class Encoder(nn.Module):
     Attributes:
         config: the architecture.
         dtype: dtype of the computation; parameters, layer norm statistics and softmax are float32.
-        remat: recompute all of each layer in the backward pass, its matrix products too.
+        remat: recompute each whole layer in the backward pass, matrix products included.
     """
 
     config: BertConfig
@@ -64,12 +64,13 @@ class Encoder(nn.Module):
         Args:
             input_ids: int [B, L].
             token_type_ids: int [B, L].
-            attention_mask: int [B, L]; 0 at padding, else which example of its row is there.
-            adapters: those of the rows' task.
-            first: int [B, M]; where the examples of a row begin.
-            salts: uint32 [B, M, 2], of their dropout masks; None where dropout is off.
-            hidden: [B, L, D] in `dtype`; what the `layers_below` the adapters give, above which it
-                begins then. None: it begins with the tokens.
+            attention_mask: int [B, L]; 0 at padding, else the example of its row that a position
+                belongs to.
+            adapters: the adapters of the rows' task.
+            first: int [B, M]; the position at which each example of a row begins.
+            salts: uint32 [B, M, 2]; salts of the examples' dropout masks. None: dropout is off.
+            hidden: [B, L, D] in `dtype`; the output of the `layers_below` the adapters. The encoder
+                then begins above them. None: it begins with the tokens.
 
         Returns:
             [B, L, D] in `dtype`.
@@ -86,7 +87,7 @@ class Encoder(nn.Module):
             h = adapters.sites(segments, keys[0])("embeddings", h, h)
         else:
             h, begin = hidden, layers_below(adapters)
-        # A site below the layers may have added positions at the end (prompts).
+        # Prompts are positions that an adapter at the embeddings has added at the end of a row.
         prompts = (h.shape[1] - length) // first.shape[1]
         longer = make_segments(attention_mask, first, salts, prompts)
         for start, stop in adapters.spans():
@@ -104,7 +105,7 @@ class Encoder(nn.Module):
         start: int,
         stop: int,
     ) -> Array:
-        """Layers start to stop - 1, which all carry the same adapters."""
+        """Applies the layers start to stop - 1, which all carry the same adapters."""
 
         def body(h: Any, layer: Any) -> tuple[Any, None]:
             params, adapter_params, key, active = layer
@@ -113,8 +114,8 @@ class Encoder(nn.Module):
             h = self._layer().apply({"params": params}, h, segments, sites, rngs=rngs)
             return h, None
 
-        # For the backward pass a layer keeps what its matrix products gave, if that: the rest is
-        # computed again sooner than it is written and read.
+        # Save only matmul outputs; recomputing the rest is cheaper than storing it. With remat,
+        # save nothing.
         kept = None if self.remat else jax.checkpoint_policies.dots_saveable
         body = jax.checkpoint(body, policy=kept, prevent_cse=False)
         params, keys, active = jax.tree.map(
@@ -136,15 +137,15 @@ class Encoder(nn.Module):
 
 
 def layers_below(adapters: TaskAdapters) -> int:
-    """How many layers lie below all that belongs to a task, and so are the same for all tasks.
+    """The number of layers below the first one that a task changes: they are shared by all tasks.
 
-    0 where the embeddings are not the same either; N where only what is above the layers differs.
+    0 if a task changes the embeddings or the first layer; N if tasks change nothing below the top.
     """
     return min(lowest_layers(adapters).values(), default=adapters.config.num_hidden_layers)
 
 
 def lowest_layers(adapters: TaskAdapters) -> dict[str, int]:
-    """For each part of a method the lowest layer that it changes, 0 and N as in `layers_below`."""
+    """The lowest layer that each part of a method changes; 0 and N as in `layers_below`."""
     depth = adapters.config.num_hidden_layers
     lowest = {}
     for spec in adapters.method:

@@ -19,8 +19,8 @@ from pals_jax.models.segments import Places, Segments
 def gelu(x: Array) -> Array:
     """x times the normal distribution's Phi(x), in float32 whatever the dtype of x.
 
-    By erf, as BERT and PyTorch have it. `jax.nn.gelu` goes by erfc, whose two rational functions
-    take about 100 operations for each element where erf takes a fifth of them.
+    By erf, as in BERT and PyTorch. `jax.nn.gelu` uses erfc, which takes about 100 operations per
+    element, five times as many.
     """
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1.0 + jax.lax.erf(wide / np.sqrt(2.0)))).astype(x.dtype)
@@ -44,8 +44,8 @@ def dropout(
     Args:
         x: [B, L, C] or [B, H, L, C].
         rate: the share of elements that are dropped.
-        key: of this place of dropout in the step.
-        places: of the positions.
+        key: key of this dropout site in this step; None turns dropout off.
+        places: the places of the positions.
         columns: see `mask_bits`.
     """
     if key is None or rate == 0.0:
@@ -66,9 +66,9 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Softmax attention with dropout on its probabilities, as BERT has it.
+    """Softmax attention with dropout on the attention weights, as in BERT.
 
-    `jax.nn.dot_product_attention` computes the same but has no dropout, which BERT trains with.
+    `jax.nn.dot_product_attention` has no dropout, which BERT is trained with.
 
     Args:
         query: [B, H, L, K]. The softmax is computed in float32 whatever its dtype.
@@ -79,8 +79,8 @@ def dot_product_attention(
         dropout_key: random key; None turns dropout off.
 
     Returns:
-        What the heads give, [B, H, L, K] in the dtype of `value`, and the logarithm of each
-        softmax's denominator, float32 [B, H, L].
+        The output of the heads, [B, H, L, K] in the dtype of `value`, and the log of each softmax's
+        denominator, float32 [B, H, L].
     """
     scores = jnp.einsum("bhqk,bhsk->bhqs", query, key, preferred_element_type=jnp.float32)
     # Barrier between scores and softmax, also in the backward pass: otherwise XLA:TPU computes the
@@ -96,7 +96,7 @@ def dot_product_attention(
 
 
 def split_heads(x: Array, num_heads: int) -> Array:
-    """[B, L, H * K] -> [B, H, L, K]: with the heads outside, both products are plain matmuls."""
+    """[B, L, H * K] -> [B, H, L, K]: with heads as a batch axis both products are plain matmuls."""
     rows, length, _ = x.shape
     return x.reshape(rows, length, num_heads, -1).swapaxes(1, 2)
 

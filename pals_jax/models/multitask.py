@@ -32,7 +32,7 @@ from pals_jax.runtime.errors import UserError
 
 
 class _Own(NamedTuple):
-    """What a row is computed with: the step's random keys, and its own `first` [1, M] and salts."""
+    """What one row is computed with: random keys, and the row's `first` [1, M] and salts."""
 
     rngs: dict[str, Array]
     first: Array
@@ -42,16 +42,15 @@ class _Own(NamedTuple):
 class MultiTaskModel(nn.Module):
     """An encoder with adapters and one head for each task.
 
-    One row is an ordinary forward pass with its task's parameters. `jax.vmap` makes it a pass over
-    the rows of a task, and again over the G equal groups of one task each that a batch is made of;
-    whatever rows or tasks share stays one matrix.
+    One row is an ordinary forward pass with its task's parameters. `jax.vmap` extends it to the
+    rows of one task, and again to the G equal groups of rows in a batch, one task each. Parameters that rows or tasks share are not copied.
 
     Attributes:
         config: the encoder's architecture.
         num_outputs: for each of the T tasks its number of classes, or 1 for regression.
         method: as the functions of `pals_jax.models.adapters.methods` return it.
         dtype: dtype of the computation; parameters stay float32, logits are float32.
-        remat: recompute all of each layer in the backward pass, its matrix products too.
+        remat: recompute each whole layer in the backward pass, matrix products included.
     """
 
     config: BertConfig
@@ -76,7 +75,7 @@ class MultiTaskModel(nn.Module):
         return max(self.num_outputs)
 
     def _modules(self) -> Encoder:
-        # Without a parent: it is applied to parameters some of which may be a task's own.
+        # Without a parent, because some of the parameters it is applied to may be a task's copies.
         return Encoder(self.config, self.dtype, self.remat, parent=None)
 
     def _init_encoder(self, key: Array) -> Params:
@@ -126,8 +125,8 @@ class MultiTaskModel(nn.Module):
             packing: where the M examples of each row are. None: each row is one.
             slot_tasks: int [U]; the tasks, on the task axis, whose rows the `adapters` collection
                 holds here; `task_ids` then index these U slots. None: it holds all T tasks.
-            hidden: [B, L, D] in `dtype`; what the layers below all that belongs to a task give
-                (`encoder.layers_below`), which are not computed then. None: all are.
+            hidden: [B, L, D] in `dtype`; the output of the layers that all tasks share
+                (`encoder.layers_below`), which are then skipped. None: all layers are computed.
 
         Returns:
             float32 [B, C], with `packing` [B, M, C]; beyond the task's own number of outputs the
@@ -150,7 +149,7 @@ class MultiTaskModel(nn.Module):
     ) -> Array:
         """What `__call__` gives under every task, [T, ...]; arguments as there.
 
-        What lies below the first adapter is the same for all tasks, and computed once.
+        The layers below the first adapter are the same for all tasks and computed once.
         """
         tokens = input_ids, token_type_ids, attention_mask
         tasks = jnp.arange(len(self.num_outputs))
@@ -213,13 +212,13 @@ class MultiTaskModel(nn.Module):
         return logits[:, 0] if packing is None else logits
 
     def _apply(self, params: Params, rngs: Any, *inputs: Any, **kwargs: Any) -> Array:
-        """The encoder on these parameters, some of which may be a task's own."""
+        """Applies the encoder with these parameters, some of which may be a task's copies."""
         return cast(Array, self._modules().apply({"params": params}, *inputs, rngs=rngs, **kwargs))
 
     def _by_row(
         self, run: Callable[..., Array], task_ids: Array, packing: Packing | None, *inputs: Any
     ) -> Array:
-        """`run(adapter_params, task, own, *inputs)` on every row, a batch of one, side by side."""
+        """Maps `run(adapter_params, task, own, *inputs)` over the rows, each a batch of one."""
         packing = Packing.alone(inputs[0].shape[0]) if packing is None else packing
         groups = self._task_groups(task_ids, inputs[0].shape[0])
         adapter_params = {
@@ -243,7 +242,7 @@ class MultiTaskModel(nn.Module):
         return out.reshape(-1, *out.shape[2:])
 
     def _task_groups(self, task_ids: Array, rows: int) -> Array:
-        """`task_ids` as int [G], refused where it can be seen to be wrong."""
+        """`task_ids` as int [G]; outside a trace, ids out of range are refused."""
         groups = jnp.atleast_1d(task_ids)
         if groups.ndim != 1 or rows % groups.shape[0]:
             raise ValueError(f"task_ids of shape {groups.shape} cannot be dealt to {rows} rows.")

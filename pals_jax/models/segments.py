@@ -1,9 +1,8 @@
-"""Who is where in the rows of a batch: several examples may share a row and not see each other.
+"""Segments: several examples may share a row of a batch without seeing each other.
 
-The encoder computes rows; what counts are the examples in them. `attention_mask` says which
-example of its row a position belongs to, and from that follow its place within the example and
-what it may look at. An example has the same outputs, and the same dropout masks, in whatever row
-it lies, beside whatever others.
+`attention_mask` says which example of its row a position belongs to. The position within the
+example and what it may attend to follow from it. An example has the same outputs and the same
+dropout masks in any row, beside any other examples.
 
 Dimension letters: see `pals_jax.models.layers`.
 """
@@ -13,11 +12,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-_PROMPTS = 2048  # where the places of prompts begin: behind those of any text
+_PROMPTS = 2048  # positions of prompts begin here, behind those of any text
 
 
 class Packing(NamedTuple):
-    """The M examples of each row; where there are fewer, the last ones are empty.
+    """Where the M examples of each row are; if a row has fewer, the last ones are empty.
 
     Attributes:
         first: int [B, M]; the position of each example's first token.
@@ -35,11 +34,11 @@ class Packing(NamedTuple):
 
 
 class Places(NamedTuple):
-    """What makes a position's dropout masks its own.
+    """What the dropout masks of a position are a function of.
 
     Attributes:
         position: int [B, L], within the example.
-        salt: uint32 [B, L, 2], the example's; None where dropout is off.
+        salt: uint32 [B, L, 2]; the salt of the example. None: dropout is off.
     """
 
     position: Array
@@ -47,16 +46,16 @@ class Places(NamedTuple):
 
     @classmethod
     def of_examples(cls, salts: Array | None, like: Array) -> "Places":
-        """Those of arrays like `like`, [B, M, ...], with one entry for each example."""
+        """Places for arrays like `like`, [B, M, ...], which have one entry for each example."""
         return cls(jnp.zeros(like.shape[:2], jnp.int32), salts)
 
 
 class Segments(NamedTuple):
-    """The rows as the encoder's blocks see them.
+    """What the encoder's blocks need to know of the examples in each row.
 
     Attributes:
-        mask: bool [B, 1, 1 or L, L]; True where a position may look at another.
-        places: of the positions.
+        mask: bool [B, 1, 1 or L, L]; True where a position may attend to another.
+        places: see `Places`; one for each position.
         first: see `Packing`.
     """
 
@@ -68,15 +67,15 @@ class Segments(NamedTuple):
 def make_segments(
     segment_ids: Array, first: Array, salts: Array | None = None, prompts: int = 0
 ) -> Segments:
-    """The rows of a batch.
+    """The segments of a batch.
 
     Args:
         segment_ids: int [B, L]; 0 at padding, else, from 1, which of its row's examples a position
             belongs to.
-        first: int [B, M].
-        salts: uint32 [B, M, 2], or None.
-        prompts: how many positions every example has at the end of its row besides, position p
-            of example m at L + p * M + m.
+        first: int [B, M]; see `Packing`.
+        salts: uint32 [B, M, 2]; see `Places`. None: dropout is off.
+        prompts: the number of positions that each example has at the end of its row; position p of
+            example m is at L + p * M + m.
     """
     (rows, length), count = segment_ids.shape, first.shape[1]
     position = jnp.arange(length)[None] - _of_example(first, segment_ids)

@@ -1,8 +1,8 @@
-"""The task axis as what it is: choosing, ordering and adding tasks are indexing and concatenation.
+"""The task axis: choosing, ordering and adding tasks are indexing and concatenation.
 
-They take any tree whose leaves lead with a task axis: the `adapters` collection, or the state that
-an optimiser keeps of it (see `optim.map_tasks`). Only the width of the head, and of its moments,
-depends on the other tasks: it is padded with zeros to the largest number of outputs.
+The functions take any tree whose leaves lead with a task axis: the `adapters` collection, or an
+optimiser's state for it (see `experiment.optim.map_tasks`). Only the width of the head and of its
+moments depends on the other tasks: heads are padded with zeros to the largest number of outputs.
 """
 
 from collections.abc import Sequence
@@ -63,10 +63,10 @@ def gather(tree: Tree, tasks: Array | None) -> Tree:
 def scatter(tree: Tree, tasks: Array | None, rows: Tree) -> Tree:
     """The leaves [T, ...] of `tree` with `rows` [U, ...] as those of `tasks`; see `gather`.
 
-    Where the memory of `tree` is donated it is written in place: the cost is that of U tasks, not
-    of T. For that XLA must see that everything is read before anything is written, which it does
-    where one loop writes all leaves. A loop of one turn would be taken apart; so it has two, and
-    writes a single task twice.
+    If `tree` is donated, the rows are written in place, at the cost of U tasks instead of T. XLA
+    does so only if it can see that every read comes before the first write; one loop that writes
+    all leaves shows that. XLA unrolls a loop of a single iteration, so the loop has at least two,
+    and writes a single task twice.
     """
     if tasks is None:
         return rows
@@ -84,7 +84,7 @@ def scatter(tree: Tree, tasks: Array | None, rows: Tree) -> Tree:
 
 
 def check(count: int, *tasks: int) -> None:
-    """Refuses tasks that are not among the `count` of a model.
+    """Refuses task ids that are not among the `count` tasks of a model.
 
     Raises:
         UserError: there is no such task.

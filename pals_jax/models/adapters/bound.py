@@ -22,8 +22,8 @@ from pals_jax.models.segments import Segments
 def select(collection: Params, task_ids: Array) -> Params:
     """The rows [G, ...] of the tasks `task_ids` (int [G]) from leaves [T, ...].
 
-    A task id out of range gives NaN where it could not be refused before (under a trace): it must
-    not pass for another task.
+    Under a trace a task id out of range cannot be refused; its rows are NaN, so that it cannot pass
+    for another task.
     """
 
     def rows(x: Array) -> Array:
@@ -42,9 +42,10 @@ class TaskAdapters:
     """A method with the parameters of one task, as the encoder asks for it.
 
     Attributes:
-        method: its adapters in the order in which they are applied, and what is task_copy.
-        adapter_params: {name: its part of the `adapters` collection} without the task axis.
-        config: the encoder's.
+        method: its adapters, in the order in which they are applied, and its task copies.
+        adapter_params: for each part of the method, by name, its subtree of the `adapters`
+            collection, without the task axis.
+        config: the architecture of the encoder.
         active: bool [N]; where False, a layer goes without its adapters. None: all are active.
     """
 
@@ -64,7 +65,7 @@ class TaskAdapters:
         return tuple(spec for spec in self.method if isinstance(spec, TaskCopy))
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of the runs of consecutive layers that carry the same."""
+        """(start, stop) of each run of consecutive layers that carry the same adapters."""
         depth = self.config.num_hidden_layers
         carried = [
             tuple(spec.name for spec in self.method if layer in spec.layer_indices(depth))
@@ -87,7 +88,7 @@ class TaskAdapters:
         }
 
     def own_layers(self, layers: Params, start: int, stop: int) -> Params:
-        """`layers`, parameters [stop - start, ...] of the span, with the task's own in place."""
+        """The span's encoder parameters `layers` [stop - start, ...], with the task's copies in."""
         for task_copy in self.task_copies:
             mine = self.adapter_params[task_copy.name].get("layers")
             if mine and start in task_copy.layer_indices(self.config.num_hidden_layers):
@@ -96,7 +97,7 @@ class TaskAdapters:
         return layers
 
     def own_outside(self, encoder: Params) -> Params:
-        """`encoder`, all its parameters, with the task's own in place, but for the layers'."""
+        """The encoder's parameters with the task's copies of those outside the layers in place."""
         for task_copy in self.task_copies:
             mine = {k: v for k, v in self.adapter_params[task_copy.name].items() if k != "layers"}
             encoder = overlay(encoder, mine)
@@ -113,13 +114,13 @@ class TaskAdapters:
         layer: Mapping[str, Params] | None = None,
         active: Array | None = None,
     ) -> Sites:
-        """The sites of one layer, or, without `layer`, those below and above all layers.
+        """The sites of one layer or, without `layer`, the sites below and above all layers.
 
         Args:
             segments: which example each position belongs to.
-            key: their dropout key, or None.
-            layer: that layer's slice of `layers`.
-            active: its scalar of `active`.
+            key: the key of their dropout masks; None turns dropout off.
+            layer: the layer's slice of `layers`.
+            active: bool scalar; whether the layer's adapters are active. None: they are.
         """
         if layer is None:
             layer = {a.name: {} for a in self.adapters if a.site in _OUTSIDE}

@@ -1,8 +1,8 @@
 """The forms of an adapter: small functions of a hidden state, with parameters that a task owns.
 
-A form says which parameters it has at one place of the encoder, and computes from them the change
-that `pals_jax.models.adapters.spec` composes with the state. It knows neither the encoder nor the
-task: all rows that reach it belong to one task, whose parameters `params` are already selected.
+A form declares its parameters at one place of the encoder and computes a delta from them, which
+`pals_jax.models.adapters.spec` composes with the state. It knows neither the encoder nor the task:
+all rows that reach it belong to one task, whose `params` are already selected.
 
 Dimension letters: see `pals_jax.models.layers`.
 """
@@ -36,7 +36,7 @@ BERT_INIT = jax.nn.initializers.normal(0.02)  # "new weights N(0, .02), biases 0
 class Param(NamedTuple):
     """Shape of one parameter for one task at one place, and its initialiser.
 
-    The initialiser is asked for all tasks and places at once, as leading axes of the shape.
+    The initialiser is called once for all tasks and layers, which are leading axes of its shape.
     """
 
     shape: tuple[int, ...]
@@ -48,11 +48,11 @@ class Context:
     """What a form may know of its surroundings.
 
     Attributes:
-        config: the encoder's.
+        config: the architecture of the encoder.
         segments: which example each position of a row belongs to.
-        dropout_key: key of this place in this step; None turns dropout off.
-        query: at "attention.heads" the queries [B, H, L, K].
-        log_normaliser: there, the logarithm of each softmax's denominator, [B, H, L].
+        dropout_key: key of the form's dropout masks in this step; None turns dropout off.
+        query: the queries [B, H, L, K], at the site "attention.heads" only.
+        log_normaliser: the log of each softmax's denominator, [B, H, L], at the same site.
     """
 
     config: BertConfig
@@ -103,12 +103,13 @@ def _kaiming_uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-# How the projections down and up of a bottleneck begin.
+# Initialisers of a bottleneck's down and up projections.
 INITS: Mapping[str, tuple[Initializer, Initializer]] = {
     "bert": (BERT_INIT, BERT_INIT),
-    # The change begins at zero (LoRA; He et al., scaled parallel adapter).
+    # The delta is zero at first (LoRA; He et al., scaled parallel adapter).
     "lora": (_kaiming_uniform, _zeros),
-    # Nearly the identity (Houlsby et al., code; their paper says 1e-2), cut at two deviations.
+    # Nearly the identity: truncated at two standard deviations (Houlsby et al., code; 1e-2 in
+    # their paper).
     "near_identity": (jax.nn.initializers.truncated_normal(1e-3, lower=-2.0, upper=2.0),) * 2,
 }
 
@@ -224,8 +225,8 @@ class ProjectedFeedForward:
 class Scale:
     """One factor for each feature of the state: l (IA3), or 2 sigmoid(w) (LHUC); 1 at first.
 
-    Weight decay draws w to where the factor is 1; l, which it would draw to 0, is a "scale" and
-    spared like those of layer norms.
+    Weight decay pulls w to 0, where the factor is 1. It would pull l to 0 as well, so l is named
+    "scale" and exempt from decay, as the scales of layer norms are.
     """
 
     sigmoid: bool = False
@@ -308,7 +309,8 @@ class Prefix:
 class Prompt:
     """P learned positions beside those of each text (prompt tuning, Lester et al. 2021).
 
-    They join behind the embeddings' layer norm and are looked at, never pooled.
+    They are added after the embeddings' layer norm; texts attend to them, and the pooler never
+    reads them.
     """
 
     length: int
@@ -321,7 +323,7 @@ class Prompt:
         return {"embedding": Param((self.length, outputs))}
 
     def __call__(self, params: Params, x: Array, context: Context) -> Array:
-        examples = context.segments.first.shape[1]  # of a row, each of which sees its own alone
+        examples = context.segments.first.shape[1]  # each example of a row sees its own prompt
         prompt = jnp.repeat(params["embedding"].astype(x.dtype), examples, axis=0)[None]
         return jnp.broadcast_to(prompt, (x.shape[0], *prompt.shape[1:]))
 

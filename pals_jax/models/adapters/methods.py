@@ -1,6 +1,6 @@
 """The methods, as values in the design space: each is a function that returns its adapters.
 
-They can be put side by side with +, as `houlsby(size=64) + pooler()`.
+Methods are added with +: `houlsby(size=64) + pooler()`.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,6 +21,8 @@ from pals_jax.models.adapters.spec import Adapter, Layers, Method, TaskCopy
 from pals_jax.runtime.errors import UserError
 
 # ------------------------------------------------ BERT and PALs (Stickland & Murray 2019)
+
+V_E, V_D = "down", "up"  # the parameters of a form that the paper calls V^E and V^D
 
 
 def shared() -> Method:
@@ -45,7 +47,7 @@ def pals(
         serial: on the layer's path, reading its sum, instead of beside it.
     """
     form = ProjectedAttention(size, heads)
-    return _beside_layer("pal", form, layers, serial, ("down", "up") if shared else ())
+    return _beside_layer("pal", form, layers, serial, (V_E, V_D) if shared else ())
 
 
 def low_rank(
@@ -65,7 +67,7 @@ def low_rank(
 def projected_ffn(size: int = 204, depth: int = 1, layers: Layers = "all") -> Method:
     """A feed-forward network of one or two layers between shared V^E and V^D (section 3.3)."""
     form = ProjectedFeedForward(size, depth)
-    return _beside_layer("projected_ffn", form, layers, False, ("down", "up"))
+    return _beside_layer("projected_ffn", form, layers, False, (V_E, V_D))
 
 
 def _beside_layer(
@@ -94,10 +96,10 @@ def bert_n_pals_houlsby(size: int = 50) -> Method:
 
 
 def houlsby_plus_pals(size: int = 156, attention_size: int = 50, heads: int = 6) -> Method:
-    """The same with a PAL of `size` beside the feed-forward block."""
+    """`bert_n_pals_houlsby` with a PAL of `size` in parallel with the feed-forward block."""
     attention, _ = bert_n_pals_houlsby(attention_size)
     form = ProjectedAttention(size, heads)
-    return (attention, Adapter("pal", "ffn.output", form, shared=("down", "up")))
+    return (attention, Adapter("pal", "ffn.output", form, shared=(V_E, V_D)))
 
 
 def top_attention(size: int = 204, blocks: int = 6, heads: int = 12) -> Method:

@@ -73,10 +73,10 @@ class Adapter:
         name: its key in the `adapters` collection.
         site: the state that is changed, a key of `pals_jax.models.bert.SITES`.
         form: the function and its size.
-        reads: "block_input" (in parallel with the block), "state" (serially, the site's own), or
-            "normalised" (the layer norm of the state's sum with its residual).
+        reads: its input: "block_input" (parallel insertion), "state" (sequential insertion: the
+            state at the site itself), or "normalised" (the layer norm of state + residual).
         layers: "all", "first_half", "final_half", or indices from 0, or from the top from -1.
-        shared: the form's parameters that are one for all layers.
+        shared: names of the form's parameters that all layers share (V^E and V^D of PALs).
         compose: how the state h takes the form's delta: "add" (h + s delta), "gate"
             ((1 - lambda) h + lambda delta), "multiply", "replace", or "concat" (more positions).
         scale: s, or "learned".
@@ -116,7 +116,7 @@ class Adapter:
         return () if self.site in _OUTSIDE else layer_indices(self.layers, depth)
 
     def parameters(self, config: BertConfig) -> dict[str, Any]:
-        """What one task owns: {"shared": ..., "layers": ...} with leaves `Stack`."""
+        """The parameters of one task: {"shared": ..., "layers": ...} with leaves `Stack`."""
         sizes = {"D": config.hidden_size, "F": config.intermediate_size}
         site = SITES[self.site]
         inputs = sizes[site.block_input if self.reads == "block_input" else site.state]
@@ -156,12 +156,12 @@ class Adapter:
 
 @dataclasses.dataclass(frozen=True)
 class TaskCopy:
-    """A task's own copy of some of the encoder's parameters, which begins as their value.
+    """A task's own copy of some of the encoder's parameters, initialised with their values.
 
     Attributes:
         name: its key in the `adapters` collection.
-        pattern: of the paths within the encoder, for example "layers/.*norm/".
-        layers: the layers concerned, where the path is one of `layers/`; see `Adapter`.
+        pattern: regular expression for paths in the encoder, for example "layers/.*norm/".
+        layers: the layers whose parameters are copied, for paths below `layers/`; see `Adapter`.
     """
 
     name: str
@@ -173,7 +173,7 @@ class TaskCopy:
         return layer_indices(self.layers, depth)
 
     def take(self, encoder: Params, depth: int) -> Params:
-        """The part of the encoder's parameters that it is a copy of."""
+        """The encoder's parameters that it copies."""
         indices = list(self.layer_indices(depth))
         return unflatten_dict(
             {
@@ -184,7 +184,7 @@ class TaskCopy:
         )
 
     def leaves(self, encoder: Params, depth: int) -> set[tuple[str, int]]:
-        """The (path, layer) that it is a copy of; outside the layers, layer is -1."""
+        """The (path, layer) pairs that it copies; layer is -1 outside the layers."""
         return {
             ("/".join(path), layer)
             for path in flatten_dict(self.take(encoder, depth))
@@ -208,10 +208,10 @@ def prompt_length(method: Method) -> int:
 
 
 def check(method: Method, encoder: Params, depth: int) -> None:
-    """Sees that the parts of a method do not collide.
+    """Refuses a method whose parts collide.
 
     Raises:
-        UserError: two have one name, two replace or gate one state, or two own one parameter.
+        UserError: two parts have one name, replace or gate one state, or copy one parameter.
     """
     names = ["head", *(spec.name for spec in method)]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
