@@ -43,7 +43,8 @@ class MultiTaskModel(nn.Module):
     """An encoder with adapters and one head for each task.
 
     One row is an ordinary forward pass with its task's parameters. `jax.vmap` extends it to the
-    rows of one task, and again to the G equal groups of rows in a batch, one task each. Parameters that rows or tasks share are not copied.
+    rows of one task, and again to the G equal groups of rows in a batch, one task each. Parameters
+    that rows or tasks share are not copied.
 
     Attributes:
         config: the encoder's architecture.
