@@ -182,7 +182,7 @@ def test_adapters_saved_from_a_model_with_a_head(
     (golden.adapter / "head_config.json").write_text("{}")
     with caplog.at_level(logging.WARNING, logger="pals_jax"):
         _, variables = from_adapterhub(golden.base, {"t": golden.adapter})
-    assert "a new one with two outputs" in caplog.text
+    assert "a new head with two outputs" in caplog.text
     tiny.assert_same(variables, from_adapterhub(golden.base, {"t": golden.source / "adapter"})[1])
 
 

@@ -179,8 +179,8 @@ def test_convert_refuses(small, run, capsys):
         (["--task=colours", out], "no task 'colours'"),
         (["--task=colour", out, "--to=keras"], "no format 'keras'; formats are task, hugg"),
         (["--task=colour", f"--out={small}"], "exists; choose another place"),
-        (["--task=colour"], "convert takes --task and --out"),
-        (["--files", "x.safetensors"], "convert takes --task and --out"),
+        (["--task=colour"], "convert needs --task and --out"),
+        (["--files", "x.safetensors"], "convert needs --task and --out"),
     ):
         assert main(["convert", workdir, *arguments]) == 2
         assert message in capsys.readouterr().err
