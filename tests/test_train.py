@@ -271,7 +271,7 @@ def test_a_run_goes_on_with_the_examples_it_began_with(run):
     workdir.refuse_other_sizes(experiment, run, sizes)
     workdir.refuse_other_sizes(experiment, run / "new", sizes)
     name = experiment.trained[1].name
-    more = f"began with {sizes[1]} training examples of {name}, and there are {sizes[1] + 1} now"
+    more = f"started with {sizes[1]} training examples of {name}, and there are {sizes[1] + 1} now"
     with pytest.raises(UserError, match=more):
         workdir.refuse_other_sizes(experiment, run, [sizes[0], sizes[1] + 1, sizes[2]])
 
@@ -281,8 +281,8 @@ def test_what_a_base_refuses(small, capsys):
     assert main(arguments(small, old, "--config.tasks=('colour',)", *FROZEN)) == 0
     add = [f"--base={old}", "--config.tasks=('same',)"]
     for changes, message in (
-        (add, "the encoder must stay as it is"),
-        ([*add, "--config.trainable=('adapters/|params/',)"], "must stay as it is"),
+        (add, "the encoder must stay frozen"),
+        ([*add, "--config.trainable=('adapters/|params/',)"], "must stay frozen"),
         ([*add, FROZEN[0], "--config.dtype=bfloat16"], "dtype is bfloat16"),
         ([*add, FROZEN[0], "--config.data.max_length=8"], "data.max_length is 8"),
         ([*add, FROZEN[0], "--config.method=shared"], "all tasks of a model share a method"),

@@ -12,7 +12,7 @@ from pals_jax.data.examples import Examples, check_split
 from pals_jax.data.tasks import GLUE, Task
 from pals_jax.runtime.errors import Unavailable, UserError
 
-_ANSWER_SECONDS = 20  # to wait for the server of the data
+_ANSWER_SECONDS = 20  # timeout for a response from the data server
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Tfds:
         """The examples of a split; see `sources.Source`.
 
         Raises:
-            UserError: see `sources.Source`; or the download failed.
+            UserError: as for `sources.Source`, or if the download fails.
         """
         _check_glue(task)
         check_split(task, split)
@@ -58,7 +58,7 @@ class Tfds:
         return Examples(texts, targets)
 
     def _builder(self, task: Task) -> Any:
-        # Imported here because few need it, by module because TFDS finds only builders it knows.
+        # Imported lazily because it is slow; importing the module registers its builders with TFDS.
         import tensorflow_datasets
         import tensorflow_datasets.text.glue
 
@@ -83,7 +83,7 @@ class Tfds:
             # TFDS prints its progress; standard output is for results.
             with contextlib.redirect_stdout(sys.stderr):
                 builder.download_and_prepare()
-        except Exception as error:  # from TFDS, its downloader or the network, of many kinds
+        except Exception as error:  # TFDS, its downloader and the network raise many types
             where = self.data_dir or "its default data directory"
             elsewhere = (
                 ConnectionError,
@@ -100,12 +100,12 @@ class Tfds:
 
 
 def probe(builder: Any) -> None:
-    """Asks the server of a builder's files for one of them, once.
+    """Sends one request to the server of a builder's files.
 
-    TFDS itself would try again for minutes where there is no network.
+    Without this check TFDS would retry for minutes if there is no network.
 
     Raises:
-        requests.RequestException: there is no answer in time.
+        requests.RequestException: if there is no response in time.
     """
     import requests
 
