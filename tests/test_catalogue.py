@@ -21,7 +21,7 @@ from pals_jax.runtime.errors import UserError
 ARRAYS = tuple(tiny.inputs().values())
 EVERY = tiny.METHODS | tiny.TOGETHER
 # Compiling takes seconds; by default one method of each kind.
-QUICK = ("pals", "top_layers", "houlsby", "mam", "lora", "prompt_tuning")
+QUICK = ("pals", "houlsby", "prompt_tuning")
 SLOW = tuple(pytest.param(names, marks=pytest.mark.slow) for names in tiny.TOGETHER)
 
 

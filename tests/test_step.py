@@ -126,7 +126,7 @@ def test_a_mixed_batch_is_the_weighted_mean_of_single_tasks() -> None:
     jax.tree.map(close, gradients, expected)
 
 
-@pytest.mark.parametrize("name", ["adamw", "bert_n_pals"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("bert_n_pals", marks=pytest.mark.slow)])
 def test_a_step_may_be_told_which_tasks_can_move(name: str) -> None:
     """In any order; told nothing, it moves all that its optimiser does."""
     optimizer, _ = make_optimizer(tiny.optimizer_config(name), 3, tiny.TOTAL_STEPS)
