@@ -71,6 +71,9 @@ class MultiTaskModel(nn.Module):
             "head": self.variable("adapters", "head", lambda: self._mask_head(self._draw(head))),
         }
 
+    def declare(self) -> None:
+        """Declares all variables, which `setup` has done by now: `init` needs no forward pass."""
+
     @property
     def _width(self) -> int:
         return max(self.num_outputs)
@@ -267,8 +270,7 @@ class MultiTaskModel(nn.Module):
 
 def init_variables(model: MultiTaskModel, key: Array) -> dict[str, Any]:
     """Random `variables` of a model."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return dict(model.init(key, tokens, tokens, tokens, jnp.int32(0)))
+    return dict(model.init(key, method="declare"))
 
 
 def variable_shapes(model: MultiTaskModel) -> dict[str, Any]:
