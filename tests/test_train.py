@@ -286,7 +286,7 @@ def test_what_a_base_refuses(small, capsys):
         ([*add, FROZEN[0], "--config.dtype=bfloat16"], "dtype is bfloat16"),
         ([*add, FROZEN[0], "--config.data.max_length=8"], "data.max_length is 8"),
         ([*add, FROZEN[0], "--config.method=shared"], "all tasks of a model share a method"),
-        ([f"--base={old}", "--config.tasks=('colour',)", FROZEN[0]], "has a task 'colour' already"),
+        ([f"--base={old}", "--config.tasks=('colour',)", FROZEN[0]], "already has a task 'colour'"),
         ([*add, FROZEN[0], f"--base={small}"], "not the workdir of a run"),
     ):
         assert main(arguments(small, small / "new", *changes)) == 2
