@@ -93,10 +93,10 @@ def test_no_adapter(copy: Callable[..., SimpleNamespace]) -> None:
     [
         ("pfeiffer", {"phm_layer": True}, "phm_layer=True (Compacter)"),
         ("pfeiffer", {"inv_adapter": "nice"}, "inv_adapter='nice' (invertible adapters)"),
-        ("pfeiffer", {"use_gating": True}, "use_gating=True (gates, as of UniPELT)"),
+        ("pfeiffer", {"use_gating": True}, "use_gating=True (gates, as in UniPELT)"),
         ("pfeiffer", {"ln_after": True}, "ln_after=True"),
         ("pfeiffer", {"scaling": "channel"}, "'channel'"),
-        ("pfeiffer", {"reduction_factor": {"default": 4}}, "reduction_factor of each layer"),
+        ("pfeiffer", {"reduction_factor": {"default": 4}}, "reduction_factor for each layer"),
         ("pfeiffer", {"reduction_factor": "4"}, "is invalid"),
         ("pfeiffer", {"reduction_factor": 0}, "is invalid"),
         ("pfeiffer", {"non_linearity": "leakyrelu"}, "unknown activation 'leakyrelu'"),

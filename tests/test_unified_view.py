@@ -267,5 +267,5 @@ def test_what_the_original_cannot_hold(method: Method, name: str) -> None:
     "model", [MultiTaskModel(tiny.config(), (2,)), MultiTaskModel(ROBERTA, (2, 2))]
 )
 def test_only_one_task_on_a_roberta_goes_out(model: MultiTaskModel) -> None:
-    with pytest.raises(UserError, match="one task on a RoBERTa"):
+    with pytest.raises(UserError, match="only one task, on a RoBERTa"):
         to_unified_view(model, tiny.variables(model))
