@@ -23,25 +23,26 @@ def variable_shapes(model: MultiTaskModel) -> dict[str, Any]:
     Raises:
         UserError: parts of the method collide.
     """
-    config, num_tasks = model.config, len(model.num_outputs)
-    head = dense(config.hidden_size, max(model.num_outputs))
-    own: dict[str, Any] = {"head": {name: Stack(param) for name, param in head.items()}}
-    copies = [spec for spec in model.method if isinstance(spec, TaskCopy)]
-    own |= {s.name: s.parameters(config) for s in model.method if not isinstance(s, TaskCopy)}
+    config, num_tasks, depth = model.config, len(model.num_outputs), model.config.num_hidden_layers
 
-    def of_encoder(encoder: Params) -> Params:
-        depth = config.num_hidden_layers
+    def zeros(stack: Stack) -> Any:
+        return jnp.zeros((num_tasks, *stack.sizes, *stack.param.shape), jnp.float32)
+
+    def adapters(encoder: Params) -> Params:
         spec_lib.check(model.method, encoder, depth)
-        return {spec.name: spec.copies(encoder, depth, num_tasks) for spec in copies}
-
-    def shape(stack: Stack) -> jax.ShapeDtypeStruct:
-        whole = (num_tasks, *stack.sizes, *stack.param.shape)
-        return jax.ShapeDtypeStruct(whole, jnp.float32)
+        head = dense(config.hidden_size, max(model.num_outputs))
+        tree: dict[str, Any] = {"head": {name: zeros(Stack(param)) for name, param in head.items()}}
+        for spec in model.method:
+            if isinstance(spec, TaskCopy):
+                tree[spec.name] = spec.copies(encoder, depth, num_tasks)
+            else:
+                stacks = spec.parameters(config)
+                is_stack = lambda x: isinstance(x, Stack)  # noqa: E731
+                tree[spec.name] = jax.tree.map(zeros, stacks, is_leaf=is_stack)
+        return tree
 
     encoder = _encoder(config)
-    adapters = jax.tree.map(shape, own, is_leaf=lambda x: isinstance(x, Stack))
-    adapters |= jax.eval_shape(of_encoder, encoder)
-    return {"params": {"encoder": encoder}, "adapters": adapters}
+    return {"params": {"encoder": encoder}, "adapters": jax.eval_shape(adapters, encoder)}
 
 
 @functools.cache
