@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from pals_jax.data.examples import Examples, check_split
 from pals_jax.data.tasks import GLUE, Task
 from pals_jax.runtime.errors import Unavailable, UserError
 
-_ANSWER_SECONDS = 20  # to wait for the server of the data
+_ANSWER_SECONDS = 20  # to wait for the server of the data, each time it is asked
+_TRIES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +79,11 @@ class Tfds:
                 where = self.data_dir or "its default data directory"
                 print(
                     f"downloading glue/{task.name} with TensorFlow Datasets to {where}; giving up"
-                    f" after {_ANSWER_SECONDS} s without an answer",
+                    f" after {_TRIES * _ANSWER_SECONDS} s without an answer",
                     file=sys.stderr,
                 )
-                probe(builder)
             # TFDS prints its progress; standard output is for results.
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(sys.stderr), bounded():
                 builder.download_and_prepare()
         except Exception as error:  # from TFDS, its downloader or the network, of many kinds
             where = self.data_dir or "its default data directory"
@@ -99,19 +101,22 @@ class Tfds:
         return builder
 
 
-def probe(builder: Any) -> None:
-    """Asks the server of a builder's files for one of them, once.
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Bounds how long TFDS waits for a server, and how often it asks again.
 
-    TFDS itself would try again for minutes where there is no network.
-
-    Raises:
-        requests.RequestException: there is no answer in time.
+    Where nothing answers it would go on for minutes: it asks eleven times, and waits as long as the
+    operating system does. What it has downloaded before needs no server.
     """
-    import requests
+    from tensorflow_datasets.core.download import downloader
 
-    url = next(iter(builder.url_infos), None)
-    if url is not None:
-        requests.head(url, timeout=_ANSWER_SECONDS)
+    before = downloader._open_url, downloader.MAX_RETRIES
+    downloader._open_url = functools.partial(downloader._open_url, timeout=_ANSWER_SECONDS)
+    downloader.MAX_RETRIES = _TRIES - 1
+    try:
+        yield
+    finally:
+        downloader._open_url, downloader.MAX_RETRIES = before
 
 
 def _check_glue(task: Task) -> None:
