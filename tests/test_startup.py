@@ -27,7 +27,9 @@ print(" ".join({name.split(".")[0] for name in sys.modules}))
     [
         (["--help"], LIBRARIES | {"jax", "flax", "numpy"}),
         (["methods", "--json"], LIBRARIES - {"scipy"}),  # which jax.scipy imports
-        (["params", f"--config={CONFIGS / 'pals_glue.py'}", "--json"], HEAVY - {"scipy"}),
+        (["params", f"--config={CONFIGS / 'demo.py'}", "--json"], LIBRARIES - {"scipy"}),
+        (["params", f"--config={CONFIGS / 'demo.py'}", "--config.no_key=1"], LIBRARIES - {"scipy"}),
+        (["predict", "--help"], LIBRARIES | {"jax", "flax", "numpy"}),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )
@@ -37,12 +39,15 @@ def test_a_command_imports_no_more_than_it_needs(arguments: list, may_not_import
     assert not set(done.stdout.split()) & may_not_import
 
 
-def test_what_predicts_imports_nothing_that_only_training_needs() -> None:
-    """Importing it; transformers brings torch along where that is installed, so it is not asked."""
-    code = "import sys, pals_jax.inference.predict; print(*{n.split('.')[0] for n in sys.modules})"
-    command = [sys.executable, "-c", code]
+def test_what_predicts_imports_nothing_that_only_training_needs(gte_small: Path) -> None:
+    """With a tokenizer, for which transformers would import torch where that is installed."""
+    code = (
+        "import sys, pals_jax.inference.predict, pals_jax.data.tokenize as tokenize;"
+        "tokenize.load_tokenizer(sys.argv[1]); print(*{n.split('.')[0] for n in sys.modules})"
+    )
+    command = [sys.executable, "-c", code, str(gte_small)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert not set(done.stdout.split()) & (HEAVY - {"scipy"} | {"transformers", "huggingface_hub"})
+    assert not set(done.stdout.split()) & (HEAVY - {"scipy"})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 from etils import epath
 
 from pals_jax.runtime.errors import Unavailable, UserError, reason
@@ -31,6 +30,8 @@ def workdir(text: str) -> epath.Path:
         return epath.Path(text).expanduser()  # no shell does it behind "--workdir="
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text} is in a bucket, which takes gcsfs: pip install gcsfs.")
+    import fsspec  # few runs are in a bucket
+
     os.environ["EPATH_USE_TF"] = "false"  # or TensorFlow, where it is installed, would take over
     # Or gcsfs asks another service what kind of bucket it is, before each look at one.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -94,7 +95,24 @@ def kind_of(error: Exception) -> type[UserError]:
     return Unavailable if later else UserError
 
 
-def write_text(path: epath.Path, text: str) -> None:
+@contextlib.contextmanager
+def replacing(path: Path | epath.Path) -> Iterator[Path]:
+    """Where to write what shall be at `path` of this machine as a whole, a file or a directory.
+
+    It is in a folder beside `path`, and takes its place at the end of the context. When that is
+    left by an exception nothing has changed; a process that is killed leaves a folder
+    `building-*`, which nothing reads.
+
+    Raises:
+        OSError: it cannot take its place: there is no room, or a directory with other files there.
+    """
+    with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as aside:
+        built = Path(aside) / path.name
+        yield built
+        built.replace(path)
+
+
+def write_text(path: Path | epath.Path, text: str) -> None:
     """Writes a file as a whole: who reads it meanwhile, or after a crash, sees no half of it.
 
     Raises:
@@ -104,9 +122,8 @@ def write_text(path: epath.Path, text: str) -> None:
         with reported(path):
             path.write_text(text)
         return
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(text)
 
 
 class Staged:
