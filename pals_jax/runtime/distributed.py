@@ -101,6 +101,9 @@ class Preemption:
 
     One process alone stops at the end of its step. Several agree on one step to stop at, through
     JAX's preemption service, even if only one of them was told.
+
+    Orbax's `CheckpointManager.reached_preemption` asks that service and nothing else. It does not
+    run where one process is alone, whose SIGTERM would go unheard.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,8 @@
-"""The figures of a run, by step: JSON lines and TensorBoard, on host 0 only."""
+"""The figures of a run, by step: JSON lines and TensorBoard, on host 0 only.
+
+`clu.metric_writers` writes TensorBoard's files with TensorFlow, which nothing here needs, and drops
+no lines that a run which goes on will write again.
+"""
 
 import json
 import time
