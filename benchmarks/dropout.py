@@ -1,4 +1,4 @@
-"""What dropout costs a training step: off, with our masks, and with JAX's default generator.
+"""The cost of dropout in a training step: none, our masks, and JAX's default generator.
 
     python benchmarks/dropout.py
 

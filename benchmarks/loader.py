@@ -1,4 +1,4 @@
-"""How much faster batches are made than the fastest training step takes them.
+"""The speed of making batches, compared with the fastest training step that consumes them.
 
     python benchmarks/loader.py --glue=DIR --encoder=DIR
 

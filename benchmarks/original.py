@@ -1,4 +1,4 @@
-"""Training with PALs against the same in plain PyTorch, written as the original is.
+"""Training with PALs, compared with plain PyTorch code written like the original.
 
     python benchmarks/original.py --glue=DIR --encoder=DIR --out=DIR
 

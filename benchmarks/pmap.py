@@ -1,4 +1,4 @@
-"""What `jax.pmap` costs a training step beside `jit(shard_map)` on the same work.
+"""The overhead of `jax.pmap` in a training step, compared with `jit(shard_map)`.
 
     python benchmarks/pmap.py [--devices=8]
 

@@ -1,4 +1,4 @@
-"""From the command to the end of the first training step, on data and programs that are kept.
+"""The time from the command to the end of the first training step, with and without caches.
 
     python benchmarks/startup.py --glue=DIR --encoder=DIR
 

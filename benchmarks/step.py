@@ -1,4 +1,4 @@
-"""What a training step costs: methods, mixed tasks, many tasks, frozen encoders, beside each other.
+"""The cost of a training step for several methods, mixed tasks, many tasks and frozen encoders.
 
     python benchmarks/step.py
 

@@ -3,12 +3,12 @@
     pals-jax train --config=configs/houlsby_extra.py:TASKS --workdir=DIR
     pals-jax train --config=configs/houlsby_extra.py:TASKS --workdir=DIR --sweep
 
-TASKS is a directory with a folder for each task, of train.tsv, dev.tsv and, if there is one,
-test.tsv, with a header and the columns `sentence` and `label`. Steps are shared by the square roots
-of the tasks' sizes; no task touches another, so that one can be added later with --base. The sweep
-is the paper's learning rates and sizes, on the dev sets. Published averages over all seventeen
-(test sets, the best of a sweep each): 73.3, and 73.7 with everything fine-tuned. What a short run
-on five of them gives from a small encoder is in docs/results.md.
+TASKS is a directory with a folder for each task, containing train.tsv, dev.tsv and optionally
+test.tsv, with a header and the columns `sentence` and `label`. Tasks are sampled in proportion to
+the square roots of their sizes. They do not affect each other, so more can be added later with
+--base. The sweep covers the paper's learning rates and sizes, on the dev sets. Published averages
+over all seventeen (test sets, the best of a sweep each): 73.3, and 73.7 with everything fine-tuned.
+docs/results.md has the results of a short run on five of them with a small encoder.
 """
 
 from pathlib import Path

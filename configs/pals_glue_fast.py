@@ -2,10 +2,10 @@
 
     pals-jax train --config=configs/pals_glue_fast.py --workdir=DIR
 
-Ours, not the paper's: batches of eight groups of 32 examples, each group of its own task, so that a
-step sees what the paper's sees in eight; bfloat16; the learning rate grows with the square root of
-the batch. An optimiser that keeps idle tasks still. Not run here: it needs an accelerator and the
-full data sets.
+Not the paper's recipe: a batch has eight groups of 32 examples, each group from one task, so
+that one step covers as many examples as eight of the paper's. It uses bfloat16, scales the
+learning rate with the square root of the batch size, and leaves tasks that are not drawn unchanged.
+Not run here: it needs an accelerator and the full data sets.
 """
 
 from ml_collections import ConfigDict

@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
-# babysit.sh: brings a run to its end. Creates the TPU if it is not there, sets it up and starts the
-# run; after a preemption does all of that again, for as long as there is no capacity; when the run
-# fails, starts it again. It ends when the run ends with 0, at once when it ends with 2 (a wrong
-# input), and after too many failures. It may be stopped at any time and called again: the same run,
-# if it is going on, is only watched. It never deletes a TPU that works, and says at the end what is
-# left.
+# babysit.sh: keeps a run going until it completes. Creates the TPU if it does not exist, sets it up
+# and starts the run; repeats this after each preemption, waiting for capacity if there is none;
+# restarts the run if it fails. Ends when the run exits with 0, at once if it exits with 2 (invalid
+# input), and after too many failures. It may be stopped and called again at any time: a run that is
+# still going is only watched. It never deletes a working TPU, and reports at the end what remains.
 #
 #   launch/babysit.sh --name=pals --project=my-project --zone=europe-west4-a [OPTION...] -- \
 #     train --config=configs/pals_glue.py --workdir=gs://my-bucket/glue
 #
 #   --kind=KIND, --spot, --queued  as for create.sh
-#   --copy=PATH, --to=DIR          what to copy there before each start, and where, as for copy.sh
+#   --copy=PATH, --to=DIR          files to copy before each start, and the target, as for copy.sh
 #   --failures=N                   give up at the Nth failure that is not a preemption; 3 by default
 #   --poll=SECONDS                 how often to look; 60 by default
 
@@ -51,7 +50,7 @@ trap ended EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-# A signal is heard during `wait`, but not during `sleep`, which must not hold our output open then.
+# Bash handles signals during `wait`, not `sleep`; a leftover `sleep` must not hold our output open.
 pause() {
   sleep "$poll" >/dev/null 2>&1 3>&- &
   wait $!
@@ -65,8 +64,8 @@ fail() {
   pause
 }
 
-# Returns when the TPU is ready, created anew if it is not there or was taken away. Once it has been
-# there, what keeps it from being created again is want of capacity, and no failure.
+# Returns when the TPU is ready; creates it if it does not exist or was preempted. Once it has been
+# ready, a failed creation means lack of capacity and does not count as a failure.
 was_ready=
 ensure() {
   local request vm seen='' silent=0
@@ -105,7 +104,7 @@ ensure() {
   done
 }
 
-# Returns when the run is over, with its state in `result`; `lost` if the TPU does not answer.
+# Returns when the run is over, with its state in `result`; `lost` if the TPU does not respond.
 watch() {
   local silent=0
   while true; do

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the scripts of this folder share: options, messages, the state of a TPU, and the only call of
-# gcloud. A script names the options it takes beyond the common ones, and sources this file:
+# Shared by the scripts of this folder: options, messages, the state of a TPU, and the only call of
+# gcloud. A script lists its options beyond the common ones and sources this file:
 #
 #     options=(kind spot)
 #     source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -82,7 +82,7 @@ set_option() {
   printf -v "$variable" '%s' "$2"
 }
 
-# Everything that can be known to be wrong is refused here, before anything is paid for.
+# Refuses every detectable mistake here, before anything is paid for.
 check_options() {
   local option
   for option in name project zone; do
@@ -95,14 +95,14 @@ check_options() {
     die "gcloud is not installed: see https://cloud.google.com/sdk/docs/install."
 }
 
-# matches OPTION REGEX WHAT: ends the script if the option's value is something else.
+# matches OPTION REGEX WHAT: ends the script unless the option's value matches.
 matches() { [[ ${!1} =~ $2 ]] || die "--$1=${!1} is not $3."; }
 
 no_arguments() {
   ((${#arguments[@]} == 0)) || die "unexpected argument ${arguments[0]}: see --help."
 }
 
-# choose_kind: completes --kind, and sets its runtime version and what it has.
+# choose_kind: sets the default of --kind, its runtime version, and its chips, devices and hosts.
 choose_kind() {
   kind=${kind:-v3-8}
   read -r _ runtime chips devices hosts < <(awk -v kind="$kind" '$1 == kind' <<<"$kinds") ||
@@ -136,8 +136,8 @@ on_tpu() {
     --command="$(quote bash pals_jax/launch/on_tpu.sh "$@")"
 }
 
-# run_state: what became of the run, over all workers: `running`, its exit status (a failure before
-# a success), or `none` if there is none or it vanished. Fails if a worker does not answer.
+# run_state: the state of the run over all workers: `running`, its exit status (failures take
+# precedence), or `none` if there is none or it vanished. Fails if a worker does not respond.
 run_state() {
   local output states
   output=$(on_tpu all state) || return 1
@@ -156,7 +156,7 @@ this() {
 
 say_absent() { say "there is no TPU and no request named $name in $zone: nothing is paid for."; }
 
-# left: says what there is of the TPU, and how to stop paying for it. Fails if there is anything.
+# left: reports what remains of the TPU and how to stop paying. Fails if anything remains.
 left() {
   local group found status=0
   for group in queued-resources tpu-vm; do

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# copy.sh: copies files and folders of yours to every worker of a TPU.
+# copy.sh: copies your files and folders to every worker of a TPU.
 #
 #   launch/copy.sh --name=pals --project=my-project --zone=europe-west4-a [--to=DIR] PATH...
 #
-#   --to=DIR  the folder to copy into, seen from the one where runs start (which is the default)
+#   --to=DIR  the target folder, relative to the one where runs start (the default)
 
 set -euo pipefail
 options=(to)

@@ -6,7 +6,7 @@
 #   --kind=KIND  v2-8, v3-8 (the default: four chips), v4-8, v5litepod-4, v5litepod-8,
 #                v5litepod-16 (a pod), v6e-4, v6e-8 or v3-32 (a pod)
 #   --spot       cheaper; Google may take it back at any time
-#   --queued     wait in the queue if there is no capacity now; the paying starts when it is served.
+#   --queued     wait in the queue if there is no capacity now; billing starts when it is served.
 #                Together with --spot: wait for spot capacity
 
 set -euo pipefail

@@ -20,7 +20,7 @@ if [[ ! $dry_run ]]; then
     pyproject.toml README.md LICENSE pals_jax configs launch
 fi
 cloud tpu-vm scp "$archive" "$name:pals_jax.tgz" --worker=all
-# A module that was removed here must not live on there.
+# Delete old code first, so that modules removed here do not remain there.
 unpack='mkdir -p pals_jax && rm -rf pals_jax/pals_jax pals_jax/build'
 unpack+=' && tar -xzf pals_jax.tgz -C pals_jax && bash pals_jax/launch/on_tpu.sh install'
 cloud tpu-vm ssh "$name" --worker=all --command="$unpack"

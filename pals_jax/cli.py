@@ -23,9 +23,10 @@ _CONFIG_HELP = "a file of configs/, with its argument; override any key with --c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 2 for a wrong input, 143 when told to stop.
+    """Runs one command and returns the exit status.
 
-    75 is for what is elsewhere, a bucket or another host, and did not answer.
+    0: success; 2: invalid input; 75: a bucket, hub or other host did not respond; 143: the run was
+    told to stop.
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
@@ -36,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{args.command} takes no configuration: {' '.join(overrides)}")
     args.overrides = overrides
     skip_absent_tpu()
-    # Or transformers tells everyone that PyTorch, which we do without, is not there.
+    # Silence transformers' advice to install PyTorch, which this package does not need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    # Orbax logs the tracebacks of failures that it raises as well, and we report.
+    # Orbax logs tracebacks of errors that it also raises and that we report.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         args.run(args)
@@ -48,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.status
     except Preempted as stop:
         print(f"pals-jax: {stop}", file=sys.stderr)
-        return 143  # what a shell reports of a program that SIGTERM ended
-    except BrokenPipeError:  # whoever read our output has seen enough
+        return 143  # the status that shells report for a program ended by SIGTERM
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         sys.stdout = None
-    except OSError as error:  # a full disk, a directory that may not be written
+    except OSError as error:  # for example a full disk, or a read-only directory
         place, reason = error.filename or "a file", error.strerror or error
         print(f"pals-jax: cannot read or write {place}: {reason}.", file=sys.stderr)
         return 2
@@ -60,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _path(text: str) -> Path:
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text} is no path of this machine")
-    return Path(text).expanduser()  # no shell does it behind "--input="
+        raise argparse.ArgumentTypeError(f"{text} is not a path on this machine")
+    return Path(text).expanduser()  # shells do not expand ~ after "--input="
 
 
 def _workdir(text: str) -> "epath.Path":
@@ -79,7 +80,7 @@ def _price(text: str) -> float:
     except ValueError:
         price = math.nan
     if not 0 <= price < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no price")
+        raise argparse.ArgumentTypeError(f"{text} is not a price")
     return price
 
 
@@ -88,52 +89,52 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pals-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train, or go on training, an experiment")
+    train = commands.add_parser("train", help="train an experiment, or resume its training")
     train.set_defaults(run=_train)
     how = train.add_mutually_exclusive_group()
     how.add_argument(
         "--base",
         type=_workdir,
         metavar="DIR",
-        help="add the tasks to those of this run, whose encoder and tasks stay as they are",
+        help="add the tasks to this run's tasks; its encoder and tasks stay unchanged",
     )
     how.add_argument(
         "--separate",
         action="store_true",
-        help="train one model for each task alone, in DIR/TASK: the rival of sharing",
+        help="train a separate model for each task, in DIR/TASK: the baseline without sharing",
     )
     how.add_argument(
         "--sweep",
         action="store_true",
-        help="one run in DIR/NAME for each of the configuration's `sweep`, and one table of all",
+        help="train each entry of the configuration's `sweep` in DIR/NAME; print one table of all",
     )
     counts = commands.add_parser("params", help="count the parameters of an experiment")
     counts.set_defaults(run=_params)
-    plan = commands.add_parser("plan", help="what an experiment takes on a TPU; needs none")
+    plan = commands.add_parser(
+        "plan", help="estimate memory, time and cost of an experiment on a TPU; needs no TPU"
+    )
     plan.set_defaults(run=_plan)
     plan.add_argument(
-        "--topology", required=True, metavar="KIND", help="v3-8 or any other kind of launch/"
+        "--topology", required=True, metavar="KIND", help="v3-8 or another kind listed in launch/"
     )
-    plan.add_argument(
-        "--price", type=_price, metavar="USD", help="of the whole TPU per hour, for the cost"
-    )
+    plan.add_argument("--price", type=_price, metavar="USD", help="price of the whole TPU per hour")
     methods = commands.add_parser("methods", help="list the methods and their design space")
     methods.set_defaults(run=_methods)
     listed = methods.add_mutually_exclusive_group()
-    listed.add_argument("--markdown", action="store_true", help="as Markdown, to stdout")
+    listed.add_argument("--markdown", action="store_true", help="print Markdown to stdout")
     evaluator = commands.add_parser("evaluate", help="score the best checkpoint on the dev sets")
     evaluator.set_defaults(run=_evaluate)
     evaluator.add_argument(
         "--ablate",
         action="store_true",
-        help="what is lost without the adapters of each span of layers; draws DIR/ablation.png",
+        help="score without the adapters of each span of layers; plots to DIR/ablation.png",
     )
     predict = commands.add_parser("predict", help="predict with the best checkpoint")
     predict.set_defaults(run=_predict)
 
     convert = commands.add_parser(
         "convert",
-        help="write a task of a run for another code or as one file, or make a run of such files",
+        help="export a task to another format or a task file, or make a run from task files",
     )
     convert.set_defaults(run=_convert)
     convert.add_argument("--task", metavar="NAME", help="the task to write")
@@ -144,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--out", type=_path, metavar="PATH", help="where to write the task")
     convert.add_argument(
-        "--files", type=_path, nargs="+", metavar="FILE", help="task files to make a run of"
+        "--files", type=_path, nargs="+", metavar="FILE", help="task files to make a run from"
     )
     convert.add_argument(
         "--base", metavar="BASE", help="with --files: the run or the encoder they were trained on"
@@ -158,36 +159,36 @@ def _parser() -> argparse.ArgumentParser:
             required=True,
             type=_workdir,
             metavar="DIR",
-            help="of the run: a directory, or gs://BUCKET/DIR",
+            help="the run's directory, or gs://BUCKET/DIR",
         )
     for command in (train, evaluator):
         processes = command.add_argument_group(
-            "several processes, where neither Cloud TPU nor SLURM says which there are"
+            "several processes, where neither Cloud TPU nor SLURM describes them"
         )
         processes.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-        processes.add_argument("--processes", type=int, metavar="N", help="how many there are")
-        processes.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
-    for machine_readable in (counts, plan, listed, evaluator, predict):
-        machine_readable.add_argument(
-            "--json", action="store_true", help="machine-readable, to stdout"
+        processes.add_argument("--processes", type=int, metavar="N", help="number of processes")
+        processes.add_argument(
+            "--process", type=int, metavar="I", help="index of this process, from 0"
         )
+    for machine_readable in (counts, plan, listed, evaluator, predict):
+        machine_readable.add_argument("--json", action="store_true", help="print JSON to stdout")
 
     what = predict.add_mutually_exclusive_group(required=True)
-    what.add_argument("--task", metavar="NAME", help="the task to answer, or all")
+    what.add_argument("--task", metavar="NAME", help="the task to predict, or all")
     what.add_argument(
-        "--submission", type=_path, metavar="DIR", help="write the files for GLUE's server there"
+        "--submission", type=_path, metavar="DIR", help="write the files for GLUE's server to DIR"
     )
     predict.add_argument(
         "--input",
         type=_path,
         metavar="FILE",
-        help="a TSV, CSV or JSONL file with the task's text columns; by default stdin, one example"
-        " a line: its texts separated by a tab, or a JSON object",
+        help="a TSV, CSV or JSONL file with the task's text columns; default: stdin with one"
+        " example per line, either tab-separated texts or a JSON object",
     )
     predict.add_argument(
         "--fill-missing",
         action="store_true",
-        help="with --submission: answer tasks that were not trained with their first label",
+        help="with --submission: answer every untrained task with its first label",
     )
     return parser
 
@@ -289,7 +290,7 @@ def _predict(args: argparse.Namespace) -> None:
     from pals_jax.inference.run import Run
 
     if args.input if args.submission else args.fill_missing:
-        raise UserError("--input goes with --task, and --fill-missing with --submission.")
+        raise UserError("--input requires --task, and --fill-missing requires --submission.")
     run = Run.load(args.workdir)
     if args.submission:
         path = predict.write_submission(run, args.submission, args.fill_missing)
@@ -312,4 +313,4 @@ def _convert(args: argparse.Namespace) -> None:
     elif all(one) and not any(many):
         export.export(Run.load(args.workdir), args.task, args.to or "task", args.out)
     else:
-        raise UserError("convert takes --task and --out to write a task, or --files and --base.")
+        raise UserError("convert needs --task and --out to write a task, or --files and --base.")

@@ -1,4 +1,4 @@
-"""The public name of the defaults: a configuration begins `from pals_jax.config import default`."""
+"""The public import path of the defaults: `from pals_jax.config import default`."""
 
 from pals_jax.experiment.config import default
 

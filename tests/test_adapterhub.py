@@ -199,7 +199,7 @@ NOT_THEIRS = {
 @pytest.mark.parametrize("case", NOT_THEIRS)
 def test_methods_that_they_do_not_have(case: str, tmp_path: Path) -> None:
     model = MultiTaskModel(tiny.config(), (2,), NOT_THEIRS[case])
-    with pytest.raises(UserError, match="AdapterHub has no place for"):
+    with pytest.raises(UserError, match="AdapterHub cannot hold"):
         to_adapterhub(model, {}, 0, tmp_path / "t")
     assert not (tmp_path / "t").exists()
 

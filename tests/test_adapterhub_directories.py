@@ -97,8 +97,8 @@ def test_no_adapter(copy: Callable[..., SimpleNamespace]) -> None:
         ("pfeiffer", {"ln_after": True}, "ln_after=True"),
         ("pfeiffer", {"scaling": "channel"}, "'channel'"),
         ("pfeiffer", {"reduction_factor": {"default": 4}}, "reduction_factor of each layer"),
-        ("pfeiffer", {"reduction_factor": "4"}, "makes no sense"),
-        ("pfeiffer", {"reduction_factor": 0}, "makes no sense"),
+        ("pfeiffer", {"reduction_factor": "4"}, "is invalid"),
+        ("pfeiffer", {"reduction_factor": 0}, "is invalid"),
         ("pfeiffer", {"non_linearity": "leakyrelu"}, "unknown activation 'leakyrelu'"),
         ("pfeiffer", {"non_linearity": None}, "lacks 'non_linearity'"),
         ("pfeiffer", {"architecture": "reft"}, "architecture 'reft'"),
@@ -182,7 +182,7 @@ def test_adapters_saved_from_a_model_with_a_head(
     (golden.adapter / "head_config.json").write_text("{}")
     with caplog.at_level(logging.WARNING, logger="pals_jax"):
         _, variables = from_adapterhub(golden.base, {"t": golden.adapter})
-    assert "a new one with two outputs" in caplog.text
+    assert "a new head with two outputs" in caplog.text
     tiny.assert_same(variables, from_adapterhub(golden.base, {"t": golden.source / "adapter"})[1])
 
 

@@ -18,8 +18,7 @@ def test_parameters_and_logits_are_float32_and_the_layers_are_not() -> None:
     model = MultiTaskModel(tiny.config(), tiny.NUM_OUTPUTS, tiny.METHODS["pals"], jnp.bfloat16)
     variables = tiny.variables(model)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {np.dtype("float32")}
-    batch = tiny.inputs()
-    arrays = *batch.tokens, 1
+    arrays = *tiny.inputs().values(), 1
     hidden = model.apply(variables, *arrays, method="encode")
     assert hidden.dtype == jnp.bfloat16
     assert model.apply(variables, *arrays).dtype == jnp.float32

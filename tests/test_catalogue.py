@@ -21,7 +21,7 @@ from pals_jax.runtime.errors import UserError
 ARRAYS = tuple(tiny.inputs().values())
 EVERY = tiny.METHODS | tiny.TOGETHER
 # Compiling takes seconds; by default one method of each kind.
-QUICK = ("pals", "top_layers", "houlsby", "mam", "lora", "prompt_tuning")
+QUICK = ("pals", "houlsby", "prompt_tuning")
 SLOW = tuple(pytest.param(names, marks=pytest.mark.slow) for names in tiny.TOGETHER)
 
 
@@ -49,7 +49,7 @@ def test_mixed_batches_equal_single_tasks(name: str) -> None:
     for task_ids in ([2, 0, 1, 2], [1, 2]):
         mixed = apply(variables, *ARRAYS, np.array(task_ids))
         for row, task in enumerate(np.repeat(task_ids, 4 // len(task_ids))):
-            np.testing.assert_allclose(mixed[row], single[task][row], rtol=0, atol=1e-6)
+            tiny.assert_rounded_alike(mixed[row], single[task][row])
 
 
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
@@ -76,7 +76,7 @@ def test_other_sizes(name: str) -> None:
     ids, types, mask = (x[:, :5] for x in ARRAYS)
     alone = tiny.fused(one.apply)(variables | {"adapters": row}, ids, types, mask, 0)
     among = tiny.fused(many.apply)(variables, ids, types, mask, 17)
-    np.testing.assert_allclose(among, alone, rtol=0, atol=1e-6)
+    tiny.assert_rounded_alike(among, alone)
 
 
 def test_a_new_method_takes_no_change_elsewhere() -> None:
@@ -110,15 +110,10 @@ def test_layers_can_be_switched_off() -> None:
     before = apply._cache_size()
     outputs = [apply(variables, *ARRAYS, 0, np.array(on)) for on in np.eye(3, dtype=bool)]
     assert apply._cache_size() == before + 1
-    np.testing.assert_allclose(
-        apply(variables, *ARRAYS, 0, np.zeros(3, bool)),
-        bare.apply(without, *ARRAYS, 0),
-        rtol=0,
-        atol=1e-6,
+    tiny.assert_rounded_alike(
+        apply(variables, *ARRAYS, 0, np.zeros(3, bool)), bare.apply(without, *ARRAYS, 0)
     )
-    np.testing.assert_allclose(
-        apply(variables, *ARRAYS, 0, np.ones(3, bool)), whole, rtol=0, atol=1e-6
-    )
+    tiny.assert_rounded_alike(apply(variables, *ARRAYS, 0, np.ones(3, bool)), whole)
     only = tiny.model(
         tuple(dataclasses.replace(a, layers=(1,)) for a in tiny.METHODS["houlsby_plus_pals"])
     )
@@ -128,7 +123,7 @@ def test_layers_can_be_switched_off() -> None:
             "layers": jax.tree.map(lambda x: x[:, 1:2], rows[name]["layers"])
         }
     expected = only.apply({"params": variables["params"], "adapters": rows}, *ARRAYS, 0)
-    np.testing.assert_allclose(outputs[1], expected, rtol=0, atol=1e-6)
+    tiny.assert_rounded_alike(outputs[1], expected)
 
 
 # Initial values

@@ -137,7 +137,7 @@ def test_wrong_configurations(small, capsys):
 
 def test_wrong_arguments(small, capsys):
     run = f"--workdir={small / 'run'}"
-    both = "--input goes with --task, and --fill-missing with --submission"
+    both = "--input requires --task, and --fill-missing requires --submission"
     refused(capsys, ["predict", run, "--task=colour", "--fill-missing"], both)
     refused(capsys, ["predict", run, f"--submission={small}", f"--input={small}"], both)
     for name, known in (("unified_glue", "mnli, sst2"), ("houlsby_glue", "cola, sst2")):
@@ -149,7 +149,7 @@ def test_wrong_arguments(small, capsys):
     for price in ("nan", "-5", "much"):
         with pytest.raises(SystemExit, match="2"):
             main(["plan", f"--config={CONFIG}:{small}", "--topology=v3-8", f"--price={price}"])
-        assert f"{price} is no price" in capsys.readouterr().err
+        assert f"{price} is not a price" in capsys.readouterr().err
 
 
 def test_wrong_data(small, capsys):

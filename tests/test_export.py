@@ -63,7 +63,7 @@ def test_tasks_as_files_and_back(small, run, capsys):
     assert main([*predict, f"--input={small / 'texts.jsonl'}"]) == 0
     assert json.loads(capsys.readouterr().out)["prediction"] in ("yes", "no", "maybe")
     assert main(["evaluate", f"--workdir={small / 'new'}"]) == 2
-    assert "made of task files predicts only" in capsys.readouterr().err
+    assert "made from task files can only predict" in capsys.readouterr().err
     # Where the data of some are known, these are evaluated.
     with new.experiment.config.unlocked():
         new.experiment.config.data.own.share = old.experiment.config.data.own.share
@@ -133,11 +133,11 @@ def test_task_files_that_do_not_fit(small, run, capsys):
         ([colour], weights, "was trained on another base"),
         ([colour], words, "was trained on another tokenizer"),
         ([colour, other], base, "other.safetensors has the method pals(size=12, heads=3)"),
-        ([colour, colour], base, "two of the files hold a task named 'colour'"),
-        ([part], base, "does not fit its method: missing, unknown or of another shape"),
+        ([colour, colour], base, "two files hold a task named 'colour'"),
+        ([part], base, "does not fit its method; missing, unknown or of a wrong shape"),
         ([damaged], base, "cannot read the task file"),
         ([small / "nothing"], base, "cannot read the task file"),
-        ([weights / "model.safetensors"], base, "is no task file"),
+        ([weights / "model.safetensors"], base, "is not a task file"),
     ):
         assert assemble(small / "new", onto, *files) == 2
         assert message in capsys.readouterr().err
@@ -179,8 +179,8 @@ def test_convert_refuses(small, run, capsys):
         (["--task=colours", out], "no task 'colours'"),
         (["--task=colour", out, "--to=keras"], "no format 'keras'; formats are task, hugg"),
         (["--task=colour", f"--out={small}"], "exists; choose another place"),
-        (["--task=colour"], "convert takes --task and --out"),
-        (["--files", "x.safetensors"], "convert takes --task and --out"),
+        (["--task=colour"], "convert needs --task and --out"),
+        (["--files", "x.safetensors"], "convert needs --task and --out"),
     ):
         assert main(["convert", workdir, *arguments]) == 2
         assert message in capsys.readouterr().err

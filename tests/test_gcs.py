@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     largest.write_bytes(largest.read_bytes()[:-1])
     assert main(arguments(whole.parent, run)) == 0
     err = capsys.readouterr().err
-    assert "is damaged (1 of its files are not as they were written); it is set aside" in err
+    assert "is damaged (1 of its files changed since they were written); it is set aside" in err
     assert "going on from step 6 of 8" in err
     aside = run / "checkpoints" / "damaged-8.1"
     assert [path.relative_to(aside) for path in storage.files(aside)]

@@ -18,8 +18,11 @@ from pals_jax.runtime.shards import Shards
 
 EVERY = {"shared": (), **tiny.METHODS, **tiny.TOGETHER}
 METHODS = [
-    *("pals", "mam", "prompt_tuning"),
-    *(pytest.param(names, marks=pytest.mark.slow) for names in ("shared", *tiny.TOGETHER)),
+    "pals",
+    *(
+        pytest.param(names, marks=pytest.mark.slow)
+        for names in ("shared", "mam", "prompt_tuning", *tiny.TOGETHER)
+    ),
 ]
 MIXED, SINGLE = ([2, 0, 2], 3), ([1], 8)
 PACKED = Packed((Shape(3, 24), Shape(9, 9)), 3)

@@ -235,7 +235,7 @@ def test_a_roberta_comes_out_as_it_came_in(
 )
 def test_methods_that_are_not_lora(method: Any, name: str, tmp_path: Path) -> None:
     model = MultiTaskModel(tiny.config(), (2,), method)
-    with pytest.raises(UserError, match=rf"no place for .*{name}"):
+    with pytest.raises(UserError, match=rf"cannot hold .*{name}"):
         to_peft(model, {}, 0, tmp_path / "t")
     assert not (tmp_path / "t").exists()
 
@@ -271,7 +271,7 @@ def refused(base: Path, directories: dict[str, Path], *messages: str) -> None:
         ({"task_type": "TOKEN_CLS"}, "task_type='TOKEN_CLS'"),
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"an_option_of_tomorrow": 1}, "an_option_of_tomorrow=1"),
-        ({"r": 0}, "makes no sense"),
+        ({"r": 0}, "is invalid"),
     ],
 )
 def test_options_that_are_not_held(
@@ -296,7 +296,7 @@ def test_lora_elsewhere(save: Callable[..., Any], bases: dict[str, Path]) -> Non
     directory, _ = save("pooler", target_modules=["dense"])
     refused(bases["bert"], {"t": directory}, "unused", "pooler.dense.lora_A.weight")
     directory, _ = save("only", target_modules=["word_embeddings"])
-    refused(bases["bert"], {"t": directory}, "there is no LoRA on any layer")
+    refused(bases["bert"], {"t": directory}, "has no LoRA on any layer")
 
 
 def test_lora_that_differs(save: Callable[..., Any], bases: dict[str, Path]) -> None:

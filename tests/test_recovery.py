@@ -122,7 +122,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert main(arguments(small, run)) == 0
     err = capsys.readouterr().err
     assert "the checkpoint of step 8" in err
-    assert "is damaged (1 of its files are not as they were written); it is set aside" in err
+    assert "is damaged (1 of its files changed since they were written); it is set aside" in err
     assert "going on from step 6 of 8" in err
     assert (run / "checkpoints" / "damaged-8.1").is_dir()
     assert_same_run(whole, run)
@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     for step in ("6", "8"):
         damage(run / "checkpoints" / step)
     assert main(arguments(small, run)) == 2
-    assert "there is none before it" in capsys.readouterr().err.splitlines()[-1]
+    assert "there is no earlier one" in capsys.readouterr().err.splitlines()[-1]
     assert len(list(run.glob("checkpoints/damaged-*"))) == 3
 
 

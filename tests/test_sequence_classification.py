@@ -158,7 +158,7 @@ def test_there_and_back(tmp_path: Path) -> None:
 )
 def test_what_has_no_place_is_refused(tmp_path: Path, method: Method, left: str) -> None:
     model = MultiTaskModel(tiny.config(), (2,), method)
-    with pytest.raises(UserError, match=f"^{left} of the task cannot be expressed in Bert"):
+    with pytest.raises(UserError, match=f"^the task's {left} cannot be expressed in Bert"):
         to_sequence_classification(model, tiny.variables(model), 0, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -147,7 +147,7 @@ def test_a_run_that_diverges_holds_up_no_other(small: Path, capsys: pytest.Captu
     [
         ((), "sweep is empty"),
         (({"seed": 1}, {"seed": 1}), "names a run twice"),
-        ("({'seed': 0})", "sweep has 'seed', which is no {key: value}"),  # no comma behind it
+        ("({'seed': 0})", "sweep has 'seed', which is not a {key: value}"),  # no comma after it
         (({}, {"seed": 1}), "sweep has {}, which is no"),
         (({0: 1},), "sweep has {0: 1}, which is no"),
         (({"sede": 1},), "the sweep's {'sede': 1}"),

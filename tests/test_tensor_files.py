@@ -97,7 +97,7 @@ def test_no_such_file(tmp_path: Path, suffix: str) -> None:
 
 
 def test_an_unknown_format(tmp_path: Path) -> None:
-    check_refused(tmp_path / "x.h5", "tensors come as .safetensors, .bin, .npz")
+    check_refused(tmp_path / "x.h5", "tensor files end in .safetensors, .bin, .npz")
 
 
 def test_arrays_of_objects_are_not_unpickled(tmp_path: Path) -> None:

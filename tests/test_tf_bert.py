@@ -111,9 +111,9 @@ def test_a_task_takes_its_own_layer_norms_along():
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        (methods.pals(size=6, heads=3), {}, "^pal of the task cannot be expressed"),
-        (methods.houlsby(size=5), {}, "^attention_adapter, ffn_adapter of the task cannot"),
-        (methods.adapter(size=5), {}, "^ffn_adapter of the task cannot be expressed"),
+        (methods.pals(size=6, heads=3), {}, "^the task's pal cannot be expressed"),
+        (methods.houlsby(size=5), {}, "^the task's attention_adapter, ffn_adapter cannot"),
+        (methods.adapter(size=5), {}, "^the task's ffn_adapter cannot be expressed"),
         ((), {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ((), {"layer_norm_eps": 1e-5}, "layer_norm_eps 1e-05"),
         ((), {"model_type": "roberta"}, "the encoder is a roberta"),

@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
+import tiny
 
 from pals_jax.cli import main
 from pals_jax.data.batches import Layout
@@ -139,8 +140,8 @@ def test_one_compilation_serves_all_tasks(small, caplog):
     with jax.log_compiles(), caplog.at_level("WARNING", logger="jax._src.interpreters.pxla"):
         train(config, small / "run")
     messages = [record.getMessage() for record in caplog.records]
-    # Eight rows on eight devices; evaluation has sixteen.
-    shapes = [re.search(r"int32\[8,1,(\d+)\]", message) for message in messages]
+    # Eight rows on one device; evaluation has sixteen.
+    shapes = [re.search(r"int32\[1,8,(\d+)\]", message) for message in messages]
     lengths = [shape.group(1) for shape in shapes if shape]
     # 24 steps of three tasks in turn: one compilation for each padded length, none for a task.
     assert 1 <= len(lengths) == len(set(lengths)) <= 4
@@ -270,7 +271,7 @@ def test_a_run_goes_on_with_the_examples_it_began_with(run):
     workdir.refuse_other_sizes(experiment, run, sizes)
     workdir.refuse_other_sizes(experiment, run / "new", sizes)
     name = experiment.trained[1].name
-    more = f"began with {sizes[1]} training examples of {name}, and there are {sizes[1] + 1} now"
+    more = f"started with {sizes[1]} training examples of {name}, and there are {sizes[1] + 1} now"
     with pytest.raises(UserError, match=more):
         workdir.refuse_other_sizes(experiment, run, [sizes[0], sizes[1] + 1, sizes[2]])
 
@@ -280,8 +281,8 @@ def test_what_a_base_refuses(small, capsys):
     assert main(arguments(small, old, "--config.tasks=('colour',)", *FROZEN)) == 0
     add = [f"--base={old}", "--config.tasks=('same',)"]
     for changes, message in (
-        (add, "the encoder must stay as it is"),
-        ([*add, "--config.trainable=('adapters/|params/',)"], "must stay as it is"),
+        (add, "the encoder must stay frozen"),
+        ([*add, "--config.trainable=('adapters/|params/',)"], "must stay frozen"),
         ([*add, FROZEN[0], "--config.dtype=bfloat16"], "dtype is bfloat16"),
         ([*add, FROZEN[0], "--config.data.max_length=8"], "data.max_length is 8"),
         ([*add, FROZEN[0], "--config.method=shared"], "all tasks of a model share a method"),
@@ -294,7 +295,7 @@ def test_what_a_base_refuses(small, capsys):
 
 
 def test_tasks_can_be_removed_and_reordered(run):
-    """Each keeps its logits, bit for bit; the head becomes as narrow as what is left."""
+    """Each keeps its logits, from another program with a narrower head, so but for rounding."""
     loaded = Run.load(run)
     model, variables = loaded.experiment.model(), loaded.variables
     assert model.num_outputs == (2, 3, 1)
@@ -307,7 +308,7 @@ def test_tasks_can_be_removed_and_reordered(run):
     for new, old in ((0, 2), (1, 0)):
         was = jax.jit(model.apply)(variables, *arrays, old)
         now = jax.jit(fewer.apply)({**variables, "adapters": rows}, *arrays, new)
-        np.testing.assert_array_equal(now, was[:, :2])
+        tiny.assert_rounded_alike(now, was[:, :2])
 
 
 @pytest.mark.slow

@@ -184,7 +184,7 @@ def test_options_that_no_file_has(shared: Path) -> None:
     [
         ("prefix", {"attn_mode": "bitfit"}, "attn_mode 'bitfit'"),
         ("prefix", {"attn_mode": "prompt_tuning"}, "attn_mode 'prompt_tuning'"),
-        ("prefix", {"attn_option": "cross_attn"}, "attn_option 'cross_attn' are not held"),
+        ("prefix", {"attn_option": "cross_attn"}, "attn_option 'cross_attn' are not supported"),
         ("prefix", {"attn_composition": "gate_add"}, "attn_composition 'gate_add'"),
         ("mh_parallel", {"layer_norm_after": True}, "layer_norm_after True"),
         ("attn_parallel", {"attn_option": "concat"}, "'adapter' and attn_option 'concat'"),
@@ -259,7 +259,7 @@ def test_left_overs_of_one_variant_are_unused_in_another(shared: Path) -> None:
 )
 def test_what_the_original_cannot_hold(method: Method, name: str) -> None:
     model = MultiTaskModel(ROBERTA, (2,), method)
-    with pytest.raises(UserError, match=f"no place for '{name}'"):
+    with pytest.raises(UserError, match=f"cannot hold '{name}'"):
         to_unified_view(model, tiny.variables(model))
 
 

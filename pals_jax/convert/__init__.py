@@ -1,6 +1,6 @@
-"""Checkpoints of other codes, in and out: a table of names for each format.
+"""Import and export of foreign checkpoints: one table of tensor names per format.
 
-Each format is imported when one of its functions is first asked for.
+A format's module is imported lazily, on first access to one of its functions.
 """
 
 import importlib

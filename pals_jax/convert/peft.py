@@ -1,7 +1,7 @@
-"""LoRA as Hugging Face's PEFT saves it for sequence classification, in and out.
+"""Import and export of LoRA in the format of Hugging Face's PEFT, for sequence classification.
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors` (or `.bin`), without the
-encoder. Which projections of which layers have LoRA is read off the tensors' names.
+encoder. The tensors' names tell which projections of which layers have LoRA.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime.errors import UserError
 
 _SAFETENSORS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-# Options that are taken over, or do not change what is computed. With any other, known today or
-# not, the adapter would be something else than LoRA, so it must be off.
+# Options that are supported, or do not affect the computation. Any other option, including ones
+# that PEFT adds later, could change the computation, so it must be off.
 _OPTIONS = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save", "task_type"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias"),
@@ -30,36 +30,36 @@ _OPTIONS = {
     *("init_lora_weights", "eva_config", "qalora_group_size", "megatron_core"),
     "ensure_weight_tying",
 }
-# Those that may be on, but not with any value. Other initialisations change the encoder, too.
+# Options with restricted values. Other values of init_lora_weights also change the encoder.
 _VALUES: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "task_type": (None, "SEQ_CLS", "FEATURE_EXTRACTION"),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
-_HEADS = {"classifier", "score"}  # what PEFT saves a sequence classifier's head as
+_HEADS = {"classifier", "score"}  # PEFT's names for a sequence classifier's head
 
 
 def from_peft(
     base_dir: str | Path, adapters: Mapping[str, str | Path]
 ) -> tuple[MultiTaskModel, dict[str, Any]]:
-    """A model with one task for each adapter, in their order, around one encoder.
+    """A model with one task per adapter, in the given order, on one encoder.
 
-    A classifier that was saved with the LoRA becomes the task's head; on RoBERTa its first layer
-    becomes a pooler of the task's own. Without one, the head is new and has two outputs.
+    A classifier saved with the LoRA becomes the task's head; on RoBERTa its first layer becomes a
+    task-specific pooler. Without a saved classifier, the head is new and has two outputs.
 
     Args:
-        base_dir: the encoder that the adapters were trained on; a directory, the id of a repository
-            on the hub, or whatever else `from_huggingface` takes.
-        adapters: by name of the task, a directory with `adapter_config.json` and
+        base_dir: the encoder that the adapters were trained on; a directory, a hub id, or anything
+            else that `from_huggingface` accepts.
+        adapters: maps each task name to a directory with `adapter_config.json` and
             `adapter_model.safetensors` or `adapter_model.bin`; the latter needs PyTorch.
 
     Returns:
         The model, and its variables {"params", "adapters"} with float32 leaves.
 
     Raises:
-        UserError: options that are not held here, adapters that differ in rank or targets, a
-            damaged file, or tensors that do not fit; all are listed.
+        UserError: if options are not supported, adapters differ in rank or targets, a file is
+            damaged, or tensors do not fit; every problem is listed.
     """
     return stacking.stack(base_dir, adapters, (_SAFETENSORS, _PICKLE), _read_part)
 
@@ -67,16 +67,16 @@ def from_peft(
 def to_peft(
     model: MultiTaskModel, variables: Mapping[str, Any], task: int, directory: str | Path
 ) -> None:
-    """Writes one task's LoRA and head as PEFT reads them for a sequence classifier.
+    """Writes one task's LoRA and head in PEFT's format for a sequence classifier.
 
     Args:
         model: the model.
-        variables: its variables.
+        variables: the model's variables.
         task: the index of the task.
-        directory: where to; made if need be.
+        directory: the output directory, created if missing.
 
     Raises:
-        UserError: there is no such task, or PEFT's LoRA has no place for the method.
+        UserError: if there is no such task, or PEFT's LoRA cannot express the method.
     """
     task_axis.check(len(model.num_outputs), task)
     loras, depth = _loras(model), model.config.num_hidden_layers
@@ -85,9 +85,9 @@ def to_peft(
         "peft_type": "LORA",
         "task_type": "SEQ_CLS",
         "r": form.size,
-        "lora_alpha": round(scale * form.size, 9),  # so that alpha / r is the scale again
+        "lora_alpha": round(scale * form.size, 9),  # so that alpha / r reproduces the scale
         "lora_dropout": form.dropout,
-        # In full, as "output.dense" alone would also be the end of "attention.output.dense".
+        # Full names: PEFT matches suffixes, and "output.dense" ends "attention.output.dense" too.
         "target_modules": [
             _module(adapter, layer) for adapter in loras for layer in adapter.layer_indices(depth)
         ],
@@ -116,23 +116,23 @@ def _read_part(config: Mapping[str, Any], tensors: Tensors, encoder: BertConfig)
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    """Refuses what would make the adapter something else than LoRA."""
+    """Refuses options that would make the adapter something other than plain LoRA."""
     for option, value in config.items():
         if option not in _OPTIONS and value:
-            raise UserError(f"PEFT's {option}={value!r} is not held here; train without it.")
+            raise UserError(f"PEFT's {option}={value!r} is not supported; train without it.")
     for option, values in _VALUES.items():
         value = config.get(option, values[0])
         if value not in values:
             names = ", ".join(map(repr, values))
-            raise UserError(f"PEFT's {option}={value!r} is not held here, only {names}.")
+            raise UserError(f"PEFT's {option}={value!r} is not supported, only {names}.")
     if other := set(config.get("modules_to_save") or ()) - _HEADS:
         raise UserError(
-            f"PEFT's modules_to_save={sorted(other)} is not held here, only the classifier."
+            f"PEFT's modules_to_save={sorted(other)} is not supported, only the classifier."
         )
 
 
 def _method(config: Mapping[str, Any], names: Collection[str], encoder: BertConfig) -> Method:
-    """LoRA on the projections that have tensors of that name."""
+    """LoRA on the projections for which there are tensors."""
     try:
         rank, alpha, dropout = (config[name] for name in ("r", "lora_alpha", "lora_dropout"))
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -140,7 +140,7 @@ def _method(config: Mapping[str, Any], names: Collection[str], encoder: BertConf
     except KeyError as error:
         raise UserError(f"the adapter's configuration lacks {error}.") from error
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"the adapter's configuration makes no sense: {error}.") from error
+        raise UserError(f"the adapter's configuration is invalid: {error}.") from error
     found = []
     depth = encoder.num_hidden_layers
     for adapter in loras:
@@ -149,23 +149,23 @@ def _method(config: Mapping[str, Any], names: Collection[str], encoder: BertConf
         if layers:
             found.append(dataclasses.replace(adapter, scale=scale, layers=which))
     if not found:
-        raise UserError("there is no LoRA on any layer of the encoder in this directory.")
+        raise UserError("this directory has no LoRA on any layer of the encoder.")
     return tuple(found)
 
 
 def _loras(model: MultiTaskModel) -> list[Any]:
-    """The method's adapters, if they are LoRA of one rank and scale, as one directory holds it."""
+    """The method's adapters; they must be LoRA of one rank and scale, as PEFT requires."""
     loras: list[Any] = []
     others: list[Any] = []
     for spec in model.method:
         if spec == methods.pooler()[0] and model.config.model_type == "roberta":
-            continue  # a part of its classifier
+            continue  # exported as the first layer of RoBERTa's classifier
         (loras if methods.is_lora(spec) else others).append(spec)
     agree = len({(spec.form, spec.scale) for spec in loras}) == 1
     if others or not agree or len({spec.site for spec in loras}) < len(loras):
         names = ", ".join(spec.name for spec in others or model.method) or "no adapter"
         raise UserError(
-            f"a PEFT directory has no place for {names}; it holds LoRA of one rank and scale on"
+            f"a PEFT directory cannot hold {names}; it holds LoRA of one rank and scale on"
             " projections of the layers, and the task's head."
         )
     return loras
@@ -175,12 +175,12 @@ def _loras(model: MultiTaskModel) -> list[Any]:
 
 
 def peft_slots(model: MultiTaskModel, task: int) -> Iterator[Slot]:
-    """The table of names of one task's LoRA and head, without what they are nested in."""
+    """The table of names of one task's LoRA and head, without the prefixes of outer modules."""
     yield from _lora_slots(model, task)
     if model.config.model_type == "bert":
         yield from tables.head("classifier", task, model.num_outputs[task])
         return
-    # A RoBERTa classifier is a pooler and a head; ours may be the encoder's or the task's own.
+    # A RoBERTa classifier is a pooler and a head; our pooler is the encoder's or the task's own.
     own = methods.pooler()[0] in model.method
     ours: tuple[str, ...] = ("adapters", "pooler") if own else ("params", "encoder")
     yield from tables.dense("classifier.dense", (*ours, "pooler", "dense"), (task,) if own else ())

@@ -13,7 +13,7 @@ from pals_jax.models.merge import merged
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime.errors import UserError
 
-# The family of its classes, by architecture.
+# The transformers class of each architecture.
 _CLASSES = {"bert": "BertForSequenceClassification", "roberta": "RobertaForSequenceClassification"}
 
 
@@ -23,10 +23,11 @@ def from_sequence_classification(
     """The model (T = 1, no adapters) and variables of a fine-tuned classifier or regressor.
 
     Args:
-        directory: anything that `huggingface.resolve` takes.
+        directory: anything that `huggingface.resolve` accepts.
 
     Raises:
-        UserError: none there, another kind of model or problem, or tensors that do not fit.
+        UserError: if there is no model, the kind of model or problem is not supported, or tensors
+            do not fit.
     """
     path = huggingface.resolve(directory)
     config = huggingface.read_config(path)
@@ -51,30 +52,30 @@ def to_sequence_classification(
 ) -> tuple[MultiTaskModel, dict[str, Any]]:
     """Writes one task as `config.json` and `model.safetensors` for transformers.
 
-    What the task changes of the encoder's weights (LoRA, IA3, its own layer norms, biases, layers
-    or pooler) is merged into them. The tokenizer is not written.
+    The task's changes to encoder weights (LoRA, IA3, its own layer norms, biases, layers or pooler)
+    are merged into them. The tokenizer is not written.
 
     Args:
         model: the model of T tasks.
-        variables: its variables.
+        variables: the model's variables.
         task: the index of the task.
-        directory: is made if need be.
-        labels: the names of its classes, or one name of the number that a regression gives (on
-            the scale of the training targets); by default LABEL_0, LABEL_1, ...
+        directory: the output directory, created if missing.
+        labels: the names of the classes, or one name for the output of a regression (on the scale
+            of the training targets); by default LABEL_0, LABEL_1, ...
 
     Returns:
-        What was written, as a model (T = 1, no adapters) and its variables.
+        The written model (T = 1, no adapters) and its variables.
 
     Raises:
-        UserError: no such task, a wrong number of labels, or a method that the architecture of
-            transformers has no place for; nothing is written then.
+        UserError: if there is no such task, the number of labels is wrong, or the transformers
+            architecture cannot express the method; nothing is written then.
     """
     model, variables = merged(model, variables, task)
     name, (num_outputs,) = _CLASSES[model.config.model_type], model.num_outputs
     if model.method:
         left = ", ".join(spec.name for spec in model.method)
         raise UserError(
-            f"{left} of the task cannot be expressed in {name}, which has no place for adapters;"
+            f"the task's {left} cannot be expressed in {name}, which has no place for adapters;"
             " export a task trained with shared, lora, ia3 or copies of the encoder's parameters."
         )
     labels = [f"LABEL_{i}" for i in range(num_outputs)] if labels is None else list(labels)
@@ -99,9 +100,9 @@ def to_sequence_classification(
 
 
 def sequence_classification_slots(config: BertConfig, num_outputs: int) -> Iterator[Slot]:
-    """The table of names, without the prefix "bert." or "roberta." of the encoder's.
+    """The table of names, without the encoder's prefix "bert." or "roberta.".
 
-    RoBERTa has no pooler, but a classifier of two layers, the first of which is one.
+    RoBERTa's classifier has two layers, of which the first corresponds to our pooler.
     """
     roberta = config.model_type == "roberta"
     pooler = "classifier.dense." if roberta else "pooler.dense."
@@ -119,7 +120,7 @@ def _num_outputs(path: Path) -> int:
     problem = config.get("problem_type")
     if problem == "multi_label_classification" or (problem == "regression" and count != 1):
         raise UserError(
-            f"{path} has the problem {problem} with {count} outputs; only one class of several"
-            " (single_label_classification) or the regression of one number is held here."
+            f"{path} has the problem {problem} with {count} outputs; only"
+            " single_label_classification, or regression with one output, is supported."
         )
     return count

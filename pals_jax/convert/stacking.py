@@ -1,4 +1,4 @@
-"""Adapters of several tasks, each from a directory of its own, stacked onto one encoder."""
+"""Combines adapters of several tasks, one directory each, on one encoder."""
 
 import dataclasses
 import re
@@ -13,18 +13,18 @@ from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime.errors import UserError
 
-_NESTED = r"^(base_model\.model\.)?(bert\.|roberta\.)?"  # what a name within the encoder follows
+_NESTED = r"^(base_model\.model\.)?(bert\.|roberta\.)?"  # prefixes before a name in the encoder
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a directory holds of one task.
+    """One task, as read from a directory.
 
     Attributes:
-        method: what the adapter is.
-        tensors: by foreign name.
-        slots: for a model and a task index, the places of the tensors.
-        num_outputs: of the task's head.
+        method: the method of the adapter.
+        tensors: the tensors by their foreign names.
+        slots: a function from a model and a task index to the table of the tensors.
+        num_outputs: the number of outputs of the task's head.
     """
 
     method: Method
@@ -43,22 +43,22 @@ def stack(
     read_part: ReadPart,
     may_lack: str = "$^",
 ) -> tuple[MultiTaskModel, dict[str, Any]]:
-    """One task for each adapter, in their order, on the encoder in a directory.
+    """A model with one task per adapter, in the given order, on one encoder.
 
     Args:
-        base_dir: anything that `huggingface.resolve` takes.
-        directories: those of the adapters, by name of the task; each holds `adapter_config.json`.
-        weights: the names that the file of the tensors may have.
-        read_part: makes a part of what is in the two files, and of the encoder's architecture. The
-            names of the tensors begin within the encoder.
-        may_lack: pattern of the tensors that an adapter may lack.
+        base_dir: anything that `huggingface.resolve` accepts.
+        directories: the adapters' directories by task name; each holds `adapter_config.json`.
+        weights: the possible names of the tensor file.
+        read_part: a function from the configuration, the tensors and the encoder's architecture to
+            a `Part`. The tensors' names are relative to the encoder.
+        may_lack: a pattern of tensors that an adapter may lack.
 
     Returns:
         The model, and its variables {"params", "adapters"} with float32 leaves.
 
     Raises:
-        UserError: no adapter, a damaged file, adapters of different methods, or tensors that do not
-            fit.
+        UserError: if there is no adapter, a file is damaged, the adapters' methods differ, or
+            tensors do not fit.
     """
     if not directories:
         raise UserError("there is no adapter to convert; give the directory of at least one.")
@@ -73,7 +73,7 @@ def stack(
     slots = list(tables.bert(config))
     tensors = tables.write(huggingface.from_huggingface(base)[1], slots)
     for index, (task, part) in enumerate(parts.items()):
-        where = f"{directories[task]}: "  # so that an error says whose tensor it is
+        where = f"{directories[task]}: "  # lets error messages name the directory of a tensor
         slots += tables.renamed(part.slots(model, index), where.__add__)
         tensors |= {where + name: tensor for name, tensor in part.tensors.items()}
     may_lack = f".*: (?:{may_lack})"
@@ -97,7 +97,7 @@ def _common_method(parts: Mapping[str, Part], directories: Mapping[str, str | Pa
         if another.method != part.method:
             raise UserError(
                 f"the adapters of {first} ({directories[first]}) and {other} ({directories[other]})"
-                " differ in method, size or layers; one model holds what agrees, so convert them"
-                " separately."
+                " differ in method, size or layers; all tasks of a model share a method, so convert"
+                " them separately."
             )
     return part.method

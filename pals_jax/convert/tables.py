@@ -1,4 +1,4 @@
-"""Foreign checkpoints as tables of names: one way to read them, one way to write them."""
+"""Foreign checkpoints as tables of tensor names, with one function to read and one to write."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ from pals_jax.runtime.errors import UserError
 Path = tuple[str, ...]
 Tensors = Mapping[str, np.ndarray]
 
-# By site, the module of Hugging Face's `BertLayer` whose output is the state there.
+# For each site, the module of Hugging Face's `BertLayer` that outputs the state there.
 MODULES: Mapping[str, str] = {
     "attention.query": "attention.self.query",
     "attention.key": "attention.self.key",
@@ -39,7 +39,8 @@ class Slot:
         name: the tensor's foreign name.
         path: the leaf, for example ("params", "encoder", "layers", "ffn", "output", "kernel").
         index: the part of the leaf, for example (3,) for the fourth layer.
-        transpose: PyTorch keeps [out, in], Flax [in, out].
+        transpose: whether to transpose, since PyTorch stores kernels as [out, in], Flax as
+            [in, out].
     """
 
     name: str
@@ -51,7 +52,7 @@ class Slot:
 def dense(
     name: str, path: Path, index: tuple[int | slice, ...] = (), piece: str = ""
 ) -> Iterator[Slot]:
-    """The two tensors of a `torch.nn.Linear`, or a piece of each, such as "[3]"; see `cut`."""
+    """The two tensors of a `torch.nn.Linear`, or one piece of each, such as "[3]"; see `cut`."""
     yield Slot(f"{name}.weight{piece}", (*path, "kernel"), index, transpose=True)
     yield Slot(f"{name}.bias{piece}", (*path, "bias"), index)
 
@@ -95,23 +96,23 @@ def head(name: str, task: int, outputs: int) -> Iterator[Slot]:
 
 
 def lora(name: str, path: Path, index: tuple[int | slice, ...], suffix: str = "") -> Iterator[Slot]:
-    """The two matrices of LoRA on one projection: "nameA" and "nameB", before a suffix."""
+    """The two matrices of LoRA on one projection: "nameA" and "nameB", followed by the suffix."""
     yield Slot(f"{name}A{suffix}", (*path, "down", "kernel"), index, transpose=True)
     yield Slot(f"{name}B{suffix}", (*path, "up", "kernel"), index, transpose=True)
 
 
 def renamed(slots: Iterable[Slot], rename: Callable[[str], str]) -> Iterator[Slot]:
-    """The same places under other foreign names."""
+    """The same slots with other foreign names."""
     return (dataclasses.replace(slot, name=rename(slot.name)) for slot in slots)
 
 
 def cut(name: str, pieces: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
-    """A foreign tensor that fills several places, in pieces of its own: "name[0]", "name[1]"."""
+    """The pieces of a foreign tensor that fills several slots, named "name[0]", "name[1]", ..."""
     return {f"{name}[{i}]": piece for i, piece in enumerate(pieces)}
 
 
 def gathered(tensors: Tensors) -> dict[str, list[np.ndarray]]:
-    """The inverse of `cut`: by name a tensor's pieces in their order, or the tensor alone."""
+    """The inverse of `cut`: for each name, the tensor's pieces in order, or the whole tensor."""
     whole: dict[str, list[np.ndarray]] = {}
     for name, tensor in tensors.items():
         whole.setdefault(re.sub(r"\[\d+\]$", "", name), []).append(tensor)
@@ -130,20 +131,21 @@ def read(
 ) -> dict[str, Any]:
     """The model's variables, float32, with every slot filled from `tensors`.
 
-    Several tensors may fill one place (copies of a shared matrix); they must then be equal. Leaves
+    Several tensors may fill the same place (copies of a shared matrix) if they are equal. Leaves
     that no tensor fills get random initial values.
 
     Args:
         model: the model.
-        slots: the table.
+        slots: the table of names.
         tensors: the foreign checkpoint.
-        source: what it is called in an error.
-        seed: of the initial values.
-        may_lack: pattern of the slots that the checkpoint may lack.
-        may_ignore: pattern of the tensors that no slot needs to take.
+        source: the name of the checkpoint in error messages.
+        seed: the seed of the initial values.
+        may_lack: a pattern of slots that the checkpoint may lack.
+        may_ignore: a pattern of tensors that may remain unused.
 
     Raises:
-        UserError: lists every missing, unused, mis-shaped and contradictory tensor.
+        UserError: if tensors are missing, unused, contradictory or of a wrong shape; the message
+            lists them all.
     """
     shapes = flatten_dict(variable_shapes(model))
     leaves = {path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items()}
@@ -173,7 +175,7 @@ def read(
     problems += [f"unused {name}" for name in unused]
     if problems:
         raise UserError(f"{source} does not fit the model: {'; '.join(problems)}.")
-    for task, outputs in enumerate(model.num_outputs):  # what a head is padded with stays zero
+    for task, outputs in enumerate(model.num_outputs):  # the padding of heads stays zero
         for leaf in ("kernel", "bias"):
             given["adapters", "head", leaf][task, ..., outputs:] = True
     new = [path for path, mask in given.items() if not mask.all()]
@@ -186,7 +188,7 @@ def read(
 
 
 def _initial(model: MultiTaskModel, paths: Iterable[Path], seed: int) -> dict[Path, jax.Array]:
-    """Random initial values of some leaves; only these are computed, which is most of the time."""
+    """Random initial values of some leaves; jit drops the computation of all others."""
 
     @jax.jit
     def init(key: jax.Array) -> dict[Path, jax.Array]:
@@ -199,7 +201,7 @@ def _initial(model: MultiTaskModel, paths: Iterable[Path], seed: int) -> dict[Pa
 def _owned(
     model: MultiTaskModel, variables: Mapping[Path, jax.Array], new: Iterable[Path]
 ) -> dict[Path, jax.Array]:
-    """The leaves among `new` that begin as copies of the encoder's, which is known by now."""
+    """The leaves among `new` that are initialised as copies of encoder parameters."""
     encoder = unflatten_dict({p[2:]: x for p, x in variables.items() if p[0] == "params"})
     depth, num_tasks = model.config.num_hidden_layers, len(model.num_outputs)
     copies = {
@@ -212,7 +214,7 @@ def _owned(
 
 
 def write(variables: Mapping[str, Any], slots: Iterable[Slot]) -> dict[str, np.ndarray]:
-    """The foreign tensors that the slots name, float32."""
+    """The foreign tensors of all slots, float32."""
     leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(variables).items()}
     tensors = {slot.name: (leaves[slot.path][slot.index], slot) for slot in slots}
     return {name: x.T if slot.transpose else x for name, (x, slot) in tensors.items()}

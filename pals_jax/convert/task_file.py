@@ -1,8 +1,8 @@
-"""One task as one file: what it adds to a base, and all that is needed to use it there.
+"""Task files: one file with everything that a task adds to a base.
 
 A safetensors file with the task's rows of the `adapters` collection (adapters, copies of encoder
-parameters, head), and as metadata the task, its method, the base's architecture, and fingerprints
-of the base's weights and of its tokenizer. Any set of them, of one method, makes a model.
+parameters, head). Its metadata hold the task, its method, the base's architecture, and fingerprints
+of the base's weights and tokenizer. Any set of task files with one method makes a model.
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ _KEYS = {"task", "method", "max_length", "architecture", "base", "tokenizer"}
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """What a task is added to.
+    """The encoder to which tasks are added.
 
     Attributes:
-        architecture: of the encoder.
-        params: its weights, the `params` collection.
-        tokenizer: its tokenizer.
+        architecture: the architecture of the encoder.
+        params: the weights of the encoder, the `params` collection.
+        tokenizer: the tokenizer of the encoder.
     """
 
     architecture: BertConfig
@@ -70,12 +70,12 @@ def save(
 
     Args:
         path: the file.
-        base: what the model is built on.
+        base: the encoder of the model.
         task: the task.
-        method: the expression that `methods.parse` reads.
-        max_length: the tokens at which its texts were cut.
+        method: the expression of the method, as `parse_method` reads it.
+        max_length: the number of tokens to which texts were truncated.
         adapters: the `adapters` collection, leaves [T, ...].
-        index: the task's row in it.
+        index: the task's index on the task axis.
     """
     rows = flatten_dict(jax.tree.map(lambda x: x[index], dict(adapters)), sep="/")
     for leaf in ("head/kernel", "head/bias"):
@@ -97,10 +97,10 @@ class Loaded:
     """Several task files on one base.
 
     Attributes:
-        variables: of their model.
-        tasks: in the order of the files.
-        method: the expression of their method.
-        max_length: the largest of theirs.
+        variables: the variables of the combined model.
+        tasks: the tasks in the order of the files.
+        method: the expression of their common method.
+        max_length: the largest max_length of the files, in tokens.
     """
 
     variables: dict[str, Any]
@@ -113,15 +113,15 @@ def load(paths: Sequence[Path], base: Base) -> Loaded:
     """The model of several task files on one base.
 
     Raises:
-        UserError: no task file, a damaged one, one of another base, tokenizer or method, or two of
-            one name.
+        UserError: if a file is not a task file or is damaged, belongs to another base or tokenizer,
+            or has another method than the first, or if two tasks have the same name.
     """
     read = [_read(path) for path in paths]
     for path, (_, metadata) in zip(paths, read, strict=True):
         for what, mine in base.fingerprints().items():
             if metadata[what] != mine:
                 raise UserError(
-                    f"{path} was trained on another {what}; load it onto the one it was made with."
+                    f"{path} was trained on another {what}; use the one it was trained on."
                 )
         if parse_method(metadata["method"]) != parse_method(read[0][1]["method"]):
             raise UserError(
@@ -131,7 +131,7 @@ def load(paths: Sequence[Path], base: Base) -> Loaded:
     tasks = tuple(Task.from_json(json.loads(metadata["task"])) for _, metadata in read)
     names = [task.name for task in tasks]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"two of the files hold a task named {repeated[0]!r}; leave one out.")
+        raise UserError(f"two files hold a task named {repeated[0]!r}; leave one out.")
     method = read[0][1]["method"]
     model = MultiTaskModel(
         base.architecture, tuple(task.num_outputs for task in tasks), parse_method(method)
@@ -153,17 +153,19 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read the task file {path}: {error}.") from error
     if metadata.get("format") != _FORMAT or _KEYS - set(metadata):
-        raise UserError(f"{path} is no task file of this version; write it with pals-jax convert.")
+        raise UserError(
+            f"{path} is not a task file of this version; write it with pals-jax convert."
+        )
     return tensors, metadata
 
 
 def _check_tensors(path: Path, model: MultiTaskModel, tensors: Mapping[str, np.ndarray]) -> None:
-    """Refuses what is not just the row of one task."""
+    """Refuses tensors that are not exactly the rows of one task."""
     shapes = variable_shapes(model)["adapters"]
     wanted = {name: x.shape[1:] for name, x in flatten_dict(shapes, sep="/").items()}
     found = {name: x.shape for name, x in tensors.items()}
     if wrong := sorted(k for k in wanted | found if wanted.get(k) != found.get(k)):
         raise UserError(
-            f"{path} does not fit its method: missing, unknown or of another shape are"
-            f" {', '.join(wrong)}; write it again with pals-jax convert."
+            f"{path} does not fit its method; missing, unknown or of a wrong shape:"
+            f" {', '.join(wrong)}. Write it again with pals-jax convert."
         )

@@ -1,4 +1,4 @@
-"""The files that foreign checkpoints consist of."""
+"""Reading and writing the files of foreign checkpoints."""
 
 import json
 import pickle
@@ -20,15 +20,16 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a file, by name.
 
     Args:
-        path: `.safetensors`; `.bin`, a pickled PyTorch state dict, which needs PyTorch and of which
-            nothing but tensors is unpickled; or `.npz`.
+        path: a `.safetensors` or `.npz` file, or a `.bin` file, a pickled PyTorch state dict; this
+            needs PyTorch, and only tensors are unpickled.
 
     Raises:
-        UserError: no such file, another format, damage, a pickle with anything but tensors.
+        UserError: if the file does not exist, is damaged or of another format, or is a pickle that
+            contains anything but tensors.
     """
     readers = {".safetensors": _safetensors, ".bin": _pickle, ".npz": _npz}
     if path.suffix not in readers:
-        raise UserError(f"cannot read {path}: tensors come as {', '.join(readers)}.")
+        raise UserError(f"cannot read {path}: tensor files end in {', '.join(readers)}.")
     try:
         return readers[path.suffix](path)
     except (
@@ -39,7 +40,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def find_tensors(directory: Path, *names: str) -> dict[str, np.ndarray]:
-    """The tensors of the first of several files that a directory has."""
+    """The tensors of the first of these files that exists in the directory."""
     for name in names:
         if (directory / name).exists():
             return read_tensors(directory / name)
@@ -60,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_adapter(
     directory: Path, config: Mapping[str, Any], weights: str, tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes `adapter_config.json`, and the tensors as safetensors to the file `weights`."""
+    """Writes `adapter_config.json`, and the tensors to the safetensors file `weights`."""
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / weights, tensors, {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True)
@@ -70,21 +71,21 @@ def write_adapter(
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file, whole or not at all.
+    """Writes a safetensors file atomically.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: if the file cannot be written.
     """
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     try:
         with storage.replacing(path) as part:
             safetensors.numpy.save_file(contiguous, part, metadata=dict(metadata))
-    except safetensors.SafetensorError as error:  # which is no OSError, even for a full disk
+    except safetensors.SafetensorError as error:  # not an OSError, even if the disk is full
         raise UserError(f"cannot write {path}: {error}.") from error
 
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
-    # By way of JAX, which knows bfloat16.
+    # Through JAX, because safetensors.numpy does not support bfloat16.
     return {name: np.asarray(x) for name, x in safetensors.flax.load_file(path).items()}
 
 
@@ -95,24 +96,24 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
 
 def _pickle(path: Path) -> dict[str, np.ndarray]:
     try:
-        import torch  # needed for nothing else
+        import torch  # optional: only pickled checkpoints need it
     except ImportError as error:
         raise UserError(
-            f"{path} is a pickle, which only PyTorch reads; pip install torch, or convert it to"
+            f"{path} is a pickle, which only PyTorch can read; pip install torch, or convert it to"
             " safetensors."
         ) from error
     try:
-        # Other unpickling runs whatever code the file names.
+        # weights_only: ordinary unpickling would run any code that the file names.
         with path.open("rb") as file:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise UserError(
-            f"{path} is refused: it is damaged, or holds something else than tensors, such as code;"
-            " get the weights as safetensors."
+            f"{path} is refused: it is damaged, or contains something other than tensors, such as"
+            " code; get the weights as safetensors."
         ) from error
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise UserError(f"{path} does not hold a state dict, tensors by name.")
-    # NumPy knows no bfloat16.
+        raise UserError(f"{path} does not hold a state dict (tensors by name).")
+    # NumPy does not support bfloat16.
     return {
         name: (x.float() if x.is_floating_point() else x).numpy() for name, x in tensors.items()
     }

@@ -1,7 +1,7 @@
 """Google's TensorFlow BERT, with and without the adapters of Houlsby et al. (adapter-bert).
 
-That code computes GELU by its tanh approximation, in the encoder and in the adapters, where
-transformers has the exact one: "gelu" of its `bert_config.json` is "gelu_new" here.
+That code uses the tanh approximation of GELU in the encoder and the adapters, while transformers
+uses the exact GELU: "gelu" in its `bert_config.json` is "gelu_new" here.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime.errors import UserError
 
 _ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "tanh": "tanh"}
-_EPSILON = 1e-12  # of its layer norms; no setting
+_EPSILON = 1e-12  # layer norm epsilon, hard-coded there
 
-# Pre-training heads and what optimisers keep.
+# Pre-training heads and optimiser state.
 _MAY_IGNORE = r"cls/|global_step$|.*/adam_[mv]$"
 _HEAD = {"output_weights", "output_bias"}
 _ADAPTERS = {"attention_adapter": "attention/output/adapters", "ffn_adapter": "output/adapters"}
@@ -45,23 +45,23 @@ def from_tf_bert(
     adapters: Method = (),
     tasks: Sequence[int] = (),
 ) -> tuple[MultiTaskModel, dict[str, Any]]:
-    """The model and variables of an original checkpoint: its own task, or new ones.
+    """The model and variables of an original checkpoint, with its own task or with new tasks.
 
-    Its own task (T = 1), by default: where the checkpoint has adapters the method is `houlsby` with
-    the task's own layer norms; a head that it lacks, as pre-trained ones do, is a new one of two
-    classes. With `adapters` or `tasks`, all adapters and heads are new, as `from_huggingface` makes
-    them; the checkpoint must then be a pre-trained one, without any.
+    By default the model has the checkpoint's own task (T = 1): if the checkpoint has adapters, the
+    method is `houlsby` with task-specific layer norms; if it has no head, as after pre-training,
+    the head is new and has two classes. With `adapters` or `tasks`, all adapters and heads are new,
+    as in `from_huggingface`; the checkpoint must then have none.
 
     Args:
         config: the original `bert_config.json`.
-        variables: the original names ("bert/encoder/layer_0/..."), as
-            `tf_checkpoint.read_tf_checkpoint` gives them. Optimiser states, the step and
-            pre-training heads are ignored.
+        variables: the variables under their original names ("bert/encoder/layer_0/..."), as
+            `tf_checkpoint.read_tf_checkpoint` returns them. Optimiser state, step and pre-training
+            heads are ignored.
         adapters: the method of new tasks.
-        tasks: each new task's number of classes, 1 for regression; one of two if left out.
+        tasks: each new task's number of classes, 1 for regression; by default one task with two.
 
     Raises:
-        UserError: an activation that is not known, or tensors that do not fit; all are listed.
+        UserError: if the activation is unknown, or tensors do not fit; every problem is listed.
     """
     activation = config.get("hidden_act", "gelu")
     architecture = BertConfig.from_mapping(
@@ -88,31 +88,32 @@ def from_tf_bert(
 def to_tf_bert(
     model: MultiTaskModel, variables: Mapping[str, Any], task: int
 ) -> dict[str, np.ndarray]:
-    """One task under the original names, float32.
+    """One task's variables under the original names, float32.
 
-    What the task changes of the encoder's weights (LoRA, IA3, its own layer norms, biases, layers
-    or pooler) is merged into them.
+    The task's changes to encoder weights (LoRA, IA3, its own layer norms, biases, layers or pooler)
+    are merged into them.
 
     Raises:
-        UserError: no such task, or the original code has no place for its method or encoder.
+        UserError: if there is no such task, or the original code cannot express its method or
+            encoder.
     """
     model, variables = merged(model, variables, task)
     config = model.config
     if config.model_type != "bert" or config.layer_norm_eps != _EPSILON:
         raise UserError(
             f"the encoder is a {config.model_type} with layer_norm_eps {config.layer_norm_eps};"
-            f" TensorFlow's code has only bert with {_EPSILON}."
+            f" the TensorFlow code supports only bert with {_EPSILON}."
         )
     if config.hidden_act not in _ACTIVATIONS.values():
         raise UserError(
-            f"the encoder's hidden_act is {config.hidden_act!r}; TensorFlow's code has only"
+            f"the encoder's hidden_act is {config.hidden_act!r}; the TensorFlow code supports only"
             f" {', '.join(_ACTIVATIONS.values())}."
         )
     if not _is_houlsby(model.method):
         left = ", ".join(spec.name for spec in model.method)
         raise UserError(
-            f"{left} of the task cannot be expressed in TensorFlow's code; its adapters are those"
-            ' of houlsby(activation="gelu_new").'
+            f"the task's {left} cannot be expressed in the TensorFlow code, which supports only"
+            ' houlsby(activation="gelu_new").'
         )
     return tables.write(variables, tf_bert_slots(model))
 
@@ -125,7 +126,7 @@ def tf_bert_slots(model: MultiTaskModel) -> Iterator[Slot]:
             name, path = f"bert/encoder/layer_{layer}/{place}", ("adapters", adapter, "layers")
             for number, projection in enumerate(("down", "up"), 1):
                 yield Slot(f"{name}/weights{number}", (*path, projection, "kernel"), (0, layer))
-                # Biases are [1, S] there: the task axis stands in for the first.
+                # Their biases are [1, S]: slicing the task axis provides the leading 1.
                 bias = (*path, projection, "bias")
                 yield Slot(f"{name}/biases{number}", bias, (slice(1), layer))
     yield Slot("output_weights", ("adapters", "head", "kernel"), (0,), transpose=True)
@@ -146,7 +147,7 @@ def _method(variables: Mapping[str, np.ndarray]) -> Method:
 
 
 def _is_houlsby(method: Method) -> bool:
-    """Whether a merged method is that of the original code, or nothing."""
+    """Whether a merged method is the original code's, or empty."""
     forms = (spec.form for spec in method if isinstance(spec, Adapter))
     sizes = {form.size for form in forms if isinstance(form, Bottleneck)}
     return method == () or any(

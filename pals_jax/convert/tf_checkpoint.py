@@ -1,8 +1,8 @@
 """TensorFlow checkpoints ("tensor bundles") without TensorFlow.
 
-`PREFIX.index` is a sorted table of LevelDB's format, from each variable's name to a protocol buffer
-that says where in `PREFIX.data-00000-of-00001` its raw values lie. See tensor_bundle.proto and
-lib/io/format.cc in TensorFlow's sources.
+`PREFIX.index` is a sorted table in LevelDB's format. It maps each variable's name to a protocol
+buffer with the location of its raw values in `PREFIX.data-00000-of-00001`. See tensor_bundle.proto
+and lib/io/format.cc in TensorFlow's sources.
 """
 
 import math
@@ -16,8 +16,8 @@ import numpy as np
 from pals_jax.runtime.errors import UserError
 
 _MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
-_FOOTER = 48  # bytes, the magic among them
-_BLOCK_TRAILER = 5  # bytes behind a block: its compression and its checksum
+_FOOTER = 48  # bytes, including the magic number
+_BLOCK_TRAILER = 5  # bytes after each block: compression type and checksum
 
 # TensorFlow's DataType.
 _DTYPES: dict[int, Any] = {
@@ -30,49 +30,49 @@ def read_tf_checkpoint(prefix: str | Path) -> dict[str, np.ndarray]:
     """The variables of a checkpoint, by name.
 
     Args:
-        prefix: the path of its files without `.index`, for example `.../bert_model.ckpt`.
+        prefix: the path of the files without `.index`, for example `.../bert_model.ckpt`.
 
     Returns:
         Arrays of the stored dtypes, memory-mapped and read-only.
 
     Raises:
-        UserError: files that lack, are cut short, or hold something else than arrays of numbers.
+        UserError: if files are missing or truncated, or hold anything but arrays of numbers.
     """
     path = Path(f"{prefix}.index")
     try:
         entries = dict(_table(path.read_bytes()))
         header = _message(entries.pop(b""))
         if header.get(2, [0]) != [0]:
-            raise ValueError("it is of a big-endian machine")
+            raise ValueError("it was written on a big-endian machine")
         shards = header.get(1, [1])[0]
         files = (f"{prefix}.data-{i:05d}-of-{shards:05d}" for i in range(shards))
         data = [np.memmap(file, np.uint8, "r") for file in files]
         return {name.decode(): _array(_message(entry), data) for name, entry in entries.items()}
     except OSError as error:
         raise UserError(f"cannot read the TensorFlow checkpoint {prefix}: {error}.") from error
-    except (ValueError, LookupError, TypeError) as error:  # wherever the bytes lead
+    except (ValueError, LookupError, TypeError) as error:  # damaged bytes can fail anywhere
         raise UserError(
-            f"the TensorFlow checkpoint {prefix} is damaged or of another kind ({error});"
+            f"the TensorFlow checkpoint {prefix} is damaged or in another format ({error});"
             " get its .index and .data files again."
         ) from error
 
 
 def _table(table: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values: those of the blocks that the table's last block lists."""
+    """The keys and values of all blocks; the table's last block lists the others."""
     if table[-8:] != _MAGIC:
-        raise ValueError("the index does not end as one")
+        raise ValueError("the index lacks its magic number")
     _, _, offset, size = _varints(table, len(table) - _FOOTER, 4)[0]
     for _, place in _block(table, offset, size):
         yield from _block(table, *_varints(place, 0, 2)[0])
 
 
 def _block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """A block's keys and values; each key says how much of the key before it it begins with."""
+    """A block's keys and values; each key stores the length of the prefix shared with the last."""
     block = table[offset : offset + size]
     if offset + size + _BLOCK_TRAILER + _FOOTER > len(table):
         raise ValueError("the index is cut short")
     if table[offset + size]:
-        raise ValueError("its index is compressed")  # which TensorFlow's own never is
+        raise ValueError("its index is compressed")  # TensorFlow itself never compresses it
     restarts = int.from_bytes(block[-4:], "little")
     position, end, key = 0, size - 4 * (restarts + 1), b""
     while position < end:
@@ -85,7 +85,7 @@ def _block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]
 
 
 def _array(entry: dict[int, list[Any]], data: Sequence[np.ndarray]) -> np.ndarray:
-    """The values that a BundleEntryProto points at."""
+    """The array that a BundleEntryProto points to."""
     dtype, shard, offset, size = (entry.get(field, [0])[0] for field in (1, 3, 4, 5))
     if dtype not in _DTYPES or 7 in entry:
         raise ValueError("it holds strings, resources or variables in parts")
@@ -99,7 +99,7 @@ def _array(entry: dict[int, list[Any]], data: Sequence[np.ndarray]) -> np.ndarra
 
 
 def _message(message: bytes) -> dict[int, list[Any]]:
-    """The values of each field of a protocol buffer: numbers, or bytes."""
+    """The values of each field of a protocol buffer, as numbers or bytes."""
     fields: dict[int, list[Any]] = {}
     position = 0
     while position < len(message):
@@ -118,7 +118,7 @@ def _message(message: bytes) -> dict[int, list[Any]]:
 
 
 def _varints(buffer: bytes, position: int, count: int) -> tuple[list[int], int]:
-    """Numbers in seven bits a byte, the low ones first, and the position behind them."""
+    """Decodes `count` varints (7 bits per byte, low bits first); also returns the end position."""
     numbers = []
     for _ in range(count):
         number, shift = 0, 0

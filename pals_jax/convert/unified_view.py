@@ -1,8 +1,8 @@
-"""Checkpoints of He et al.'s code ("Towards a unified view") on RoBERTa, in and out.
+"""Import and export of checkpoints of He et al.'s code ("Towards a unified view") on RoBERTa.
 
-Two parts: the encoder, with what belongs to the task in tensors called ef_..., and the prefix
-module. In the tables here the latter's names begin with "prefix/", and the last projection of its
-network, with the keys and values of all layers, is cut into theirs ("...2.weight[0]").
+A checkpoint has two parts: the encoder, with task parameters in tensors named ef_..., and the
+prefix module. In the tables here, names in the prefix module begin with "prefix/", and its last
+projection, which covers all layers, is split into one piece per layer ("...2.weight[0]").
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,25 +21,25 @@ from pals_jax.runtime.errors import UserError
 
 
 class Place(NamedTuple):
-    """Where an adapter stands, what it reads, and its name within a layer of theirs."""
+    """An adapter's site, its input, and its module name within their layer."""
 
     site: str
     reads: Literal["block_input", "state", "normalised"]
     name: str
 
 
-# By attn_option; the sequential one comes before dropout. Both have a layer norm first.
+# Keyed by attn_option; "sequential" comes before dropout. Both apply a layer norm first.
 _ATTENTION_ADAPTERS = {
     "parallel": Place("attention.heads", "block_input", "attention.self.ef_attn_adapter"),
     "sequential": Place("attention.projection", "state", "attention.output.ef_attn_adapter"),
 }
-# By ffn_option.
+# Keyed by ffn_option.
 _FFN_ADAPTERS = {
     "parallel": Place("ffn.output", "block_input", "ef_ffn_adapter"),
     "sequential": Place("ffn.output", "state", "output.ef_ffn_adapter"),
     "pfeiffer": Place("ffn.output", "normalised", "output.ef_ffn_adapter"),
 }
-# By attn_option: what turns scores into weights, and the composition.
+# Keyed by attn_option: the activation of attention scores, and the composition.
 _PREFIXES: Mapping[str, tuple[str, Literal["gate", "add"]]] = {
     "concat": ("softmax", "gate"),
     "cross_attn_noln": ("softmax", "add"),
@@ -49,8 +49,8 @@ _LORA = {"attention": ("query", "value"), "ffn": ("ffn_in", "ffn_out")}  # targe
 _LORA_SITES = {methods.LORA_SITES[target] for targets in _LORA.values() for target in targets}
 
 _PREFIX = "prefix/"
-_LAST = f"{_PREFIX}control_trans.2"  # keys, then values, of the first layer, then the second ...
-_SHARED = ("embedding", "down")  # of the prefix's network: one for all layers
+_LAST = f"{_PREFIX}control_trans.2"  # layer by layer: keys, then values
+_SHARED = ("embedding", "down")  # the parts of the prefix network that all layers share
 _OPTIONS = {
     *("attn_mode", "attn_option", "attn_composition", "attn_bn", "mid_dim"),
     *("ffn_mode", "ffn_option", "ffn_bn", "ffn_adapter_layernorm_option"),
@@ -61,29 +61,29 @@ _OPTIONS = {
 def from_unified_view(
     config: Mapping[str, Any], state_dict: Tensors, prefix_state: Tensors
 ) -> tuple[MultiTaskModel, dict[str, Any]]:
-    """The model and variables, of one task, of an original checkpoint.
+    """The model (T = 1) and variables of an original checkpoint; the head is new.
 
-    What the original has but does not use is passed over: prefixes for an encoder-decoder, the
-    layer norm of the multi-head parallel adapter, the second copy of a parallel adapter. Dropout
-    inside adapters and of prefixes is not taken over; LoRA's is.
+    Parameters that the original stores but does not use are ignored: encoder-decoder prefixes, the
+    layer norm of the multi-head parallel adapter, the second copy of a parallel adapter. LoRA's
+    dropout rate is kept; dropout inside adapters and on prefixes is not.
 
     Args:
         config: RoBERTa's `config.json` with the authors' options (`attn_mode`, `attn_option`,
-            `attn_bn`, `ffn_mode`, ...), and perhaps `labels`: a list with the task's number of
+            `attn_bn`, `ffn_mode`, ...), and optionally `labels`: a list with the task's number of
             classes, 1 for regression; 2 if absent.
-        state_dict: of the encoder ("encoder.layer.0...", "pooler.dense.weight"); LoRA unmerged. The
-            head is new.
-        prefix_state: of the prefix module ("wte.weight", "control_trans.0.weight", or
-            "decoder_self_attn_key.0.weight"); empty where there is none.
+        state_dict: the tensors of the encoder ("encoder.layer.0...", "pooler.dense.weight"), with
+            LoRA unmerged.
+        prefix_state: the tensors of the prefix module ("wte.weight", "control_trans.0.weight", or
+            "decoder_self_attn_key.0.weight"); empty if there is none.
 
     Raises:
-        UserError: options that are not held here, or tensors that do not fit; all are listed.
+        UserError: if options are not supported, or tensors do not fit; every problem is listed.
     """
     if missing := _OPTIONS - set(config):
         raise UserError(f"the unified-view config lacks {', '.join(sorted(missing))}.")
     labels = tuple(config.get("labels", (2,)))
     if len(labels) != 1:
-        raise UserError(f"a unified-view checkpoint is one task's, but labels has {len(labels)}.")
+        raise UserError(f"a unified-view checkpoint has one task, but labels has {len(labels)}.")
     architecture = BertConfig.from_mapping(
         {"pad_token_id": 1} | dict(config) | {"model_type": "roberta"}
     )
@@ -101,18 +101,18 @@ def from_unified_view(
 def to_unified_view(
     model: MultiTaskModel, variables: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The encoder's and the prefix module's tensors under their original names.
+    """The tensors of the encoder and of the prefix module under their original names.
 
-    Left out are the head, and what the original would not use.
+    The head, and tensors that the original stores but does not use, are left out.
 
     Raises:
-        UserError: the original format has no place for the model.
+        UserError: if the original format cannot hold the model.
     """
     if model.config.model_type != "roberta" or len(model.num_outputs) > 1:
-        raise UserError("a unified-view checkpoint holds one task on a RoBERTa, nothing else.")
+        raise UserError("a unified-view checkpoint can hold only one task, on a RoBERTa.")
     for block in ("attention", "ffn"):
         here = [x for x in model.method if isinstance(x, Adapter) and x.site.startswith(block)]
-        # LoRA changes two projections; anything else is one adapter.
+        # Only LoRA may have two adapters in a block, one per projection.
         if len(here) > max(1, len({x.site for x in here} & _LORA_SITES)):
             raise _no_place(here[-1])
     tensors = tables.write(variables, unified_view_slots(model))
@@ -129,7 +129,7 @@ def _at_attention(config: Mapping[str, Any]) -> Method:
     mode, option, size = config["attn_mode"], config["attn_option"], config["attn_bn"]
     if mode == "none":
         return ()
-    if config["attn_composition"] != "add":  # the original fails, too
+    if config["attn_composition"] != "add":  # the original code fails on these as well
         raise _not_held(attn_composition=config["attn_composition"])
     if mode == "lora":
         return _lora(config, size, _LORA["attention"])
@@ -168,7 +168,7 @@ def _lora(config: Mapping[str, Any], rank: int, targets: tuple[str, ...]) -> Met
 
 
 def _scale(scalar: Any) -> float | Literal["learned"]:
-    """Theirs is a string: a number, or "learnable_scalar"."""
+    """Their option is a string: a number, or "learnable_scalar"."""
     if scalar == "learnable_scalar":
         return "learned"
     try:
@@ -179,14 +179,14 @@ def _scale(scalar: Any) -> float | Literal["learned"]:
 
 def _not_held(**options: Any) -> UserError:
     named = " and ".join(f"{name} {value!r}" for name, value in options.items())
-    return UserError(f"unified-view checkpoints with {named} are not held here.")
+    return UserError(f"unified-view checkpoints with {named} are not supported.")
 
 
 # ------------------------------------------------ their names
 
 
 def unified_view_slots(model: MultiTaskModel) -> Iterator[Slot]:
-    """The table of names: the encoder as Hugging Face names it, then what belongs to the task."""
+    """The table of names: the encoder under Hugging Face's names, then the task's parameters."""
     yield from tables.bert(model.config)
     for spec in model.method:
         for layer in range(model.config.num_hidden_layers):
@@ -198,7 +198,7 @@ def unified_view_slots(model: MultiTaskModel) -> Iterator[Slot]:
 
 
 def _layer_slots(name: str, spec: Adapter | TaskCopy, layer: int) -> Iterator[Slot]:
-    """One layer's part of a spec, where their options can say it."""
+    """The slots of a spec in one layer; an error if their options cannot express it."""
     path, index = ("adapters", spec.name, "layers"), (0, layer)
     match spec:
         case Adapter(form=Prefix(bottleneck=0), layers="all", shared=(), scale=1.0):
@@ -218,7 +218,7 @@ def _layer_slots(name: str, spec: Adapter | TaskCopy, layer: int) -> Iterator[Sl
 
 
 def _place(adapter: Adapter, form: Bottleneck) -> Place:
-    """That of an adapter proper; those at attention have a layer norm and no scale."""
+    """The place of a bottleneck adapter; attention adapters have a layer norm and no scale."""
     places = list(_FFN_ADAPTERS.values())
     if form.norm and adapter.scale == 1.0:
         places += _ATTENTION_ADAPTERS.values()
@@ -230,25 +230,25 @@ def _place(adapter: Adapter, form: Bottleneck) -> Place:
 
 
 def _adapter_slots(name: str, adapter: Adapter, form: Bottleneck, layer: int) -> Iterator[Slot]:
-    """One layer's adapter proper, their `Adapter_Layer`."""
+    """The slots of a bottleneck adapter in one layer, their `Adapter_Layer`."""
     path, index = ("adapters", adapter.name, "layers"), (0, layer)
     yield from tables.dense(f"{name}.down_proj", (*path, "down"), index)
     yield from tables.dense(f"{name}.up_proj", (*path, "up"), index)
     if form.norm:
         yield from tables.norm(f"{name}.adapter_layer_norm_before", (*path, "norm"), index)
-    if adapter.scale == "learned":  # theirs has one element, ours is a scalar
+    if adapter.scale == "learned":  # their scale has shape [1], ours is a scalar
         yield Slot(f"{name}.scale", (*path, "scale"), (0, slice(layer, layer + 1)))
 
 
 def _no_place(spec: Adapter | TaskCopy) -> UserError:
     return UserError(
-        f"a unified-view checkpoint has no place for {spec.name!r}; it holds one kind of change at"
-        " attention and one at the feed-forward block, on all layers, as the authors' options say."
+        f"a unified-view checkpoint cannot hold {spec.name!r}; it holds one kind of change at"
+        " attention and one at the feed-forward block, on all layers, within the authors' options."
     )
 
 
 def _left_overs(config: Mapping[str, Any]) -> str:
-    """Pattern of what the original stores beside what it uses."""
+    """A pattern of tensors that the original stores but does not use."""
     names = [r"embeddings\.position_ids$"]  # a buffer
     if config["attn_mode"] == "prefix":
         names.append(rf"{_PREFIX}(wte|control_trans)(_enc|2)\.")
@@ -262,7 +262,7 @@ def _left_overs(config: Mapping[str, Any]) -> str:
 
 
 def _cut(prefix: Tensors, depth: int) -> dict[str, np.ndarray]:
-    """The prefix module's tensors with the last projection's in pieces, one for each layer."""
+    """The prefix module's tensors, with the last projection split into one piece per layer."""
     pieces = dict(prefix)
     for name in (f"{_LAST}.weight", f"{_LAST}.bias"):
         if name in prefix:

@@ -1,4 +1,4 @@
-"""The examples of a split, and how they are read from a file."""
+"""The examples of a split, and reading them from a file."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ class Examples:
 
     @property
     def ids(self) -> np.ndarray:
-        """int64 [N], the index that a submission needs: in all GLUE test files the row number."""
+        """int64 [N], the index for a submission; in all GLUE test files it is the row number."""
         return np.arange(len(self), dtype=np.int64)
 
 
@@ -53,15 +53,15 @@ def read_examples(
     """Reads examples of a task from a TSV, CSV or JSONL file.
 
     Args:
-        path: the file; its suffix tells the format.
-        task: gives the columns and the labels.
-        labelled: whether to read labels; None means if the first row has one.
-        columns: the file's own names of the task's columns, where they differ.
+        path: the file; its suffix determines the format.
+        task: the task, which defines the columns and the labels.
+        labelled: whether to read labels; None: only if the first row has one.
+        columns: maps the task's column names to the file's, where they differ.
         header: the file's columns, if it has no header line.
 
     Raises:
-        UserError: see `readers.read_rows`; or a column is missing, a text is not a string, or a
-            label is not one of the task's.
+        UserError: if the file is invalid (see `readers.read_rows`), a column is missing, a text is
+            not a string, or a label is not one of the task's.
     """
     own = columns or {}
     label = own.get(task.label, task.label)

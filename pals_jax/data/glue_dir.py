@@ -11,13 +11,13 @@ from pals_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Where a task lies.
+    """The location and columns of a task's files.
 
     Attributes:
-        folder: its folder.
-        columns: the files' own names of the task's columns, where they differ.
-        files: the file names of splits, where they are not the split's.
-        headers: the columns of files that have no header line.
+        folder: the folder of the task.
+        columns: maps the task's column names to the files', where they differ.
+        files: the file names of splits that are not named after the split.
+        headers: the columns of files without a header line.
     """
 
     folder: str
@@ -48,11 +48,10 @@ _LAYOUTS = {
 class GlueDir:
     """The GLUE tasks in a directory as GLUE's own download script leaves it.
 
-    A ragged row is an error. The first release of QQP has some; the present one, QQP-clean, has
-    none.
+    A ragged row is an error; the first release of QQP has some, the current QQP-clean has none.
 
     Raises:
-        UserError: there is no such directory.
+        UserError: if there is no such directory.
     """
 
     directory: Path
@@ -63,7 +62,7 @@ class GlueDir:
             raise UserError(f"there is no GLUE directory {self.directory}.")
 
     def splits(self, task: Task) -> tuple[str, ...]:
-        """Those of the task's splits whose files are present."""
+        """The task's splits that have a file here."""
         return tuple(split for split in task.splits if self._path(task, split).is_file())
 
     def is_here(self, task: Task) -> bool:

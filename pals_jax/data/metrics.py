@@ -1,7 +1,6 @@
-"""The metrics of GLUE, by scikit-learn and SciPy, over a whole dev set at once.
+"""The metrics of GLUE, computed by scikit-learn and SciPy over a whole dev set.
 
-Matthews, F1 and the correlations are properties of a set; their mean over batches is something
-else.
+Matthews, F1 and the correlations must be computed over the whole set; a mean over batches differs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from pals_jax.runtime.errors import UserError
 Metric = Callable[[np.ndarray, np.ndarray], float]
 
 
-# scikit-learn and SciPy take more than a second to import; only evaluation needs them.
+# Imported in functions: scikit-learn and SciPy take over a second, and only evaluation uses them.
 
 
 def _accuracy(predictions: np.ndarray, targets: np.ndarray) -> float:
@@ -47,10 +46,10 @@ def _f1(predictions: np.ndarray, targets: np.ndarray) -> float:
 
 
 def _unless_constant(correlation: Metric) -> Metric:
-    """0 where either side is constant, for which the libraries warn and answer 0 or NaN."""
+    """Returns 0 if either side is constant, where the libraries warn and return 0 or NaN."""
 
     def guarded(predictions: np.ndarray, targets: np.ndarray) -> float:
-        # In float64, for float32 outputs may lie so close that SciPy doubts its result.
+        # In float64, because SciPy warns about precision if float32 outputs lie very close.
         x, y = predictions.astype(np.float64), targets.astype(np.float64)
         return 0.0 if np.ptp(x) == 0 or np.ptp(y) == 0 else correlation(x, y)
 
@@ -71,22 +70,21 @@ CORRELATIONS = ("pearson", "spearman")  # of regression; the others are of class
 def compute(names: Sequence[str], predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """Metrics of the predictions for a whole set.
 
-    F1 is that of the class with id 1. What is undefined is 0: F1 without that class in predictions
-    and targets; Matthews (as scikit-learn has it) and the correlations when either is constant. A
-    model that has learned nothing yet may answer with a constant, and that is no correlation rather
-    than an error.
+    F1 is computed for class id 1. Undefined values are 0: F1 if neither predictions nor targets
+    have that class; Matthews and the correlations if either is constant. An untrained model may
+    predict a constant, which is no error.
 
     Args:
         names: names in `METRICS`.
         predictions: [N], class ids, or values for regression.
-        targets: [N], alike.
+        targets: [N], likewise.
 
     Returns:
-        Each metric by its name; not multiplied by 100.
+        Each metric by name; not multiplied by 100.
 
     Raises:
-        UserError: there is no metric of that name.
-        ValueError: the arrays are empty, differ in shape, or a prediction is not finite.
+        UserError: if there is no metric of that name.
+        ValueError: if the arrays are empty or differ in shape, or a prediction is not finite.
     """
     if predictions.shape != targets.shape or predictions.ndim != 1 or not len(targets):
         raise ValueError(
@@ -108,15 +106,15 @@ def compute(names: Sequence[str], predictions: np.ndarray, targets: np.ndarray) 
 def majority_baseline(
     names: Sequence[str], train_targets: np.ndarray, dev_targets: np.ndarray, is_regression: bool
 ) -> dict[str, float]:
-    """The metrics of always answering the most frequent class of train, or the mean of train.
+    """The metrics of always predicting the most frequent class, or the mean, of train.
 
-    Of classes that are equally frequent it is the one with the lowest id.
+    Ties go to the class with the lowest id.
 
     Args:
         names: names in `METRICS`.
         train_targets: [N_train], class ids, or values for regression.
-        dev_targets: [N], alike.
-        is_regression: which of the two.
+        dev_targets: [N], likewise.
+        is_regression: whether targets are regression values.
     """
     if is_regression:
         answer = np.mean(train_targets)
@@ -172,7 +170,7 @@ def selection_score(
     metrics: Mapping[str, Sequence[str]],
     results: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> float:
-    """What the best checkpoint has most of: the mean of all tasks' `score`, each counting alike.
+    """The score that selects the best checkpoint: the unweighted mean of all tasks' `score`.
 
     Args:
         metrics: task -> the names of its metrics.

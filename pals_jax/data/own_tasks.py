@@ -1,4 +1,4 @@
-"""A task of your own, declared by a mapping and read from TSV, CSV or JSONL files."""
+"""User-defined tasks, declared by a mapping and read from TSV, CSV or JSONL files."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class Files:
     paths: Mapping[str, Path]
 
     def splits(self, task: Task) -> tuple[str, ...]:
-        """Those of the task's splits that were declared."""
+        """The task's splits that were declared."""
         return tuple(split for split in task.splits if split in self.paths)
 
     def is_here(self, task: Task) -> bool:
@@ -54,7 +54,7 @@ def own_task(name: str, declaration: Mapping[str, Any]) -> tuple[Task, Files]:
             metrics: the first is the task's score; by default accuracy, or pearson and spearman.
 
     Raises:
-        UserError: a key is unknown, missing, of no use or of a wrong type; or train cannot be read.
+        UserError: if a key is unknown, missing, unused or of a wrong type, or train is unreadable.
     """
     if not isinstance(declaration, Mapping | ConfigDict):
         raise UserError(f"task {name} is declared as {declaration!r}; a mapping is needed.")
@@ -96,7 +96,7 @@ def own_task(name: str, declaration: Mapping[str, Any]) -> tuple[Task, Files]:
 
 
 def own_files(declaration: Mapping[str, Any]) -> Files:
-    """The files of a declaration; none of them is read."""
+    """The files of a declaration, without reading them."""
     given = {split: declaration.get(split) for split in _SPLITS}
     return Files({split: Path(path).expanduser() for split, path in given.items() if path})
 

@@ -1,4 +1,4 @@
-"""Work of the host that is done ahead, while the devices are busy."""
+"""Prefetching: host work done ahead of time, while the devices are busy."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -6,13 +6,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
-_AHEAD = 2  # items that are ready before they are asked for
+_AHEAD = 2  # items prepared before they are requested
 
 
 def prefetch(make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
-    """`make(number)` of each number in order, made on another thread.
+    """Yields `make(number)` for each number in order, computed on another thread.
 
-    What `make` raises is raised here, in its place.
+    An exception in `make` is raised here, in its place in the order.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
         ready: deque[Future[T]] = deque()

@@ -12,7 +12,7 @@ from pals_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of a data file, which knows where it stands.
+    """One row of a data file, with its location.
 
     Attributes:
         path: the file.
@@ -26,7 +26,7 @@ class Row:
 
     @property
     def where(self) -> str:
-        """File and line, to begin a message with."""
+        """File and line, as the beginning of an error message."""
         return f"{self.path}, line {self.line}"
 
     def __getitem__(self, column: str) -> Any:
@@ -61,7 +61,7 @@ class Row:
 
 
 def read_rows(path: Path, header: Sequence[str] | None = None) -> Iterator[Row]:
-    r"""The rows of a data file, whose suffix tells the format.
+    r"""The rows of a data file; its suffix determines the format.
 
     `.tsv`: tab-separated, quotes are literal. Rows end with "\n" or "\r\n" and with nothing else,
     since texts may contain other line separators.
@@ -74,8 +74,8 @@ def read_rows(path: Path, header: Sequence[str] | None = None) -> Iterator[Row]:
         header: the columns of a TSV or CSV file without a header line.
 
     Raises:
-        UserError: the file is missing, empty, has no rows or is of another format; a row is ragged
-            or not valid.
+        UserError: if the file is missing, empty, has no rows or is in another format, or a row is
+            ragged or invalid.
     """
     if path.suffix not in _NEWLINE:
         raise UserError(f"{path} is none of the known formats: {', '.join(_NEWLINE)}.")
@@ -93,7 +93,7 @@ def read_rows(path: Path, header: Sequence[str] | None = None) -> Iterator[Row]:
         raise UserError(f"{path} {'is empty' if empty else 'has no rows'}.")
 
 
-# Each known suffix, and what `open` may take for a line end.
+# Maps each known suffix to the `newline` argument of `open`.
 _NEWLINE = {".tsv": "\n", ".csv": "", ".jsonl": "\n"}
 
 

@@ -1,4 +1,4 @@
-"""Where examples come from: TensorFlow Datasets, GLUE's own files, or files of your own."""
+"""Sources of examples: TensorFlow Datasets, GLUE's official files, or the user's files."""
 
 from pathlib import Path
 from typing import Protocol
@@ -11,34 +11,34 @@ from pals_jax.runtime.errors import UserError
 
 
 class Source(Protocol):
-    """Where the examples of tasks come from."""
+    """A source of tasks' examples."""
 
     def splits(self, task: Task) -> tuple[str, ...]:
-        """Those of the task's splits that are present."""
+        """The task's splits that are present."""
         ...
 
     def is_here(self, task: Task) -> bool:
-        """Whether they can be read without a download."""
+        """Whether the task's examples can be read without a download."""
         ...
 
     def read(self, task: Task, split: str) -> Examples:
         """The examples of a split.
 
         Raises:
-            UserError: the split or its data is missing or wrong.
+            UserError: if the split or its data are missing or invalid.
         """
         ...
 
 
 def glue_source(kind: str, directory: str | Path | None = None) -> Source:
-    """A source of the GLUE tasks; for a task of your own see `files.own_task`.
+    """A source of the GLUE tasks; for user-defined tasks see `own_tasks.own_task`.
 
     Args:
         kind: "glue_dir", the official files in `directory`, or "tfds", TensorFlow Datasets.
-        directory: for "tfds" its data directory, None for its default.
+        directory: the directory of the files; for "tfds" its data directory, None for its default.
 
     Raises:
-        UserError: there is no such kind or directory.
+        UserError: if there is no such kind or directory.
     """
     if kind == "tfds":
         return Tfds(None if directory is None else Path(directory))

@@ -1,4 +1,4 @@
-"""What a task is, and the tasks of GLUE (Wang et al. 2019)."""
+"""The definition of a task, and the tasks of GLUE (Wang et al. 2019)."""
 
 import dataclasses
 import difflib
@@ -39,7 +39,7 @@ class Task:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Task":
-        """The inverse of `dataclasses.asdict` and JSON, which knows no tuples."""
+        """The inverse of `dataclasses.asdict` and JSON, which turns tuples into lists."""
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()
         }
@@ -62,13 +62,14 @@ class Task:
         return (*train, *self.eval_splits, *self.test_splits)
 
     def label_to_target(self, label: str | float) -> float:
-        """What the model is trained on: a class id, or the label rescaled to [0, 1].
+        """The training target: a class id, or the label rescaled to [0, 1].
 
-        STS-B, 0 to 5, is thus divided by 5 as in the code of Stickland & Murray (2019). A number is
-        rounded to float32 before, as some sources hold it, so that all give the same target.
+        STS-B labels, 0 to 5, are thus divided by 5 as in the code of Stickland & Murray (2019).
+        Numbers are first rounded to float32, the precision of some sources, so that all sources
+        yield the same target.
 
         Raises:
-            ValueError: the label is not in the list, or not a finite number.
+            ValueError: if the label is not in the list, or not a finite number.
         """
         if not self.is_regression:
             if str(label) not in self.labels:
@@ -78,7 +79,7 @@ class Task:
         return (float(np.float32(to_number(label))) - low) / (high - low)
 
     def target_to_label(self, target: float) -> str | float:
-        """The label of a class id, or of a regression output, which is clipped to [0, 1]."""
+        """The label of a class id, or of a regression output after clipping to [0, 1]."""
         if not self.is_regression:
             return self.labels[int(target)]
         low, high = self._range
@@ -95,7 +96,7 @@ def to_number(label: str | float) -> float:
     """A regression label as a number.
 
     Raises:
-        ValueError: it is not a finite number.
+        ValueError: if it is not a finite number.
     """
     try:
         number = float(label)
@@ -110,7 +111,7 @@ _SENTENCES = ("sentence1", "sentence2")
 _BINARY = ("0", "1")
 _NLI = ("entailment", "neutral", "contradiction")
 
-# Columns as in TFDS, class ids in its order, class names as the submission server wants them.
+# Columns and class ids follow TFDS, class names follow the submission server.
 GLUE: dict[str, Task] = {
     task.name: task
     for task in (
@@ -151,7 +152,7 @@ def glue_task(name: str) -> Task:
     """The GLUE task of that name.
 
     Raises:
-        UserError: there is none.
+        UserError: if there is none.
     """
     if name in GLUE:
         return GLUE[name]

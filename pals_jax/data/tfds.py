@@ -14,7 +14,7 @@ from pals_jax.data.examples import Examples, check_split
 from pals_jax.data.tasks import GLUE, Task
 from pals_jax.runtime.errors import Unavailable, UserError
 
-_ANSWER_SECONDS = 20  # to wait for the server of the data, each time it is asked
+_ANSWER_SECONDS = 20  # timeout for a response from the data server, at each attempt
 _TRIES = 3
 
 
@@ -44,7 +44,7 @@ class Tfds:
         """The examples of a split; see `sources.Source`.
 
         Raises:
-            UserError: see `sources.Source`; or the download failed.
+            UserError: as for `sources.Source`, or if the download fails.
         """
         _check_glue(task)
         check_split(task, split)
@@ -61,7 +61,7 @@ class Tfds:
         return Examples(texts, targets)
 
     def _builder(self, task: Task) -> Any:
-        # Imported here because few need it, by module because TFDS finds only builders it knows.
+        # Imported lazily because it is slow; importing the module registers its builders with TFDS.
         import tensorflow_datasets
         import tensorflow_datasets.text.glue
 
@@ -85,7 +85,7 @@ class Tfds:
             # TFDS prints its progress; standard output is for results.
             with contextlib.redirect_stdout(sys.stderr), bounded():
                 builder.download_and_prepare()
-        except Exception as error:  # from TFDS, its downloader or the network, of many kinds
+        except Exception as error:  # TFDS, its downloader and the network raise many types
             where = self.data_dir or "its default data directory"
             elsewhere = (
                 ConnectionError,
@@ -103,10 +103,10 @@ class Tfds:
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Bounds how long TFDS waits for a server, and how often it asks again.
+    """Limits how long TFDS waits for a server and how often it retries.
 
-    Where nothing answers it would go on for minutes: it asks eleven times, and waits as long as the
-    operating system does. What it has downloaded before needs no server.
+    Otherwise TFDS makes eleven attempts without a timeout, which takes minutes without a network.
+    Files that it has downloaded before need no server.
     """
     from tensorflow_datasets.core.download import downloader
 

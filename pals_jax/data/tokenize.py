@@ -1,4 +1,4 @@
-"""Examples as token ids, computed once and kept on disk."""
+"""Tokenisation of examples, cached on disk."""
 
 import dataclasses
 import hashlib
@@ -19,9 +19,9 @@ from pals_jax.runtime.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_FORMAT = 1  # of the cache; to be raised when its content changes meaning
+_FORMAT = 1  # format version of the cache; increment when the meaning of its content changes
 _FILES = ("tokens", "offsets", "first", "targets")
-# The usual classes of tokenizers, and the `model_type` for which transformers has each.
+# The usual tokenizer classes, each with the `model_type` to which transformers assigns it.
 _CLASSES = {
     "BertTokenizer": "bert",
     "RobertaTokenizer": "roberta",
@@ -41,8 +41,8 @@ class TokenizedSplit:
         offsets: int64 [N + 1]; example i is `tokens[offsets[i] : offsets[i + 1]]`.
         first: int32 [N], the number of leading tokens of type 0; those after them are of type 1.
         targets: float32 [N], class ids or rescaled regression labels; NaN where unlabelled.
-        hidden: [sum of lengths, D], for each token what the layers gave that are the same for all
-            tasks (`pals_jax.inference.hidden_cache`). None: they are computed at every step.
+        hidden: [sum of lengths, D], each token's cached hidden state below the first adapter
+            (`pals_jax.inference.hidden_cache`). None: computed at every step.
     """
 
     tokens: np.ndarray
@@ -68,7 +68,7 @@ class TokenizedSplit:
 
     @classmethod
     def load(cls, directory: Path) -> Self:
-        """Maps what `save` wrote into memory."""
+        """Memory-maps the files that `save` wrote."""
         return cls(*(np.load(directory / f"{name}.npy", mmap_mode="r") for name in _FILES))
 
 
@@ -76,10 +76,10 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
     """The fast tokenizer of a checkpoint.
 
     Args:
-        name: a directory, which is then read without a network; or an id on the hub.
+        name: a directory, which is read without network access, or a hub id.
 
     Raises:
-        UserError: there is none, or it is not a fast one.
+        UserError: if there is no tokenizer, or it is not a fast one.
     """
     from transformers import PreTrainedTokenizerFast  # takes most of a second to import
 
@@ -99,9 +99,9 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
 
 
 def _tokenizer_class(directory: Path) -> Any:
-    """The class that transformers' `AutoTokenizer` would choose, or that itself where it is asked.
+    """The class that transformers' `AutoTokenizer` would choose, or `AutoTokenizer` if in doubt.
 
-    It imports torch, where that is installed, which takes two seconds; the usual classes do not.
+    `AutoTokenizer` imports torch if it is installed, which takes two seconds; the classes do not.
     """
     import transformers
 
@@ -113,26 +113,26 @@ def _tokenizer_class(directory: Path) -> Any:
         if _CLASSES[name] == model and "auto_map" not in declared:
             return getattr(transformers, name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # to be reported, or made good, by the one that knows all formats
+        pass  # AutoTokenizer knows all formats, and reports what is wrong
     return transformers.AutoTokenizer
 
 
 def encode(
     examples: Examples, tokenizer: "PreTrainedTokenizerFast", max_length: int
 ) -> TokenizedSplit:
-    """The tokens of examples, as the tokenizer's own `__call__` gives them.
+    """The tokens of examples, equal to those of the tokenizer's `__call__`.
 
-    A pair too long is cut from the end of its longer text, token by token, as in BERT's own code.
-    There is one difference: where the room is odd and both texts pass its half, that code gives
-    the odd token to the first text, but `tokenizers` to the longer, or to the second of two equals.
+    A pair that is too long is truncated from the end of its longer text, token by token, as in
+    BERT's code. One difference: if the room is odd and both texts exceed half of it, BERT's code
+    gives the odd token to the first text, `tokenizers` to the longer one, or the second if equal.
 
     Args:
         examples: N examples.
         tokenizer: the checkpoint's.
-        max_length: of an example in tokens, special tokens included.
+        max_length: the maximum tokens of an example, special tokens included.
 
     Raises:
-        UserError: `max_length` leaves no room for text.
+        UserError: if `max_length` leaves no room for text.
     """
     return _encode(examples, _backend(examples, tokenizer, max_length))
 
@@ -140,14 +140,14 @@ def encode(
 def tokenize_split(
     examples: Examples, tokenizer: "PreTrainedTokenizerFast", max_length: int, cache_dir: Path
 ) -> TokenizedSplit:
-    """As `encode`, but from the cache if it is there, and into it if not.
+    """Like `encode`, but reads from the cache, or fills it if needed.
 
-    The cache is a directory per split, named by a hash of texts, targets, tokenizer and length.
-    It is built aside and then renamed: any number of processes may build it at once, and one that
-    is killed leaves nothing but a folder `building-*`, which is never read.
+    The cache is a directory per split, named by a hash of texts, targets, tokenizer and length. It
+    is built in a temporary folder and then renamed, so several processes may build it at once, and
+    a killed one leaves only a folder `building-*`, which is never read.
 
     Raises:
-        UserError: see `encode`; or the cache cannot be written.
+        UserError: as for `encode`, or if the cache cannot be written.
     """
     backend = _backend(examples, tokenizer, max_length)
     directory = Path(cache_dir) / _key(examples, backend)
@@ -164,7 +164,7 @@ def tokenize_split(
 def _backend(
     examples: Examples, tokenizer: "PreTrainedTokenizerFast", max_length: int
 ) -> Tokenizer:
-    """A copy that truncates and does not pad, whatever the tokenizer was last used for."""
+    """A copy of the tokenizer that truncates and does not pad, regardless of its current state."""
     parts = max(map(len, examples.texts), default=1)
     needed = tokenizer.num_special_tokens_to_add(pair=parts == 2) + parts
     if max_length < needed:
@@ -195,7 +195,7 @@ def _encode(examples: Examples, backend: Tokenizer) -> TokenizedSplit:
 
 
 def _encodings(texts: list[tuple[str, ...]], backend: Tokenizer) -> Iterator[Encoding]:
-    # Shown where someone watches, and only if it takes a while.
+    # Shown only on a terminal, and only after one second.
     bar = tqdm(total=len(texts), desc="tokenizing", disable=None, delay=1, leave=False)
     with bar:
         for begin in range(0, len(texts), _BATCH):

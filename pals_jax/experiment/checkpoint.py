@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the newest ones, to go on from, and the best one, to use."""
+"""Checkpoints of a run: the newest ones, for resuming, and the best one, for inference."""
 
 import contextlib
 import hashlib
@@ -18,16 +18,16 @@ from pals_jax.runtime.parallel import DataParallel
 
 Tree = Any
 
-_KEPT = 2  # a newest checkpoint and the one before
+_KEPT = 2  # the newest checkpoint, and the previous one in case it is damaged
 _DIGESTS = "sha256.json"  # in each checkpoint: the digest of every file that Orbax wrote
-_TIMES = "_CHECKPOINT_METADATA"  # but this one, which Orbax goes on writing and does without
+_TIMES = "_CHECKPOINT_METADATA"  # not digested: Orbax rewrites it later and does not need it
 
 
 class Checkpoints:
     """The checkpoints that a run writes: `checkpoints/` (the last steps) and `best/` (one).
 
-    Saving returns when the arrays are copied; they are written while training goes on. All hosts
-    call every method at the same step.
+    Saving is asynchronous: it returns once the arrays are copied. All hosts must call every method
+    at the same step.
     """
 
     def __init__(self, workdir: epath.Path, parallel: DataParallel) -> None:
@@ -37,13 +37,13 @@ class Checkpoints:
         self._best = _best_manager(workdir)
 
     def save(self, step: int, state: Tree) -> None:
-        """Writes `state` as the newest checkpoint, atomically; nothing if the step is there.
+        """Writes `state` as the newest checkpoint, atomically; does nothing if the step exists.
 
-        A run that goes on from here does not evaluate this step again: what `save_best` keeps of
-        it must be on disk first.
+        A resumed run does not evaluate this step again, so the checkpoint that `save_best` wrote
+        for it must be on disk first.
 
         Raises:
-            UserError: this or a save before could not be written.
+            UserError: if this checkpoint, or an earlier one, could not be written.
         """
         with _reported(self._best):
             self._best.wait_until_finished()
@@ -53,10 +53,10 @@ class Checkpoints:
                 self._newest.save(step, args=args)
 
     def save_best(self, step: int, variables: Tree, score: float) -> None:
-        """Keeps `variables` if no earlier score is as high.
+        """Keeps `variables` if their score is higher than all earlier ones.
 
         Raises:
-            UserError: as `save`.
+            UserError: as for `save`.
         """
         with _reported(self._best):
             best = self._best.best_step()
@@ -65,36 +65,36 @@ class Checkpoints:
                 self._best.save(step, args=args, metrics={"score": float(score)})
 
     def wait(self) -> None:
-        """Returns when everything is on disk.
+        """Waits until everything is on disk.
 
         Raises:
-            UserError: something could not be written.
+            UserError: if a checkpoint could not be written.
         """
         for manager in (self._newest, self._best):
             with _reported(manager):
                 manager.wait_until_finished()
 
     def restore(self, state: Tree) -> Tree:
-        """The newest checkpoint in the shapes of `state`, or `state` itself where there is none.
+        """The newest checkpoint in the shapes of `state`, or `state` itself if there is none.
 
-        One that is damaged is set aside, with a warning, for the one before.
+        A damaged checkpoint is set aside with a warning, and the previous one is used.
 
         Raises:
-            UserError: all are damaged, or the newest is of another model.
+            UserError: if all checkpoints are damaged, or the newest belongs to another model.
         """
         damaged: str | None = None
         while (step := self._newest.latest_step()) is not None:
             damaged = _damage(self._newest, step)
             if damaged is None:
                 return _restore(self._newest, step, state, self._parallel)
-            say(f"warning: {damaged}; it is set aside, and the one before it taken.")
+            say(f"warning: {damaged}; it is set aside, and the previous one is used.")
             if distributed.is_main():
                 _set_aside(self._newest.directory / str(step))
             distributed.barrier("set aside")
             self._newest.reload()
         if damaged is not None:
             raise UserError(
-                f"{damaged}, and there is none before it; run again to begin anew, or repair it."
+                f"{damaged}, and there is no earlier one; run again to start over, or repair it."
             )
         return state
 
@@ -102,7 +102,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        # What is being written is brought to its end, whatever has happened.
+        # Finish pending writes even after an exception, without hiding that exception.
         with contextlib.suppress(UserError) if error else contextlib.nullcontext():
             self.wait()
         self._newest.close()
@@ -110,7 +110,7 @@ class Checkpoints:
 
 
 def newest_step(workdir: epath.Path) -> int:
-    """The step of the newest checkpoint to go on from; 0 where there is none."""
+    """The step of the newest checkpoint to resume from; 0 if there is none."""
     directory = workdir / "checkpoints"
     with storage.reported(directory):
         steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
@@ -121,13 +121,13 @@ def restore_best(workdir: epath.Path, variables: Tree, parallel: DataParallel) -
     """The step of a workdir's best checkpoint, and its variables in the shapes of `variables`.
 
     Raises:
-        UserError: there is none yet, or it is damaged or of another model.
+        UserError: if there is no checkpoint yet, or it is damaged or belongs to another model.
     """
     directory = workdir / "best"
     manager = _best_manager(workdir, read_only=True) if directory.is_dir() else None
     try:
         step = manager.best_step() if manager else None
-    except ValueError as error:  # its metrics are no JSON
+    except ValueError as error:  # its metrics are not valid JSON
         raise UserError(f"the checkpoint in {directory} is damaged ({error}).") from error
     if manager is None or step is None:
         raise UserError(f"{directory} holds no checkpoint; train until the first evaluation.")
@@ -142,7 +142,7 @@ def _best_manager(workdir: epath.Path, read_only: bool = False) -> ocp.Checkpoin
         max_to_keep=1,
         best_fn=lambda metrics: metrics["score"],
         best_mode="max",
-        read_only=read_only,  # or it removes what a run that goes on is writing
+        read_only=read_only,  # otherwise it deletes the files that a live run is writing
     )
 
 
@@ -164,11 +164,11 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: Tree, parallel: Da
     try:
         args = ocp.args.StandardRestore(jax.tree.map(target, like))
         return parallel.put(manager.restore(step, args=args))
-    except Exception as error:  # Orbax and its storage raise many kinds
+    except Exception as error:  # Orbax and its storage raise many types
         raise UserError(
             f"the checkpoint of step {step} in {manager.directory} cannot be read or is of another"
-            f" model ({reason(error)}); train in another workdir, or go on from an earlier"
-            " checkpoint by removing this one."
+            f" model ({reason(error)}); train in another workdir, or remove this checkpoint to"
+            " resume from an earlier one."
         ) from error
 
 
@@ -176,19 +176,19 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: Tree, parallel: Da
 def _reported(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # Orbax and its storage raise many kinds
+    except Exception as error:  # Orbax and its storage raise many types
         raise storage.kind_of(error)(
-            f"a checkpoint could not be written to {manager.directory} ({reason(error)}); the"
-            " ones before it are whole: make room, or mend it, and run the same command again."
+            f"a checkpoint could not be written to {manager.directory} ({reason(error)}); earlier"
+            " ones are intact: make room or fix the problem, and run the same command again."
         ) from error
 
 
 def _seal(directory: epath.Path) -> None:
-    """Writes down what the files of a checkpoint are, so that damage is seen before it is read.
+    """Stores the digests of a checkpoint's files, so that damage is detected before a restore.
 
-    Orbax checks no digests, and leaves reads running when one fails. It calls this when all files
-    are written, just before it says so in one more: that file, the last, makes a checkpoint of a
-    folder in a bucket; a directory then gets its final name.
+    Orbax checks no digests, and leaves other reads running when one fails. It calls this after
+    writing all files, just before it commits the checkpoint: by one more file in a bucket, by a
+    rename in a local directory.
     """
     for folder in directory.iterdir():
         if folder.is_dir() and not (folder / ocp.path.atomicity.COMMIT_SUCCESS_FILE).exists():
@@ -196,7 +196,7 @@ def _seal(directory: epath.Path) -> None:
 
 
 def _damage(manager: ocp.CheckpointManager, step: int) -> str | None:
-    """What is wrong with the files of a checkpoint, as host 0 sees them; None if nothing is."""
+    """A description of the damage to a checkpoint's files, as host 0 sees them; None if intact."""
     wrong = 0
     if distributed.is_main():
         directory = manager.directory / str(step)
@@ -205,17 +205,17 @@ def _damage(manager: ocp.CheckpointManager, step: int) -> str | None:
             found = _digests(directory)
             wrong = sum(found.get(name) != digest for name, digest in written.items())
         except (OSError, ValueError):
-            wrong = 1  # the seal itself
+            wrong = 1  # the file of digests itself
     if not (wrong := distributed.of_main(wrong)):
         return None
     return (
         f"the checkpoint of step {step} in {manager.directory} is damaged ({wrong} of its files"
-        " are not as they were written)"
+        " changed since they were written)"
     )
 
 
 def _set_aside(directory: epath.Path) -> None:
-    """Gives a damaged checkpoint another name; nothing is deleted."""
+    """Renames a damaged checkpoint; nothing is deleted."""
     names = (f"damaged-{directory.name}.{n}" for n in itertools.count(1))
     directory.rename(next(p for name in names if not (p := directory.with_name(name)).exists()))
 

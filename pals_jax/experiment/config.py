@@ -1,4 +1,4 @@
-"""The configuration of an experiment: its keys, its defaults, and how the command line reads it."""
+"""The configuration of an experiment: keys, defaults, and reading it from the command line."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,62 +13,63 @@ from pals_jax.runtime.errors import UserError
 def default() -> ConfigDict:
     """Every key, with the values of BERT and PALs (Stickland & Murray 2019); locked.
 
-    A file in `configs/` starts from this and changes what its experiment changes.
+    A file in `configs/` starts from this and changes what differs in its experiment.
     """
     config = ConfigDict()
     config.seed = 0
 
     # The shared encoder: a directory, a packaged encoder's name, or an id on the hub.
     config.encoder = "bert-base-uncased"
-    # What each task adds: functions of pals_jax.models.adapters.methods, with + between them; see
-    # docs/methods.md.
+    # The parameters that each task adds: functions of pals_jax.models.adapters.methods, joined by
+    # +; see docs/methods.md.
     config.method = "pals(size=204)"
-    # Patterns of what is trained; ("adapters/",) freezes the encoder.
+    # Patterns of trainable parameters; ("adapters/",) freezes the encoder.
     config.trainable = ("params/", "adapters/")
-    # Whether there is dropout below the first adapter of a frozen encoder. Without it, what lies
-    # there is computed once for each example and kept in data.cache_dir; steps begin above.
+    # Whether to apply dropout below the first adapter of a frozen encoder. If False, the hidden
+    # states there are computed once per example and cached in data.cache_dir; steps start above.
     config.lower_dropout = True
-    config.dtype = "float32"  # of the computation: float32 or bfloat16; parameters are float32
+    config.dtype = "float32"  # compute dtype: float32 or bfloat16; parameters are float32
     config.remat = False  # recompute activations in the backward pass, to save memory
 
     config.tasks = ("cola", "mrpc", "mnli", "rte", "stsb", "sst2", "qqp", "qnli")
     config.data = ConfigDict()
     config.data.source = "tfds"  # where GLUE tasks come from: tfds or glue_dir
-    config.data.dir = ""  # of that source; empty: the default of tensorflow_datasets
+    config.data.dir = ""  # the source's directory; empty: the default of tensorflow_datasets
     config.data.own = ConfigDict()  # your own tasks: name -> declaration, see the README
-    config.data.max_length = 128  # tokens of an example, or of a pair
+    config.data.max_length = 128  # maximum tokens of an example (one text or a pair)
     config.data.cache_dir = "~/.cache/pals_jax"
 
     config.sampling = "annealed"  # or round_robin, proportional, sqrt
     config.epochs = 25
     config.steps_per_epoch = 2400
     config.batch_size = 32
-    config.packing = True  # several examples in a row; or each padded in a row of its own
-    config.groups = 1  # tasks in a batch: 1 is the paper's single-task step
+    config.packing = True  # True: several examples share a row; False: one padded row each
+    config.groups = 1  # tasks in a batch; 1 is the paper's single-task step
     config.eval_batch_size = 16  # rows
-    config.checkpoint_every = 1000  # steps; the end of an epoch always is one
+    config.checkpoint_every = 1000  # steps; the end of an epoch also writes a checkpoint
 
-    # For train --sweep: {dotted key: value} of each run. --config.sweep="({'seed': 0}, ...)"
+    # For train --sweep: one {dotted key: value} per run. --config.sweep="({'seed': 0}, ...)"
     config.sweep = ()
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # or bert_n_pals: the original's, traps included
+    config.optimizer.name = "adamw"  # or bert_n_pals: the original's, quirks included
     config.optimizer.learning_rate = 2e-5
     config.optimizer.schedule = "linear"  # or bert: see pals_jax.experiment.optim
-    config.optimizer.warmup = 0.1  # share of all steps
+    config.optimizer.warmup = 0.1  # as a fraction of all steps
     config.optimizer.weight_decay = 0.01
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-6
-    config.optimizer.clip = 1.0  # of the global norm; of each tensor's with bert_n_pals
+    config.optimizer.clip = 1.0  # maximum global norm; with bert_n_pals of each tensor
     return config.lock()
 
 
 def load(arguments: Sequence[str]) -> ConfigDict:
-    """The configuration that --config=FILE[:ARG] and --config.key=value name.
+    """The configuration given by --config=FILE[:ARG] and --config.key=value arguments.
 
     Raises:
-        UserError: no such file, a file that fails, an unknown key, a value of the wrong type.
+        UserError: if the file does not exist or fails, a key is unknown, or a value has the wrong
+            type.
     """
     values = flags.FlagValues()
     argv = ["pals-jax", *arguments]
@@ -78,14 +79,14 @@ def load(arguments: Sequence[str]) -> ConfigDict:
     try:
         values(argv)
         config = values.config
-        keys = set(_keys(config))  # of a file that failed to load, this is what says so
-    except Exception as error:  # a configuration file is a program, and may fail in any way
+        keys = set(_keys(config))  # if the file failed to load, the error is raised here
+    except Exception as error:  # a configuration file is a program and can fail in any way
         lines = [line.strip() for line in str(error.args[-1] if error.args else error).splitlines()]
         reason = next((line for line in reversed(lines) if line), type(error).__name__)
         raise UserError(f"configuration: {reason.rstrip('.')}.") from error
     if wrong := keys ^ set(_keys(default())):
         raise UserError(
-            f"configuration: {', '.join(sorted(wrong))} should not be there, or is missing;"
+            f"configuration: {', '.join(sorted(wrong))} is unknown or missing;"
             " start from pals_jax.config.default()."
         )
     check(config)
@@ -93,7 +94,7 @@ def load(arguments: Sequence[str]) -> ConfigDict:
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    """The dotted keys; those of your own tasks are checked where they are declared."""
+    """The dotted keys, except those of own tasks, which `own_task` checks."""
     for key, value in config.items():
         if isinstance(value, ConfigDict) and key != "own":
             yield from _keys(value, f"{prefix}{key}.")
@@ -102,10 +103,10 @@ def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 
 def check(config: ConfigDict) -> None:
-    """Sees that numbers are in their ranges.
+    """Checks the ranges of values.
 
     Raises:
-        UserError: one is not.
+        UserError: if a value is out of range.
     """
     positive = ("epochs", "steps_per_epoch", "batch_size", "groups", "eval_batch_size")
     for key in (*positive, "checkpoint_every"):
@@ -115,7 +116,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"configuration: seed is {config.seed}; it must be from 0 to 2^32 - 1.")
     if not 0.0 <= config.optimizer.warmup <= 1.0:
         raise UserError(
-            f"configuration: optimizer.warmup is {config.optimizer.warmup}; it is a share of all"
+            f"configuration: optimizer.warmup is {config.optimizer.warmup}; it is a fraction of all"
             " steps, from 0 to 1."
         )
     if config.batch_size % config.groups:
@@ -128,12 +129,12 @@ def check(config: ConfigDict) -> None:
 
 
 def encoder_is_frozen(config: ConfigDict) -> bool:
-    """Whether nothing is trained but what belongs to tasks."""
+    """Whether only task parameters are trained."""
     return tuple(config.trainable) == ("adapters/",)
 
 
 def from_json(saved: Mapping[str, Any]) -> ConfigDict:
-    """The inverse of `to_json`; keys that `saved` lacks have their defaults."""
+    """The inverse of `to_json`; keys that `saved` lacks get their defaults."""
     config = default().unlock()
     config.update(ConfigDict({**saved, "data": {**saved["data"], "own": {}}}))
     config.data.own = ConfigDict(saved["data"]["own"])
@@ -141,5 +142,5 @@ def from_json(saved: Mapping[str, Any]) -> ConfigDict:
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
-    """The configuration as JSON holds it (tuples are lists)."""
+    """The configuration as a JSON object (tuples become lists)."""
     return json.loads(config.to_json_best_effort())

@@ -1,7 +1,7 @@
-"""An experiment: a configuration with the tasks and the architecture that it means.
+"""An experiment: a configuration with its tasks and the encoder's architecture resolved.
 
-`pals_jax.experiment.workdir` saves it beside the checkpoints, so that a workdir is all that
-evaluation and prediction need.
+`pals_jax.experiment.workdir` saves it next to the checkpoints, so that evaluation and prediction
+need only the workdir.
 """
 
 import dataclasses
@@ -44,9 +44,9 @@ class Experiment:
 
     Attributes:
         config: the configuration.
-        tasks: in the order of the task axis; those that `config.tasks` does not name came with
-            the run that this one is based on, and are left as they are.
-        architecture: of the encoder.
+        tasks: the tasks in the order of the task axis; tasks not in `config.tasks` come from the
+            run that this one is based on, and are not trained.
+        architecture: the architecture of the encoder.
     """
 
     config: ConfigDict
@@ -55,17 +55,16 @@ class Experiment:
 
     @classmethod
     def from_config(cls, config: ConfigDict, base: "Experiment | None" = None) -> "Experiment":
-        """Resolves names; reads no more data than a task's own labels need.
+        """Resolves names; reads data only if needed to find the labels of own tasks.
 
         Args:
             config: the configuration.
-            base: an experiment to whose tasks those of `config` are added.
+            base: an experiment to which the tasks of `config` are added.
 
         Raises:
-            UserError: an unknown encoder, a task that is unknown or wrongly declared, a
-                configuration under which the base's tasks would not stay as they are, one that
-                asks to keep what lies below the first adapter where nothing does, or an unknown
-                method, optimiser, schedule or sampling.
+            UserError: if the encoder, method, optimiser, schedule or sampling is unknown, a task is
+                unknown or wrongly declared, the configuration would change the base's tasks, or it
+                asks to cache hidden states below the first adapter although no layer lies there.
         """
         if not config.tasks or len(set(config.tasks)) < len(config.tasks):
             raise UserError(f"configuration: tasks {list(config.tasks)} is empty or repeats one.")
@@ -83,14 +82,14 @@ class Experiment:
                         config.data.own[task.name] = base.config.data.own[task.name]
             experiment = cls(config, base.tasks + tasks, base.architecture)
         _check_below(experiment)
-        experiment.model()  # these refuse what they do not know
+        experiment.model()  # these calls raise for unknown names
         experiment.optimizer()
         experiment.sampler([1] * len(config.tasks))
         return experiment
 
     @property
     def trained(self) -> tuple[Task, ...]:
-        """The tasks that are trained here, the last ones of the task axis."""
+        """The tasks that are trained, which are last on the task axis."""
         return self.tasks[len(self.tasks) - len(self.config.tasks) :]
 
     def model(self) -> MultiTaskModel:
@@ -105,13 +104,13 @@ class Experiment:
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """The number of steps of the whole run."""
         return int(self.config.epochs * self.config.steps_per_epoch)
 
     def optimizer(
         self, learning_rate: Any = None
     ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
-        """The optimiser and the learning rate by step; its peak may be another one, and traced."""
+        """The optimiser and its schedule; `learning_rate` overrides the peak, and may be traced."""
         settings = self.config.optimizer
         if learning_rate is not None:
             settings = ConfigDict(settings.to_dict() | {"learning_rate": learning_rate})
@@ -119,12 +118,12 @@ class Experiment:
 
     @property
     def layout(self) -> Layout:
-        """What the encoder takes."""
+        """The token layout that the encoder expects."""
         encoder = self.architecture
         return Layout(encoder.pad_token_id, encoder.type_vocab_size)
 
     def sampler(self, sizes: Sequence[int]) -> Sampler:
-        """The plan of the run, for these numbers of training examples of the trained tasks."""
+        """The sampler of the run; `sizes` are the trained tasks' numbers of training examples."""
         config = self.config
         return Sampler(
             sizes=tuple(sizes),
@@ -139,9 +138,10 @@ class Experiment:
     def train_batches(
         self, splits: Sequence[TokenizedSplit], sampler: Sampler | None, shards: Shards
     ) -> TrainBatches:
-        """What makes the batches of the sampler's draws from the splits of the trained tasks.
+        """Makes training batches from the sampler's draws and the splits of the trained tasks.
 
-        Without a sampler, by whose draws shapes are chosen, they are padded to the full length.
+        The shapes of packed batches are chosen from the sampler's draws; without a sampler, batches
+        are padded to the full length.
         """
         config, num_tasks = self.config, len(self.tasks)
         placing: Padded | Packed = Padded(config.batch_size, config.data.max_length, shards.total)
@@ -177,11 +177,11 @@ class Experiment:
 
     @property
     def _prompts(self) -> int:
-        """Positions that the model adds to each example."""
+        """The number of prompt positions that the model adds to each example."""
         return prompt_length(parse_method(self.config.method))
 
     def knows_data(self, task: Task) -> bool:
-        """Whether it is said where a task's examples are: a task that came as a file has none."""
+        """Whether the task's data source is known; it is not for a task loaded from a task file."""
         return task.name in self.config.data.own or task.name in GLUE
 
     def source(self, task: Task) -> Source:
@@ -191,21 +191,21 @@ class Experiment:
             return own_files(data.own[task.name])
         if not self.knows_data(task):
             raise UserError(
-                f"the data of task {task.name} are not known: a run that was made of task files"
-                " predicts only; evaluate the run in which it was trained."
+                f"the data of task {task.name} are not known: a run made from task files can only"
+                " predict; evaluate the run in which it was trained."
             )
         return glue_source(data.source, Path(data.dir).expanduser() if data.dir else None)
 
     @property
     def cache_dir(self) -> Path:
-        """Where tokens and hidden states are kept."""
+        """The directory where tokens and hidden states are cached."""
         return Path(self.config.data.cache_dir).expanduser()
 
     def read(self, task: Task, split: str, tokenizer: "PreTrainedTokenizerFast") -> TokenizedSplit:
-        """The examples of a split, tokenised or out of the cache.
+        """The examples of a split, tokenised or from the cache.
 
         Raises:
-            UserError: the data are missing or wrong.
+            UserError: if the data are missing or invalid.
         """
         examples = self.source(task).read(task, split)
         return tokenize_split(examples, tokenizer, self.config.data.max_length, self.cache_dir)
@@ -213,7 +213,7 @@ class Experiment:
     def read_eval(
         self, task: Task, tokenizer: "PreTrainedTokenizerFast"
     ) -> dict[str, TokenizedSplit]:
-        """The evaluation splits that the source has, of which there must be one."""
+        """The evaluation splits that the source has; there must be at least one."""
         present = self.source(task).splits(task)
         splits = [split for split in task.eval_splits if split in present]
         if not splits:
@@ -225,7 +225,7 @@ class Experiment:
 def _check_base(config: ConfigDict, base: Experiment) -> None:
     if not config_lib.encoder_is_frozen(config):
         raise UserError(
-            "configuration: with --base the encoder must stay as it is, or the earlier tasks would"
+            "configuration: with --base the encoder must stay frozen, or the earlier tasks would"
             " change; set trainable to ('adapters/',)."
         )
     for key, mine, theirs in (
@@ -234,34 +234,34 @@ def _check_base(config: ConfigDict, base: Experiment) -> None:
     ):
         if mine != theirs:
             raise UserError(
-                f"configuration: {key} is {mine}, that of the base run {theirs}; another one would"
-                " change the answers of the earlier tasks."
+                f"configuration: {key} is {mine}, but {theirs} in the base run; a different value"
+                " would change the predictions of the earlier tasks."
             )
     not_own = (task.name for task in base.tasks if task.name not in base.config.data.own)
     of_glue = [name for name in not_own if name in GLUE]
     if of_glue and config.data.source != base.config.data.source:
         raise UserError(
-            f"configuration: data.source is {config.data.source}, that of the base run"
-            f" {base.config.data.source}, which its tasks {', '.join(of_glue)} are read from."
+            f"configuration: data.source is {config.data.source}, but {base.config.data.source} in"
+            f" the base run, whose tasks {', '.join(of_glue)} are read from there."
         )
     if parse_method(config.method) != parse_method(base.config.method):
         raise UserError(
-            f"configuration: method is {config.method}, that of the base run"
-            f" {base.config.method}; all tasks of a model share a method."
+            f"configuration: method is {config.method}, but {base.config.method} in the base run;"
+            " all tasks of a model share a method."
         )
     if again := [task.name for task in base.tasks if task.name in config.tasks]:
-        raise UserError(f"the base run has a task {again[0]!r} already; give the new one a name.")
+        raise UserError(f"the base run already has a task {again[0]!r}; rename the new one.")
 
 
 def _check_below(experiment: Experiment) -> None:
-    """Sees that there is something below the first adapter where it is to be computed once."""
+    """If lower_dropout is False, checks that frozen layers exist below the first adapter."""
     config = experiment.config
     if config.lower_dropout:
         return
     if not config_lib.encoder_is_frozen(config):
         raise UserError(
-            "configuration: lower_dropout is False, but the encoder is trained, and none of its"
-            " layers gives an example the same at every step; set trainable to ('adapters/',), or"
+            "configuration: lower_dropout is False, but the encoder is trained, so hidden states"
+            " change at every step and cannot be cached; set trainable to ('adapters/',), or"
             " lower_dropout to True."
         )
     lowest = lowest_layers(adapter_shapes(experiment.model()))
@@ -269,8 +269,8 @@ def _check_below(experiment: Experiment) -> None:
         parts = ", ".join(name for name, layer in lowest.items() if layer == 0)
         raise UserError(
             f"configuration: lower_dropout is False, but method {config.method} has no layer below"
-            f" its {parts} that is the same for all tasks; begin higher, for example with"
-            ' layers="final_half", or set lower_dropout to True.'
+            f" its {parts} that is the same for all tasks; start it at a higher layer, for example"
+            ' with layers="final_half", or set lower_dropout to True.'
         )
 
 
@@ -285,10 +285,11 @@ def _check_metrics(task: Task) -> None:
     if wrong or ("f1" in task.metrics and task.num_outputs != 2):
         raise UserError(
             f"task {task.name} asks for {', '.join(wrong) or 'f1'}, which does not fit it:"
-            f" {', '.join(CORRELATIONS)} are for regression, the others for classes, f1 for two."
+            f" {', '.join(CORRELATIONS)} are for regression, the others for classification, f1 for"
+            " two classes."
         )
 
 
 def _task(data: ConfigDict, name: str) -> Task:
-    """A task of your own where `data.own` declares it; else one of GLUE's."""
+    """The task declared in `data.own`, or else the GLUE task of that name."""
     return own_task(name, data.own[name])[0] if name in data.own else glue_task(name)

@@ -1,8 +1,8 @@
-"""The optimiser: optax's Adam for the shared encoder, and one for each task along the task axis.
+"""The optimiser: one for the shared encoder, and one per task along the task axis.
 
-A task's parameters, moments and step count are rows of the task axis, so "each task has its own
-optimiser" is `jax.vmap` of one optax transformation. What happens to the tasks that a step did
-not draw is then one decision, made in `per_task`.
+A task's parameters, moments and step count are rows of the task axis, so the tasks' optimisers are
+one optax transformation under `jax.vmap`. `per_task` decides what happens to tasks that a step did
+not draw.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,14 @@ from ml_collections import ConfigDict
 from pals_jax.runtime.errors import UserError
 
 Tree = Any
-TASKS = "adapters"  # the collection whose leaves lead with a task axis
+TASKS = "adapters"  # the collection of leaves with a leading task axis
 
 
 def bert_schedule(peak: float, warmup: float, total_steps: int) -> optax.Schedule:
-    """BERT's: a linear rise over `warmup` of all steps, then peak * (1 - step / total).
+    """BERT's schedule: linear warm-up over `warmup` of all steps, then peak * (1 - step / total).
 
-    It drops from 1.0 to 1 - warmup of the peak where the rise ends (Stickland & Murray, code).
+    At the end of warm-up the rate jumps from the peak to (1 - warmup) times the peak (Stickland &
+    Murray, code).
     """
 
     def schedule(step: Array) -> Array:
@@ -34,7 +35,7 @@ def bert_schedule(peak: float, warmup: float, total_steps: int) -> optax.Schedul
 
 
 def linear_schedule(peak: float, warmup: float, total_steps: int) -> optax.Schedule:
-    """A linear rise over `warmup` of all steps, then a linear fall to 0 (Houlsby et al., 3.1)."""
+    """Linear warm-up over `warmup` of all steps, then linear decay to 0 (Houlsby et al., 3.1)."""
     rise = round(warmup * total_steps)
     return optax.join_schedules(
         [
@@ -55,9 +56,9 @@ class PerTaskState(NamedTuple):
     """State of `per_task`.
 
     Attributes:
-        shared: state of the transformation on what all tasks share.
-        tasks: the same for each task, every leaf with a leading task axis.
-        started: bool [T]; the tasks that have been drawn at least once.
+        shared: the inner state for the parameters that all tasks share.
+        tasks: the inner states of all tasks, every leaf with a leading task axis.
+        started: bool [T]; whether each task has been drawn at least once.
     """
 
     shared: Tree
@@ -68,17 +69,18 @@ class PerTaskState(NamedTuple):
 def per_task(
     inner: optax.GradientTransformation, num_tasks: int, *, idle_drift: bool
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs `inner` once on the shared tree and once for each task on the task's rows.
+    """Runs `inner` once on the shared tree, and once per task on the task's rows.
 
-    Its update takes gradients, parameters and, with `map_tasks`, a state of all tasks or of some,
-    and `drawn`, a bool for each of these. Those that are not drawn keep their parameters and their
-    state exactly; or, with `idle_drift`, go on from their first gradient with a gradient of zero,
-    so that momentum and weight decay still move them (Stickland & Murray, code).
+    The update takes gradients, parameters and state of all tasks, or of a subset chosen with
+    `map_tasks`, and `drawn`, a bool for each of these tasks. Tasks that are not drawn keep
+    parameters and state exactly; with `idle_drift`, a task that has been drawn before is updated
+    with a zero gradient, so that momentum and weight decay still move it (Stickland & Murray,
+    code).
 
     Args:
-        inner: any transformation that looks at each task alone.
+        inner: any transformation that treats tasks independently.
         num_tasks: T.
-        idle_drift: whether tasks that a step did not draw go on moving.
+        idle_drift: whether tasks that a step did not draw keep moving.
     """
 
     def split(tree: Tree) -> tuple[Tree, Tree]:
@@ -113,26 +115,26 @@ def per_task(
 
 
 def map_tasks(change: Callable[..., Tree], state: Tree, *others: Tree) -> Tree:
-    """An optimiser's state with what it keeps of each task changed, for example by `tasks.append`.
+    """Applies `change` to the per-task parts of an optimiser's state, e.g. `task_axis.append`.
 
     Args:
-        change: of trees whose leaves lead with the task axis (moments, step counts, and which tasks
-            have started), one of each state.
-        state: any state in which `per_task` has its own; the rest of it is kept.
-        others: further states, of an optimiser of the same kind.
+        change: a function of trees with a leading task axis (moments, step counts, and which tasks
+            have started), one tree from each state.
+        state: a state that contains a `PerTaskState`; its other parts are kept.
+        others: further states of an optimiser of the same kind.
     """
     trees = zip(*(task_trees(each) for each in (state, *others)), strict=True)
     return with_task_trees(state, [change(*each) for each in trees])
 
 
 def task_trees(state: Tree) -> list[Tree]:
-    """What each `per_task` in an optimiser's state keeps of tasks; leaves [T, ...]."""
+    """The per-task parts of each `PerTaskState` in an optimiser's state; leaves [T, ...]."""
     nodes = jax.tree.leaves(state, is_leaf=_is_per_task)
     return [{"tasks": x.tasks, "started": x.started} for x in nodes if _is_per_task(x)]
 
 
 def with_task_trees(state: Tree, trees: list[Tree]) -> Tree:
-    """`state` with such trees in place of its own."""
+    """`state` with its per-task parts replaced; the inverse of `task_trees`."""
     left = iter(trees)
     return jax.tree.map(
         lambda x: x._replace(**next(left)) if _is_per_task(x) else x, state, is_leaf=_is_per_task
@@ -144,9 +146,9 @@ def _is_per_task(x: Any) -> bool:
 
 
 def clip_by_tensor_norm(max_norm: float) -> optax.GradientTransformation:
-    """Clips each tensor by its own norm; each layer or block of a stack is a tensor of its own.
+    """Clips each tensor by its own norm; each layer or block of a stack counts as one tensor.
 
-    With PyTorch's 1e-6 in the denominator (Stickland & Murray, code).
+    The denominator includes PyTorch's 1e-6 (Stickland & Murray, code).
     """
 
     def clip(path: Any, grad: Array) -> Array:
@@ -179,7 +181,7 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
 
 
 def decays(params: Tree) -> Tree:
-    """Which leaves weight decay applies to: all but biases, layer norms and factors around 1."""
+    """The mask of leaves with weight decay: all but biases, layer norms and scaling factors."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key not in ("bias", "scale"), params
     )
@@ -196,11 +198,11 @@ def make_optimizer(
     """The optimiser that `config` (`config.optimizer` of an experiment) describes.
 
     Returns:
-        The transformation, whose update takes `drawn` (see `per_task`), and the learning rate by
-        step.
+        The transformation, with an update that takes `drawn` (see `per_task`), and the learning
+        rate schedule.
 
     Raises:
-        UserError: an unknown optimiser or schedule.
+        UserError: if the optimiser or the schedule is unknown.
     """
     if config.schedule not in LEARNING_RATE_SCHEDULES:
         raise UserError(
@@ -217,8 +219,8 @@ def make_optimizer(
         tasks = per_task(adam, num_tasks, idle_drift=moves_idle_tasks(config))
         return optax.chain(optax.clip_by_global_norm(config.clip), tasks, scale), schedule
     if config.name == "bert_n_pals":
-        # The original's optimiser to the letter. Its schedule is inside `per_task`: every tensor
-        # counts its own steps, from its first gradient on.
+        # Exactly the original's optimiser. The schedule is inside `per_task` because there every
+        # tensor counts its own steps, from its first gradient on.
         adam = scale_by_uncorrected_adam(config.b1, config.b2, config.eps)
         inner = optax.chain(clip_by_tensor_norm(config.clip), adam, decay, scale)
         return per_task(inner, num_tasks, idle_drift=moves_idle_tasks(config)), schedule

@@ -1,4 +1,4 @@
-"""The workdir of a run: what is saved there, how it is loaded, and what is refused.
+"""The workdir of a run: saving, loading, and refusing a workdir that does not match.
 
 A workdir holds experiment.json and tokenizer/ (this module), checkpoints/ and best/
 (`experiment.checkpoint`), metrics.jsonl and tensorboard/ (`training.metric_writer`).
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FILE = "experiment.json"
 _SIZES = "train_examples"
 _TOKENIZER = "tokenizer"
-# What may differ when a run goes on: where things lie and how it is computed, not what it is.
+# Keys that may change when a run is resumed: paths and execution, not the experiment itself.
 _MAY_DIFFER = (
     r"config\.(encoder|data\.dir|data\.cache_dir|eval_batch_size|checkpoint_every|packing|sweep"
     r"|data\.own\.[^.]+\.(train|dev|test))$"
@@ -38,7 +38,8 @@ def refuse_another_experiment(experiment: Experiment, workdir: epath.Path) -> No
     """Refuses a workdir that holds another experiment.
 
     Raises:
-        UserError: there is one, and it names the keys that differ; or there is no such bucket.
+        UserError: if it does; the message names the keys that differ. Also if there is no such
+            bucket.
     """
     storage.check(workdir)
     path = workdir / FILE
@@ -61,10 +62,10 @@ def refuse_another_experiment(experiment: Experiment, workdir: epath.Path) -> No
 
 
 def refuse_other_sizes(experiment: Experiment, workdir: epath.Path, sizes: Sequence[int]) -> None:
-    """Refuses other numbers of training examples than the run in the workdir began with.
+    """Refuses training data of a different size than the run in the workdir started with.
 
     Raises:
-        UserError: with others its draws would be those of another run.
+        UserError: if a size differs, since the sampler's draws depend on the sizes.
     """
     path = workdir / FILE
     with storage.reported(workdir):
@@ -72,33 +73,33 @@ def refuse_other_sizes(experiment: Experiment, workdir: epath.Path, sizes: Seque
     for task, size, before in zip(experiment.trained, sizes, saved or sizes, strict=True):
         if size != before:
             raise UserError(
-                f"the run in {workdir} began with {before} training examples of {task.name},"
-                f" and there are {size} now; use another workdir, or the data it began with."
+                f"the run in {workdir} started with {before} training examples of {task.name},"
+                f" and there are {size} now; use another workdir, or the original data."
             )
 
 
 def refuse_vanished(workdir: epath.Path) -> None:
-    """Refuses a workdir that is no longer there, or is not the one that host 0 writes.
+    """Refuses a workdir that no longer exists, or is not the one that host 0 writes to.
 
     Raises:
-        UserError: it is not.
+        UserError: if this host cannot see the run's files.
     """
     with storage.reported(workdir):
         there = (workdir / FILE).is_file()
     if not there:
         raise UserError(
-            f"{workdir} has vanished, or this host does not see what host 0 writes there; bring"
-            " it back, or name one that all hosts see, and run the same command again."
+            f"{workdir} has vanished, or this host does not see the files that host 0 writes;"
+            " restore it, or use a workdir that all hosts see, and run the same command again."
         )
 
 
 def save(experiment: Experiment, workdir: epath.Path, sizes: Sequence[int] = ()) -> None:
-    """Writes experiment.json to the workdir, which is made if need be.
+    """Writes experiment.json to the workdir, which is created if missing.
 
     Args:
         experiment: what the run is about.
         workdir: see `storage.workdir`.
-        sizes: the numbers of training examples of the trained tasks, if there is training.
+        sizes: the trained tasks' numbers of training examples; empty if nothing is trained.
     """
     saved = _to_json(experiment) | ({_SIZES: list(sizes)} if sizes else {})
     with storage.reported(workdir):
@@ -107,10 +108,10 @@ def save(experiment: Experiment, workdir: epath.Path, sizes: Sequence[int] = ())
 
 
 def load(workdir: epath.Path) -> Experiment:
-    """The experiment of a workdir; keys that were not known then have their defaults.
+    """The experiment of a workdir; keys added since it was saved get their defaults.
 
     Raises:
-        UserError: none is there, or its file is damaged, or its bucket does not answer.
+        UserError: if there is none, its file is damaged, or the bucket does not respond.
     """
     storage.check(workdir)
     path = workdir / FILE
@@ -128,7 +129,7 @@ def load(workdir: epath.Path) -> Experiment:
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", workdir: epath.Path) -> None:
-    """Writes the tokenizer of a run to where `saved_tokenizer` reads it."""
+    """Writes the tokenizer of a run, for `saved_tokenizer` to read."""
     with storage.Staged(workdir / _TOKENIZER) as folder:
         tokenizer.save_pretrained(folder.path)
 
@@ -137,7 +138,7 @@ def saved_tokenizer(workdir: epath.Path) -> "PreTrainedTokenizerFast":
     """The tokenizer of a run.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: if it is missing or damaged.
     """
     with storage.fetched(workdir / _TOKENIZER) as folder:
         return load_tokenizer(folder)

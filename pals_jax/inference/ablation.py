@@ -1,4 +1,4 @@
-"""What a run loses without the adapters of a span of layers (Houlsby et al. 2019, figure 6)."""
+"""Ablation: a run's scores without the adapters of a span of layers (Houlsby et al., figure 6)."""
 
 from collections.abc import Mapping
 
@@ -13,16 +13,16 @@ from pals_jax.runtime.errors import UserError
 
 
 def ablate(run: Run) -> dict[str, np.ndarray]:
-    """For each task, the change of its score where a span of layers goes without adapters.
+    """The change of each task's score when the adapters of a span of layers are removed.
 
-    Nothing is trained anew, and one compiled step evaluates all spans.
+    Nothing is retrained, and one compiled step evaluates all spans.
 
     Returns:
-        {task: float [N, N]}; at [first, last] the score without the adapters of these layers and
-        those between, less the score with all of them; NaN where last < first.
+        {task: float [N, N]}; at [first, last] the score without the adapters of layers first to
+        last (inclusive), minus the score with all adapters; NaN where last < first.
 
     Raises:
-        UserError: the run's layers carry no adapters.
+        UserError: if no layer of the run has adapters.
     """
     experiment, depth = run.experiment, run.experiment.architecture.num_hidden_layers
     carriers = [spec for spec in experiment.model().method if isinstance(spec, Adapter)]
@@ -48,7 +48,7 @@ def ablate(run: Run) -> dict[str, np.ndarray]:
 
 
 def to_json(changes: Mapping[str, np.ndarray]) -> dict[str, list[list[float | None]]]:
-    """The same with None for NaN, which JSON has not."""
+    """The same with None for NaN, which JSON does not have."""
     return {
         name: [[None if np.isnan(x) else float(x) for x in row] for row in change]
         for name, change in changes.items()

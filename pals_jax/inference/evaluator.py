@@ -1,4 +1,4 @@
-"""Evaluation: every task, the whole of each dev set, the papers' metrics."""
+"""Evaluation of every task on complete dev sets, with the papers' metrics."""
 
 import dataclasses
 import functools
@@ -25,12 +25,12 @@ Splits = Mapping[str, Mapping[str, TokenizedSplit]]  # task -> split
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """The compiled evaluation step of an experiment, and what is built on it.
+    """Evaluates an experiment with a compiled step.
 
     Attributes:
-        experiment: what is evaluated.
-        parallel: the devices, over all of which every batch is divided. Each host has the results
-            of all examples.
+        experiment: the experiment to evaluate.
+        parallel: the devices, over which every batch is divided. Each host gets the results of all
+            examples.
     """
 
     experiment: Experiment
@@ -38,7 +38,7 @@ class Evaluator:
 
     @functools.cached_property
     def eval_step(self) -> Callable[..., jax.Array]:
-        """`step.make_eval_step`, compiled once, or for each length that is padded to."""
+        """`steps.make_eval_step`, compiled once per shape of batch."""
         step = make_eval_step(self.experiment.model(), self.parallel.axis_name)
         return self.parallel.compile(step)
 
@@ -69,9 +69,9 @@ class Evaluator:
     def every_task(
         self, variables: Any, tasks: Sequence[Task], split: TokenizedSplit
     ) -> list[np.ndarray]:
-        """For each of `tasks` its logits of every example, as `logits` has them.
+        """The logits of every example for each of `tasks`, each as returned by `logits`.
 
-        For several tasks what lies below their first adapters is computed once.
+        For several tasks, the layers below their first adapters are computed once.
         """
         if len(tasks) == 1:
             return [self.logits(variables, tasks[0], split)]
@@ -100,13 +100,13 @@ class Evaluator:
         }
 
     def score(self, results: Results) -> float:
-        """What the best checkpoint is chosen by: see `metrics.selection_score`."""
+        """The score that selects the best checkpoint: see `metrics.selection_score`."""
         named = {t.name: t.metrics for t in self.experiment.tasks if t.name in results}
         return metrics.selection_score(named, results)
 
 
 def _finite(task: Task, logits: np.ndarray) -> np.ndarray:
-    """The logits; Diverged if they are not numbers."""
+    """The logits; raises Diverged if they are not finite."""
     if not np.isfinite(logits).all():
         raise Diverged(
             f"task {task.name}: the model's outputs are not finite; the training has diverged,"
@@ -123,7 +123,7 @@ def decide(task: Task, logits: np.ndarray) -> np.ndarray:
 def results_table(
     tasks: Sequence[Task], results: Results, baselines: Results | None = None
 ) -> "Table":
-    """Results for a person, x 100, beside those of the majority baseline where they are given."""
+    """A table of results x 100, next to the majority baseline if it is given."""
     from rich.table import Table
 
     rows = Table(title="dev scores (x 100)", title_justify="left")

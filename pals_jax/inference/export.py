@@ -1,4 +1,4 @@
-"""Tasks out of a run, into other codes or one file each; and task files back onto a base."""
+"""Export of a run's tasks to other formats or task files, and assembly of runs from task files."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,8 +32,8 @@ def export(run: Run, name: str, to: str, out: Path) -> None:
     """Writes one task of a run in the format `to`, a key of `FORMATS`.
 
     Raises:
-        UserError: no such task or format, something is in the way, or the format has no place for
-            the run's method.
+        UserError: if there is no such task or format, `out` exists, or the format cannot hold the
+            run's method.
     """
     task = run.task(name)
     if to not in FORMATS:
@@ -60,7 +60,7 @@ def _task_file(run: Run, task: int, out: Path) -> None:
 
 
 def _huggingface(run: Run, task: int, out: Path) -> None:
-    """With LoRA and the like merged; says by how much that moves a logit."""
+    """Writes the task with LoRA and the like merged; prints how much merging changes logits."""
     model, labels = run.experiment.model(), run.experiment.tasks[task].labels
     written = convert.to_sequence_classification(model, run.variables, task, out, labels or None)
     run.tokenizer.save_pretrained(out)
@@ -87,14 +87,14 @@ FORMATS: Mapping[str, Callable[[Run, int, Path], None]] = {
 def largest_logit_change(
     model: MultiTaskModel, variables: Any, task: int, alone: MultiTaskModel, own: Any
 ) -> float:
-    """By how much a task's logits differ, at most, between a model and that of the task alone.
+    """The largest difference between a task's logits in a model and in its merged model.
 
     Args:
-        model: of T tasks.
-        variables: its variables.
+        model: the model of T tasks.
+        variables: the variables of `model`.
         task: the index of the task.
-        alone: the model of the task (T = 1), as `merged` makes it.
-        own: its variables.
+        alone: the model of this task alone (T = 1), as `merged` returns it.
+        own: the variables of `alone`.
 
     Returns:
         The largest difference on 8 random token rows.
@@ -109,15 +109,15 @@ def largest_logit_change(
 
 
 def assemble(base: str, files: Sequence[Path], workdir: epath.Path) -> None:
-    """Makes a run, to predict with, of task files on the base that they were trained on.
+    """Makes a run for prediction from task files and the base that they were trained on.
 
     Args:
         base: the workdir of a run, or an encoder (see `huggingface.resolve`).
         files: task files of one method.
-        workdir: of the new run; must not hold one.
+        workdir: the workdir of the new run; must not already hold a run.
 
     Raises:
-        UserError: a file that does not fit the base or the others.
+        UserError: if a file does not fit the base or the other files.
     """
     if (workdir / FILE).exists():
         raise UserError(f"{workdir} holds a run already; choose another workdir.")

@@ -1,8 +1,8 @@
-"""What lies below the first adapter of a frozen encoder: computed once for each example, and kept.
+"""Cache of the hidden states below the first adapter of a frozen encoder.
 
-The lowest layers, which no task changes, are an encoder of their own. Without dropout they give an
-example the same hidden states at every step: these are kept on disk beside its tokens, and training
-and evaluation begin above.
+No task changes these lowest layers, so without dropout an example's hidden states there are the
+same at every step. They are computed once per example and cached on disk next to its tokens;
+training and evaluation start above.
 """
 
 import dataclasses
@@ -31,19 +31,19 @@ from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel
 
 Tree = Any
-_FORMAT = 1  # of the cache; to be raised when its content changes meaning
+_FORMAT = 1  # format version of the cache; increment when the meaning of its content changes
 
 
 def with_hidden(experiment: Experiment, variables: Tree, splits: Tree) -> Tree:
-    """The splits with `hidden`, out of the cache if they are there, and into it if not.
+    """The splits with `hidden`, from the cache; what it lacks is computed and cached.
 
     Args:
-        experiment: whose encoder is frozen.
+        experiment: an experiment with a frozen encoder.
         variables: {"params", ...}.
         splits: a tree of `TokenizedSplit`.
 
     Raises:
-        UserError: the cache cannot be written.
+        UserError: if the cache cannot be written.
     """
     below = HiddenCache.of(experiment, variables["params"]["encoder"])
     files = {below.file(split): split for split in jax.tree.leaves(splits)}
@@ -64,15 +64,15 @@ def with_hidden(experiment: Experiment, variables: Tree, splits: Tree) -> Tree:
 
 
 def check_same(experiment: Experiment, given: Tree, restored: Tree) -> None:
-    """Sees that what is kept, if anything, was computed with the encoder that a run began with.
+    """Checks that cached hidden states belong to the encoder that a run started with.
 
     Args:
-        experiment: of the run.
+        experiment: the experiment of the run.
         given: {"params", ...}, with the weights of `config.encoder`.
-        restored: those of the run's checkpoint.
+        restored: the same, from the run's checkpoint.
 
     Raises:
-        UserError: the layers below the first adapter differ.
+        UserError: if the layers below the first adapter differ.
     """
     if experiment.config.lower_dropout:
         return
@@ -88,14 +88,13 @@ def check_same(experiment: Experiment, given: Tree, restored: Tree) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class HiddenCache:
-    """The layers below the first adapter, and where their hidden states are kept.
+    """The layers below the first adapter, and the cache of their hidden states.
 
     Attributes:
-        encoder: of these layers alone.
-        params: its own.
-        experiment: whose texts it reads.
-        parallel: the devices of this host. Each host computes what it lacks, whatever the others
-            have already.
+        encoder: an encoder of these layers alone.
+        params: the parameters of these layers alone.
+        experiment: the experiment with the texts.
+        parallel: the devices of this host. Each host fills its own cache, independently of others.
     """
 
     encoder: Encoder
@@ -105,7 +104,7 @@ class HiddenCache:
 
     @classmethod
     def of(cls, experiment: Experiment, params: Tree) -> Self:
-        """Those of an experiment, whose encoder's parameters are `params`."""
+        """The cache of an experiment; `params` are the parameters of its whole encoder."""
         model = experiment.model()
         depth = layers_below(adapter_shapes(model))
         architecture = dataclasses.replace(model.config, num_hidden_layers=depth)
@@ -116,7 +115,7 @@ class HiddenCache:
 
     @property
     def _token_size(self) -> int:
-        """Bytes of one token's."""
+        """Bytes of one token's hidden state."""
         return self.encoder.config.hidden_size * self.encoder.dtype.itemsize
 
     def size(self, split: TokenizedSplit) -> int:
@@ -124,25 +123,25 @@ class HiddenCache:
         return len(split.tokens) * self._token_size
 
     def file(self, split: TokenizedSplit) -> Path:
-        """Where they are kept, under the digest of all that they follow from."""
+        """The cache file of a split, named by the digest of everything its content depends on."""
         digest = self.digest.copy()
         for x in (split.tokens, split.offsets, split.first):
             digest.update(np.ascontiguousarray(x).data)
         return self.experiment.cache_dir / f"{digest.hexdigest()}.hidden"
 
     def complete(self, split: TokenizedSplit) -> TokenizedSplit:
-        """The split with its hidden states, which are there, memory-mapped."""
+        """The split with its cached hidden states, memory-mapped."""
         shape = len(split.tokens), self.encoder.config.hidden_size
         hidden = np.memmap(self.file(split), self.encoder.dtype, "r", shape=shape)
         return dataclasses.replace(split, hidden=hidden)
 
     def write(self, missing: Mapping[Path, TokenizedSplit]) -> None:
-        """Computes the hidden states of splits, each for a file.
+        """Computes the hidden states of splits and writes each to its file.
 
-        A file is written aside and then renamed: see `data.tokenize.tokenize_split`.
+        A file is written elsewhere and then renamed: see `data.tokenize.tokenize_split`.
 
         Raises:
-            OSError: there is no room for them.
+            OSError: if the disk is full.
         """
         if not missing:
             return
@@ -156,7 +155,7 @@ class HiddenCache:
                     self._compute(split, file, bar)
 
     def _compute(self, split: TokenizedSplit, file: BinaryIO, bar: Any) -> None:
-        """Writes the hidden states of a split, each example where its tokens are."""
+        """Writes the hidden states of a split, at the offsets of the examples' tokens."""
         for batch, examples in self.experiment.eval_batches(split, 0, self.parallel.shards):
             hidden = np.asarray(self._step(self.params, batch))
             begins = batch.first.reshape(examples.shape)
@@ -169,7 +168,7 @@ class HiddenCache:
 
     @functools.cached_property
     def _step(self) -> Callable[[Tree, Tree], Array]:
-        """The compiled step from the parameters and a batch to its hidden states, [B, L, D]."""
+        """The compiled step from parameters and batch to hidden states [B, L, D]."""
         axis_name = self.parallel.axis_name
         nothing = TaskAdapters((), {}, self.encoder.config)
 
@@ -184,8 +183,8 @@ class HiddenCache:
 
     @functools.cached_property
     def digest(self) -> Any:
-        """Of all that the hidden states follow from besides the texts."""
-        # Kinds of devices round differently.
+        """The digest of everything that the hidden states depend on besides the texts."""
+        # The backend is included because different kinds of devices round differently.
         facts = _FORMAT, self.encoder.config, self.encoder.dtype, jax.default_backend()
         digest = hashlib.sha256(repr(facts).encode())
         for path, x in jax.tree.leaves_with_path(self.params):
@@ -195,7 +194,7 @@ class HiddenCache:
 
 
 def as_if_kept(experiment: Experiment, split: TokenizedSplit) -> TokenizedSplit:
-    """A split as a run of the experiment has it, for its shapes: hidden states take no memory."""
+    """A split with placeholder hidden states of the right shape, which take no memory."""
     if experiment.config.lower_dropout:
         return split
     zero = np.zeros((), experiment.model().dtype)

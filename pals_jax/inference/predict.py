@@ -1,4 +1,4 @@
-"""Predictions of a run: for texts of yours, or for the test sets of GLUE's server."""
+"""Predictions of a run, for the user's texts or for the test sets of GLUE's server."""
 
 import io
 import json
@@ -21,21 +21,21 @@ Texts = list[tuple[str, ...]]
 
 
 def read_texts(tasks: Sequence[Task], path: Path | None) -> tuple[list[Task], Texts]:
-    """The texts of a TSV, CSV or JSONL file, or of stdin, and which of the tasks they are for.
+    """Reads texts from a TSV, CSV or JSONL file or stdin; also returns the tasks they fit.
 
     A file, or a JSON object on a line of stdin, has the columns of the task. Any other line of
-    stdin is one example: its texts in the task's order, separated by a tab. Of several tasks, those
-    that the first example fits are meant.
+    stdin is one example: its texts in the task's order, separated by tabs. If several tasks are
+    given, those that fit the first example are returned.
 
     Raises:
-        UserError: a file or a line that cannot be read so, or fits no task, or fits several that
-            would read other columns of it.
+        UserError: if a file or line cannot be read, fits no task, or fits several tasks with
+            different columns.
     """
     if path is not None:
         rows = list(read_rows(path))
         fitting = _fitting(tasks, rows[0])
         return fitting, [tuple(row.text(name) for name in fitting[0].text) for row in rows]
-    if isinstance(sys.stdin, io.TextIOWrapper):  # so that a line that is not UTF-8 can be named
+    if isinstance(sys.stdin, io.TextIOWrapper):  # lets the error name a line that is not UTF-8
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     lines = {n: _line(n, line) for n, line in enumerate(sys.stdin, 1) if line.strip()}
     if not lines:
@@ -70,7 +70,7 @@ def _texts(task: Task, number: int, line: Row | list[str]) -> tuple[str, ...]:
 
 
 def _fitting(tasks: Sequence[Task], first: Row | list[str]) -> list[Task]:
-    """The tasks that an example is for; a single one is told by its texts what they lack."""
+    """The tasks that an example fits; a single task is returned unchecked, for a precise error."""
     if len(tasks) == 1:
         return list(tasks)
     if isinstance(first, Row):
@@ -87,9 +87,9 @@ def _fitting(tasks: Sequence[Task], first: Row | list[str]) -> list[Task]:
 
 
 def predict(run: Run, tasks: Sequence[Task], texts: Texts) -> Iterator[dict[str, Any]]:
-    """For each example its columns, and of each task the prediction and each label's probability.
+    """For each example: its columns, and each task's prediction and label probabilities.
 
-    Of a single task these are "prediction" and "p(LABEL)"; of several their names come before.
+    The keys are "prediction" and "p(LABEL)", prefixed with the task's name if there are several.
     """
     from scipy.special import softmax  # takes most of a second to import
 
@@ -112,7 +112,7 @@ def _encode(run: Run, texts: Texts) -> TokenizedSplit:
 
 
 def write_records(records: Iterable[Mapping[str, Any]], as_json: bool, out: Any) -> None:
-    """JSON lines, or a TSV with a header."""
+    """Writes JSON lines, or a TSV with a header."""
     for index, record in enumerate(records):
         if as_json:
             print(json.dumps(record), file=out)
@@ -120,18 +120,18 @@ def write_records(records: Iterable[Mapping[str, Any]], as_json: bool, out: Any)
         if index == 0:
             print("\t".join(record), file=out)
         cells = (f"{x:.4f}" if isinstance(x, float) else x for x in record.values())
-        # A CSV or JSON text may hold what separates the fields and rows of a TSV.
+        # Texts from CSV or JSON may contain tabs and line ends, which would break the TSV.
         print("\t".join(" ".join(cell.split()) for cell in cells), file=out)
 
 
 def write_submission(run: Run, directory: Path, fill_missing: bool) -> Path:
-    """Predicts every GLUE test set that the run's tasks answer, and writes the server's files.
+    """Predicts every GLUE test set that the run has a task for, and writes the server's files.
 
     Returns:
-        The zip.
+        The path of the zip file.
 
     Raises:
-        UserError: the submission would be incomplete, or test data are missing.
+        UserError: if the submission would be incomplete, or test data are missing.
     """
     predictions = {}
     for task in (*run.experiment.tasks, *_diagnostics(run)):
@@ -150,6 +150,6 @@ def write_submission(run: Run, directory: Path, fill_missing: bool) -> Path:
 
 
 def _diagnostics(run: Run) -> Iterator[Task]:
-    """Test sets that have no training data of their own: another task's head answers them."""
+    """The diagnostic sets (no training data of their own) that a head of the run can answer."""
     names = {task.name for task in run.experiment.tasks}
     return (task for task in GLUE.values() if task.head in names)

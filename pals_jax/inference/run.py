@@ -1,4 +1,4 @@
-"""A run that has been evaluated at least once: all that its workdir holds, ready to be used."""
+"""A trained run, loaded from its workdir for evaluation and prediction."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The best checkpoint with what is needed to use it.
+    """The best checkpoint of a run, with everything needed to use it.
 
     Attributes:
         experiment: what the run is about.
-        tokenizer: the encoder's.
+        tokenizer: the tokenizer of the encoder.
         evaluator: the compiled evaluation.
-        step: of the checkpoint.
-        variables: its {"params", "adapters"}.
+        step: the step of the checkpoint.
+        variables: the checkpoint's {"params", "adapters"}.
     """
 
     experiment: Experiment
@@ -45,7 +45,7 @@ class Run:
         """The best checkpoint of a workdir.
 
         Raises:
-            UserError: there is no run, or nothing to evaluate yet, or it is damaged.
+            UserError: if there is no run, no checkpoint yet, or the checkpoint is damaged.
         """
         experiment = workdir_lib.load(workdir)
         keep_compiled(experiment.cache_dir)
@@ -60,7 +60,7 @@ class Run:
         """The run's task of that name.
 
         Raises:
-            UserError: it has none.
+            UserError: if there is none.
         """
         for task in self.experiment.tasks:
             if task.name == name:
@@ -69,9 +69,9 @@ class Run:
         raise UserError(f"the run has no task {name!r}; its tasks are {known}.")
 
     def extended(self, experiment: Experiment) -> Any:
-        """The variables of an experiment based on this run: new tasks behind those of the run.
+        """The variables of an experiment based on this run: its tasks, followed by new ones.
 
-        The optimiser begins anew: it holds nothing of the run's tasks, which no step draws again.
+        The optimiser starts fresh, since no step will draw this run's tasks again.
         """
         params = self.variables["params"]
         new = tasks_lib.fresh(
@@ -84,10 +84,10 @@ class Run:
         return {"params": params, "adapters": tasks_lib.append(self.variables["adapters"], new)}
 
     def evaluate(self) -> Results:
-        """The dev results of every task whose data are known.
+        """The dev results of every task with a known data source.
 
         Raises:
-            UserError: those of none are; or they are missing or wrong.
+            UserError: if no task has one, or data are missing or invalid.
         """
         tasks = self.experiment.tasks
         known = [task for task in tasks if self.experiment.knows_data(task)] or tasks

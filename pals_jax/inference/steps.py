@@ -1,4 +1,4 @@
-"""The model applied to a batch, and the evaluation steps made of it."""
+"""Applying the model to a batch, and the evaluation steps."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -14,7 +14,7 @@ from pals_jax.models.segments import Packing
 def apply_to_batch(
     model: MultiTaskModel, variables: optax.Params, batch: Batch, **kwargs: Any
 ) -> Array:
-    """Logits float32 [B, M, C] of every example; `kwargs` as for the model."""
+    """Logits float32 [B, M, C] of every example; `kwargs` are passed to the model."""
     packing = Packing(batch.first, batch.example_ids)
     logits = model.apply(
         variables, *batch.tokens, batch.task_ids, packing=packing, hidden=batch.hidden, **kwargs
@@ -23,10 +23,10 @@ def apply_to_batch(
 
 
 def make_eval_step(model: MultiTaskModel, axis_name: str | None = None) -> Callable[..., Array]:
-    """The pure evaluation step: (variables, active) and a batch to logits, float32 [B, M, C].
+    """The pure evaluation step from (variables, active) and a batch to logits float32 [B, M, C].
 
-    `active`, bool [N], says which layers keep their adapters; None: all. With `axis_name` every
-    device returns the logits of all devices, in their order.
+    `active`, bool [N], selects the layers that keep their adapters; None: all. With `axis_name`,
+    every device returns the logits of all devices, in device order.
     """
 
     def eval_step(given: tuple[optax.Params, Array | None], batch: Batch) -> Array:
@@ -40,7 +40,7 @@ def make_eval_step(model: MultiTaskModel, axis_name: str | None = None) -> Calla
 def make_every_task_step(
     model: MultiTaskModel, axis_name: str | None = None
 ) -> Callable[[optax.Params, Batch], Array]:
-    """The pure step from variables and a batch to its logits under every task, [T, B, M, C]."""
+    """The pure step from variables and a batch to logits for every task, [T, B, M, C]."""
 
     def every_task_step(variables: optax.Params, batch: Batch) -> Array:
         packing = Packing(batch.first, batch.example_ids)

@@ -1,4 +1,4 @@
-"""What GLUE's server takes: one TSV for each of its eleven test sets, in one zip, all of them."""
+"""Submissions to GLUE's server: a zip with one TSV for each of its eleven test sets."""
 
 import collections
 import contextlib
@@ -16,7 +16,7 @@ from pals_jax.runtime.errors import UserError
 
 ZIP = "submission.zip"
 _HEADER = "index\tprediction"
-_LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the same files make the same zip, byte for byte
+_LONG_AGO = (1980, 1, 1, 0, 0, 0)  # a constant date makes the zip reproducible, byte for byte
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +57,9 @@ _FILES = {
 
 
 def defaults(predictions: Mapping[tuple[str, str], Predictions]) -> dict[str, str]:
-    """The files without predictions, each with the one answer that `fill_missing` gives.
+    """The files without predictions, each with the constant answer that `fill_missing` writes.
 
-    That is the first label of the task in `GLUE`: "0" for CoLA, SST-2, MRPC, QQP and WNLI,
+    The constant is the first label of the task in `GLUE`: "0" for CoLA, SST-2, MRPC, QQP and WNLI,
     "entailment" for MNLI, AX, QNLI and RTE; and "0.000" for STS-B.
     """
     return {
@@ -75,22 +75,22 @@ def write(
     *,
     fill_missing: bool = False,
 ) -> Path:
-    """Writes the TSVs and their zip into a directory, all of them or none.
+    """Writes the TSVs and their zip to a directory, all of them or none.
 
     STS-B is clipped to [0, 5] and written with three decimals.
 
     Args:
-        predictions: by task and split, as named in `GLUE`; others are not among the server's.
-        directory: made if it does not exist.
-        fill_missing: answer the test sets without predictions with a constant, given by `defaults`,
-            as is usual for WNLI. Their scores then say nothing.
+        predictions: the predictions by task and split, as named in `GLUE`; others are ignored.
+        directory: the output directory, created if missing.
+        fill_missing: whether to answer test sets without predictions with the constant from
+            `defaults`, as is usual for WNLI. Their scores are then meaningless.
 
     Returns:
-        The zip.
+        The path of the zip file.
 
     Raises:
-        UserError: the server would refuse it (everything that is wrong is listed), or the directory
-            cannot be written.
+        UserError: if the server would refuse it (every problem is listed), or the directory cannot
+            be written.
     """
     files = {
         name: _tsv(GLUE[file.task], predictions[file.task, file.split])
@@ -105,8 +105,7 @@ def write(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as whole:
-            # The last to be entered takes its place first, and the zip last: it says that all is
-            # there.
+            # Contexts end in reverse order: the zip comes last, because it signals completeness.
             parts = {
                 name: whole.enter_context(storage.replacing(directory / name))
                 for name in (ZIP, *files)
@@ -118,10 +117,10 @@ def write(
 
 
 def check(path: Path) -> None:
-    """Sees that the server will take a zip.
+    """Checks that the server will accept a zip.
 
     Raises:
-        UserError: it will not, or this is no zip; everything that is wrong is listed.
+        UserError: if it will not, or the file is not a zip; every problem is listed.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -156,7 +155,7 @@ def _refuse(path: Path, problems: Sequence[str]) -> None:
 
 
 def _problems(files: Mapping[str, str]) -> Iterator[str]:
-    """All that is wrong with the files, by name their text."""
+    """Every problem with the files, which are given as {name: text}."""
     if missing := [name for name in _FILES if name not in files]:
         yield f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
     for name, text in files.items():

@@ -43,7 +43,8 @@ class MultiTaskModel(nn.Module):
     """An encoder with adapters and one head for each task.
 
     One row is an ordinary forward pass with its task's parameters. `jax.vmap` extends it to the
-    rows of one task, and again to the G equal groups of rows in a batch, one task each. Parameters that rows or tasks share are not copied.
+    rows of one task, and again to the G equal groups of rows in a batch, one task each. Parameters
+    that rows or tasks share are not copied.
 
     Attributes:
         config: the encoder's architecture.
@@ -69,6 +70,9 @@ class MultiTaskModel(nn.Module):
         } | {
             "head": self.variable("adapters", "head", lambda: self._mask_head(self._draw(head))),
         }
+
+    def declare(self) -> None:
+        """Declares all variables, which `setup` has done by now: `init` needs no forward pass."""
 
     @property
     def _width(self) -> int:
@@ -266,8 +270,7 @@ class MultiTaskModel(nn.Module):
 
 def init_variables(model: MultiTaskModel, key: Array) -> dict[str, Any]:
     """Random `variables` of a model."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return dict(model.init(key, tokens, tokens, tokens, jnp.int32(0)))
+    return dict(model.init(key, method="declare"))
 
 
 def variable_shapes(model: MultiTaskModel) -> dict[str, Any]:

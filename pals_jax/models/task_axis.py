@@ -108,12 +108,11 @@ def fresh(
         key: random key.
     """
     model = MultiTaskModel(config, tuple(num_outputs), method)
-    ids = jnp.zeros((1, 1), jnp.int32)
 
     @jax.jit
     def init(params: Any, key: Array) -> Any:
         _, variables = model.apply(
-            {"params": params}, ids, ids, ids, 0, mutable=["adapters"], rngs={"params": key}
+            {"params": params}, mutable=["adapters"], rngs={"params": key}, method="declare"
         )
         return variables["adapters"]
 

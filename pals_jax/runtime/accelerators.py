@@ -1,4 +1,4 @@
-"""Which accelerators this machine has, asked without JAX, which would start them."""
+"""Detects this machine's accelerators without importing JAX, which would initialise them."""
 
 import importlib.util
 import os
@@ -12,11 +12,11 @@ def has_tpu() -> bool:
 
 
 def skip_absent_tpu() -> None:
-    """Keeps JAX from looking for a TPU that is not there, for seconds and with complaints.
+    """Stops JAX from searching for an absent TPU, which takes seconds and logs warnings.
 
-    It would where libtpu is installed, which `plan` needs on machines without a TPU. Whoever has
-    set JAX_PLATFORMS, a TPU or a plugin for another accelerator is left alone. To be called before
-    JAX is imported.
+    JAX searches if libtpu is installed, and `plan` needs libtpu on machines without a TPU. Does
+    nothing if JAX_PLATFORMS is set, or a TPU or another accelerator's plugin is present. Must be
+    called before JAX is imported.
     """
     installed = importlib.util.find_spec("libtpu") is not None
     others = importlib.util.find_spec("jax_plugins") is not None

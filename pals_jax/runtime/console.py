@@ -1,4 +1,4 @@
-"""What a run says while it works: a progress line, JSON lines, TensorBoard; on host 0 only."""
+"""Console output of a run: progress line, messages and tables, on host 0 only."""
 
 import sys
 from typing import Any
@@ -9,7 +9,7 @@ from pals_jax.runtime import distributed
 
 
 def progress(total: int, initial: int, unit: str) -> Any:
-    """A progress line with rate and time left on stderr, where no terminal is one in 30 s."""
+    """A progress line on stderr, with rate and time left; every 30 s if stderr is no terminal."""
     return tqdm.tqdm(
         total=total,
         initial=initial,
@@ -22,13 +22,13 @@ def progress(total: int, initial: int, unit: str) -> Any:
 
 
 def say(message: str) -> None:
-    """One line for the person at the terminal, beside any progress line."""
+    """Prints one line to stderr without disturbing the progress line."""
     if distributed.is_main():
         tqdm.tqdm.write(message, file=sys.stderr)
 
 
 def print_table(table: object, width: int | None = None) -> None:
-    """Prints a rich table to stderr, for a person: stdout is for machines. Host 0 only."""
+    """Prints a rich table to stderr, since stdout is for machine-readable output. Host 0 only."""
     from rich.console import Console
 
     if distributed.is_main():
@@ -36,5 +36,5 @@ def print_table(table: object, width: int | None = None) -> None:
 
 
 def in_bytes(size: float) -> str:
-    """A number of bytes for a person."""
+    """A number of bytes, formatted for people."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"

@@ -1,4 +1,4 @@
-"""The processes of a run, one for each host of a TPU pod, and what they must agree on."""
+"""The processes of a run (one per host of a TPU pod) and their coordination."""
 
 import contextlib
 import os
@@ -16,31 +16,31 @@ from jax.experimental import multihost_utils
 from pals_jax.runtime.accelerators import has_tpu
 from pals_jax.runtime.errors import Unavailable, UserError, reason
 
-_CONNECT_SECONDS = 300  # to wait for the other processes of a run
+_CONNECT_SECONDS = 300  # timeout for connecting to the other processes of a run
 
 
 def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Connects this process with the others of its run, where there are any.
+    """Connects this process to the others of its run, if there are any.
 
-    On Cloud TPU VMs and under SLURM the environment says which there are; elsewhere the arguments
-    must. It comes before anything else that asks JAX for devices.
+    On Cloud TPU VMs and under SLURM the environment describes the processes; elsewhere the
+    arguments must. Must be called before anything asks JAX for devices.
 
     Args:
-        coordinator: HOST:PORT of process 0; None: what the environment says.
-        processes: their number.
-        process: the number of this one.
+        coordinator: HOST:PORT of process 0; None: taken from the environment.
+        processes: the number of processes.
+        process: the index of this process.
 
     Raises:
-        UserError: not all three are given, or the environment does not say all.
-        Unavailable: they do not find each other.
+        UserError: if only some of the arguments are given, or the environment is incomplete.
+        Unavailable: if the processes do not find each other in time.
     """
     if any(x is not None for x in (coordinator, processes, process)):
         if coordinator is None or processes is None or process is None:
             raise UserError("--coordinator, --processes and --process go together; give all three.")
         if not re.fullmatch(r".+:\d+", coordinator) or not 0 <= process < processes:
             raise UserError(
-                f"--coordinator={coordinator} is not HOST:PORT, or --process={process} not one of"
-                f" {processes} from 0 on."
+                f"--coordinator={coordinator} is not HOST:PORT, or --process={process} is not from"
+                f" 0 to {processes - 1}."
             )
         where: dict[str, Any] = {
             "coordinator_address": coordinator,
@@ -63,24 +63,24 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
 
 
 def _under_slurm() -> bool:
-    # A batch script itself is one process, whatever `srun` would start in it.
+    # A batch script is a single process; only steps started by `srun` have several.
     in_step = "SLURM_PROCID" in os.environ and "SLURM_STEP_NODELIST" in os.environ
     return in_step and int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
 def is_main() -> bool:
-    """Whether this is host 0, the one that logs and writes what is not a checkpoint."""
+    """Whether this is host 0, which logs and writes everything except checkpoints."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has reached this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def of_main(number: int) -> int:
-    """What host 0 says, on every host."""
+    """The number that host 0 passed, on every host."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(number))
@@ -88,7 +88,7 @@ def of_main(number: int) -> int:
 
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Ends the program with 143 at SIGTERM, as ever, but cleans up what is half-made."""
+    """Turns SIGTERM into `sys.exit(143)`, so that context managers can clean up."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
@@ -97,22 +97,22 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 class Preemption:
-    """Hears SIGTERM, with which clouds and schedulers announce that they take a machine away.
+    """Listens for SIGTERM, which clouds and schedulers send before they take a machine away.
 
-    One process alone stops at the end of its step. Several agree on one step to stop at, through
-    JAX's preemption service, even if only one of them was told.
+    A single process stops at the end of its step. Several processes agree on the step to stop at
+    through JAX's preemption service, even if only one of them received the signal.
 
-    Orbax's `CheckpointManager.reached_preemption` asks that service and nothing else. It does not
-    run where one process is alone, whose SIGTERM would go unheard.
+    Orbax's `CheckpointManager.reached_preemption` only asks that service, which does not run for a
+    single process: its SIGTERM would go unnoticed.
     """
 
     def __init__(self) -> None:
-        """Hears nothing yet."""
+        """Starts listening only when the context is entered."""
         self._told = False
 
     def __enter__(self) -> "Preemption":
-        # With several processes the signal belongs to JAX's service. Handlers are the main
-        # thread's to set.
+        # With several processes JAX's service handles the signal. Only the main thread may set
+        # signal handlers.
         self._mine = jax.process_count() == 1
         self._mine &= threading.current_thread() is threading.main_thread()
         if self._mine:
@@ -127,7 +127,7 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._before)
 
     def reached(self, step: int) -> bool:
-        """Whether to save and stop now, after `step`; to be asked after every step."""
+        """Whether to save and stop now, after `step`; must be called after every step."""
         if jax.process_count() == 1:
             return self._told
         return multihost_utils.reached_preemption_sync_point(step)

@@ -1,30 +1,30 @@
-"""What the command line reports as one sentence, without a traceback."""
+"""Exceptions that the command line reports as one sentence, without a traceback."""
 
 
 class UserError(Exception):
-    """A wrong input: its message says what is wrong, where, and what to do.
+    """An invalid input: the message says what is wrong, where, and what to do.
 
     Attributes:
-        status: with which the command line ends.
+        status: the exit status of the command line.
     """
 
     status = 2
 
 
-class Unavailable(UserError):  # noqa: N818 - the sentence says what
-    """What is elsewhere does not answer, and may later: who starts runs may try again."""
+class Unavailable(UserError):  # noqa: N818 - the message describes the error
+    """A remote service does not respond; running the command again later may succeed."""
 
     status = 75  # EX_TEMPFAIL of sysexits.h
 
 
-class Diverged(UserError):  # noqa: N818 - the sentence says what
-    """A training whose loss or outputs are not finite, or far too large."""
+class Diverged(UserError):  # noqa: N818 - the message describes the error
+    """Training diverged: loss or outputs are not finite, or the loss is far too large."""
 
 
-class Preempted(Exception):  # noqa: N818 - nothing went wrong
-    """A run that was told to stop and has saved where it stands. Exit status 143."""
+class Preempted(Exception):  # noqa: N818 - not an error
+    """The run was told to stop and has saved its state. Exit status 143."""
 
 
 def reason(error: Exception) -> str:
-    """What another library says in its exception, fit for a sentence."""
+    """The message of another library's exception, on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__

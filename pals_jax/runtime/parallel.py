@@ -1,8 +1,8 @@
-"""The devices of a run: one under `jax.jit`, several, of any number of hosts, under `jax.pmap`.
+"""The devices of a run: one under `jax.jit`, several (on one or more hosts) under `jax.pmap`.
 
-Everything but the batch is the same on all of them (data parallelism). Parameters and state go
-in and come out without a device axis (`in_axes` and `out_axes` None), so that nothing is stacked,
-gathered or copied between two steps.
+Data parallelism: everything except the batch is replicated. Parameters and state are passed
+without a device axis (`in_axes` and `out_axes` None), so that nothing is stacked, gathered or
+copied between steps.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ AXIS = "data"  # the name of the devices' axis
 
 
 def available() -> list[jax.Device]:
-    """The devices of all hosts that a run uses."""
+    """The devices that a run uses, on all hosts."""
     return jax.devices()
 
 
@@ -31,37 +31,37 @@ class DataParallel:
     """The devices, in the order of the shards of a batch.
 
     Attributes:
-        devices: of all hosts.
+        devices: the devices of all hosts.
     """
 
     devices: tuple[jax.Device, ...]
 
     @classmethod
     def over(cls, devices: Sequence[jax.Device] | None = None) -> "DataParallel":
-        """Over `devices`, or all there are; those of one host side by side, as pmap has them."""
+        """Uses `devices`, or all there are, grouped by host in pmap's order."""
         devices = available() if devices is None else devices
         return cls(tuple(sorted(devices, key=lambda device: (device.process_index, device.id))))
 
     @property
     def axis_name(self) -> str | None:
-        """What a step sums over; None where there is one device."""
+        """The axis over which a step sums; None if there is one device."""
         return AXIS if len(self.devices) > 1 else None
 
     @property
     def shards(self) -> Shards:
-        """The part of every batch that this host makes."""
+        """The shards of every batch that this host makes."""
         here = [device.process_index == jax.process_index() for device in self.devices]
         return Shards(len(here), here.index(True), sum(here))
 
     def compile(self, step: Step, *, donate: bool = False) -> Any:
-        """`step(state, batch)`, whose batch alone has a leading axis of this host's shards.
+        """Compiles `step(state, batch)`; only the batch has a leading axis of this host's shards.
 
         Args:
             step: a pure function that was made with this object's `axis_name`.
-            donate: whether the state's memory is used for the result.
+            donate: whether to reuse the state's memory for the result.
 
         Returns:
-            The function that `jax.jit` or `jax.pmap` makes of it, with its `lower`.
+            The function that `jax.jit` or `jax.pmap` returns.
         """
         donated = (0,) if donate else ()
         if self.axis_name is None:
@@ -78,25 +78,25 @@ class DataParallel:
 
     @property
     def here(self) -> NamedSharding:
-        """The same values on all devices of this host, as the steps take and return them."""
+        """Replicated on all devices of this host: the sharding of the steps' state."""
         return _copies(self.devices[self.shards.mine(len(self.devices))])
 
     @property
     def one_per_host(self) -> NamedSharding:
-        """The same values on one device of each host, as a checkpoint is written and read."""
+        """Replicated on one device of each host: the sharding of checkpoints."""
         hosts = itertools.groupby(self.devices, key=lambda device: device.process_index)
         return _copies([next(devices) for _, devices in hosts])
 
     def put(self, tree: Tree) -> Tree:
-        """A host's arrays, or those that a checkpoint gave, on all its devices."""
+        """Replicates host arrays, or arrays restored from a checkpoint, on this host's devices."""
         return jax.device_put(jax.tree.map(on_this_host, tree), self.here)
 
     def put_batch(self, batch: Tree) -> Tree:
-        """A batch on the device it is for; `jax.pmap` itself brings the parts of one to several."""
+        """Moves a batch to the device if there is one; `jax.pmap` transfers the shards itself."""
         return batch if self.axis_name else jax.device_put(batch, self.devices[0])
 
     def to_save(self, tree: Tree) -> Tree:
-        """What the steps return, seen as `one_per_host`; no value moves."""
+        """Views a step's result with the sharding `one_per_host`, without copying."""
         sharding = self.one_per_host
 
         def one(x: jax.Array) -> jax.Array:
@@ -108,7 +108,7 @@ class DataParallel:
 
 
 def on_this_host(x: Any) -> Any:
-    """An array as this host holds it: a checkpoint's belong to all hosts, and cannot be moved."""
+    """This host's copy of an array; restored global arrays cannot be moved between devices."""
     return x.addressable_data(0) if isinstance(x, jax.Array) else x
 
 

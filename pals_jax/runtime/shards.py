@@ -6,12 +6,12 @@ import numpy as np
 
 
 class Shards(NamedTuple):
-    """The equal parts that the rows of every batch are divided into, one for each device.
+    """The equal parts, one per device, into which the rows of every batch are divided.
 
     Attributes:
-        total: S, their number on all hosts.
-        first: the first one of this host.
-        local: s, how many of them this host makes.
+        total: S, the number of shards on all hosts.
+        first: the index of this host's first shard.
+        local: s, the number of shards on this host.
     """
 
     total: int = 1
@@ -19,7 +19,7 @@ class Shards(NamedTuple):
     local: int = 1
 
     def mine(self, rows: int) -> slice:
-        """Which of all rows are this host's."""
+        """The slice of this host's rows among all rows."""
         each = rows // self.total
         return slice(self.first * each, (self.first + self.local) * each)
 

@@ -1,7 +1,7 @@
-"""Where runs live: directories of this machine, or folders of a bucket of Google Cloud Storage.
+"""Storage of runs: local directories, or folders in Google Cloud Storage buckets.
 
-What a bucket has not, appending and paths that any library opens, is made up for here. Checkpoints
-are written to either by Orbax itself.
+Buckets lack appending, and paths that any library can open; this module provides both through local
+copies. Orbax itself writes checkpoints to either.
 """
 
 import contextlib
@@ -22,41 +22,41 @@ def workdir(text: str) -> epath.Path:
     """The workdir of that name: a directory, or `gs://BUCKET/DIR`.
 
     Raises:
-        UserError: it is neither, or what reaches a bucket is not installed.
+        UserError: if it is neither, or it is in a bucket and gcsfs is not installed.
     """
     if not text.startswith("gs://"):
         if "://" in text:
             raise UserError(f"{text} is neither a directory nor gs://BUCKET/DIR; name one of them.")
-        return epath.Path(text).expanduser()  # no shell does it behind "--workdir="
+        return epath.Path(text).expanduser()  # shells do not expand ~ after "--workdir="
     if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{text} is in a bucket, which takes gcsfs: pip install gcsfs.")
-    import fsspec  # few runs are in a bucket
+        raise UserError(f"{text} is in a bucket, which needs gcsfs: pip install gcsfs.")
+    import fsspec  # only buckets need it
 
-    os.environ["EPATH_USE_TF"] = "false"  # or TensorFlow, where it is installed, would take over
-    # Or gcsfs asks another service what kind of bucket it is, before each look at one.
+    os.environ["EPATH_USE_TF"] = "false"  # otherwise etils uses TensorFlow if it is installed
+    # Otherwise gcsfs queries another service for the bucket's type before each access.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    # What it listed once would hide what Orbax and other hosts write.
+    # Cached listings would hide files that Orbax and other hosts write later.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    # It logs the tracebacks of failures that it raises as well, and we report.
+    # gcsfs logs tracebacks of errors that it also raises and that we report.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return epath.Path(text)
 
 
 def in_bucket(path: epath.Path) -> bool:
-    """Whether it is no path of this machine."""
+    """Whether the path is in a bucket rather than on this machine."""
     return str(path).startswith("gs://")
 
 
 def absolute(path: epath.Path) -> epath.Path:
-    """The path from the root on; that in a bucket is, and `resolve` would make it one from here."""
+    """The absolute path; bucket paths already are, and `resolve` would make them local paths."""
     return path if in_bucket(path) else path.resolve()
 
 
 def check(path: epath.Path) -> None:
-    """Sees that the bucket is there, if the path is in one.
+    """Checks that the bucket of a path exists, if the path is in one.
 
     Raises:
-        UserError: it is not, or does not let us look.
+        UserError: if it does not exist, or access is denied.
     """
     with reported(path):
         if in_bucket(path) and not epath.Path(*path.parts[:3]).exists():
@@ -65,46 +65,45 @@ def check(path: epath.Path) -> None:
 
 @contextlib.contextmanager
 def reported(path: epath.Path) -> Iterator[None]:
-    """Reports what goes wrong with a path in a bucket, as one sentence.
+    """Turns errors about a path in a bucket into one sentence.
 
-    What a directory of this machine raises is an `OSError`, and left to the command line.
+    An `OSError` about a local path passes through; the command line reports it.
 
     Raises:
-        Unavailable: it does not answer.
-        UserError: it is not there, or not for us.
+        Unavailable: if the bucket does not respond.
+        UserError: if the bucket does not exist, or access is denied.
     """
     try:
         yield
-    except Exception as error:  # gcsfs and what is below it raise many kinds
+    except Exception as error:  # gcsfs and the libraries below it raise many types
         if not in_bucket(path):
             raise
         raise kind_of(error)(
-            f"{path} cannot be read or written ({reason(error)}); see that its bucket exists, and"
-            " that the account of this machine may use it."
+            f"{path} cannot be read or written ({reason(error)}); check that its bucket exists and"
+            " that this machine's account may use it."
         ) from error
 
 
 def kind_of(error: Exception) -> type[UserError]:
-    """Whether what failed so on its way to a bucket may go well later."""
+    """`Unavailable` if a later attempt at the same access may succeed, else `UserError`."""
     if importlib.util.find_spec("gcsfs") is None:
         return UserError
     from gcsfs.retry import is_retriable
 
-    # The second is what tensorstore says, through which Orbax writes arrays.
+    # The pattern matches errors of tensorstore, through which Orbax writes arrays.
     later = is_retriable(error) or re.search(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED)\b", str(error))
     return Unavailable if later else UserError
 
 
 @contextlib.contextmanager
 def replacing(path: Path | epath.Path) -> Iterator[Path]:
-    """Where to write what shall be at `path` of this machine as a whole, a file or a directory.
+    """Where to write a file or directory of this machine that then replaces `path` atomically.
 
-    It is in a folder beside `path`, and takes its place at the end of the context. When that is
-    left by an exception nothing has changed; a process that is killed leaves a folder
-    `building-*`, which nothing reads.
+    It is in a temporary folder beside `path`, and is renamed when the context ends. An exception
+    leaves `path` unchanged; a killed process leaves a folder `building-*`, which is never read.
 
     Raises:
-        OSError: it cannot take its place: there is no room, or a directory with other files there.
+        OSError: if it cannot be renamed, for example to a directory that is not empty.
     """
     with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as aside:
         built = Path(aside) / path.name
@@ -113,12 +112,12 @@ def replacing(path: Path | epath.Path) -> Iterator[Path]:
 
 
 def write_text(path: Path | epath.Path, text: str) -> None:
-    """Writes a file as a whole: who reads it meanwhile, or after a crash, sees no half of it.
+    """Writes a file atomically, so that concurrent readers and crashes never see a partial file.
 
     Raises:
         UserError: see `reported`.
     """
-    if in_bucket(path):  # where nothing is seen of what is not whole
+    if in_bucket(path):  # object stores show a file only once it is complete
         with reported(path):
             path.write_text(text)
         return
@@ -127,23 +126,23 @@ def write_text(path: Path | epath.Path, text: str) -> None:
 
 
 class Staged:
-    """A directory to write to for what can only write to this machine, or appends.
+    """A directory for writers that need local paths, or append to files.
 
-    Its files are written to `path`: the directory itself, or, where that is in a bucket, one on
-    this machine, from which `deliver` and the end of the context copy them there, whole.
+    Files are written to `path`: the directory itself, or, if that is in a bucket, a local one from
+    which `deliver` and the end of the context upload them.
     """
 
     def __init__(self, directory: epath.Path) -> None:
-        """Makes it if need be."""
+        """Creates a local directory if `directory` is in a bucket."""
         self._directory = directory
         self._aside = tempfile.TemporaryDirectory() if in_bucket(directory) else None
         self.path = Path(self._aside.name if self._aside else directory)
 
     def deliver(self) -> None:
-        """Brings all files to where they belong.
+        """Uploads all files to the bucket, if there is one.
 
         Raises:
-            UserError: the bucket does not take them.
+            UserError: if the upload fails.
         """
         if self._aside is None:
             return
@@ -156,7 +155,7 @@ class Staged:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        # What is there is brought to its place, whatever has happened.
+        # Upload even after an exception, without hiding that exception.
         with contextlib.suppress(UserError) if error else contextlib.nullcontext():
             self.deliver()
         if self._aside:
@@ -165,7 +164,7 @@ class Staged:
 
 @contextlib.contextmanager
 def fetched(directory: epath.Path) -> Iterator[Path]:
-    """A directory for what can only read this machine: itself, or a copy of one in a bucket."""
+    """A local directory for readers: the directory itself, or a copy if it is in a bucket."""
     if not in_bucket(directory):
         yield Path(directory)
         return

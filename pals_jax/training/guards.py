@@ -1,4 +1,4 @@
-"""What a run watches while it trains: that it diverges nowhere and compiles nothing twice."""
+"""Checks during training: divergence, and repeated compilation."""
 
 import threading
 import warnings
@@ -14,25 +14,25 @@ from pals_jax.data.tasks import Task
 from pals_jax.runtime.errors import Diverged
 
 _LOWERING = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # JAX's event, once per executable
-_DIVERGED = 1e4  # cross-entropies and errors of rescaled targets never come near it
+_DIVERGED = 1e4  # far above any cross-entropy or squared error of a healthy run
 
 
 class CompilationWarning(UserWarning):
-    """A step was compiled again although nothing about its batch was new."""
+    """A step was compiled again for a batch of a known shape."""
 
 
 class CompilationGuard:
-    """Counts a step's compilations, and warns of any but the first for each shape of batch.
+    """Counts a step's compilations, and warns if a batch shape is compiled more than once.
 
     Attributes:
-        count: executables so far.
+        count: the number of executables compiled so far.
     """
 
     def __init__(self, step: Callable[..., Any]) -> None:
         """Guards `step(state, batch)`, which is jitted or pmapped."""
         self._step = step
         self._seen: set[Any] = set()
-        self._thread: int | None = None  # the one that is in the step
+        self._thread: int | None = None  # the thread that is executing the step
         self.count = 0
 
     def __enter__(self) -> "CompilationGuard":
@@ -59,8 +59,8 @@ class CompilationGuard:
         if self.count > before and shapes in self._seen:
             warnings.warn(
                 f"the training step was compiled again for a batch of a known shape,"
-                f" {batch.input_ids.shape}; it has {self.count} compilations now. The run is"
-                " right, but slower than it should be.",
+                f" {batch.input_ids.shape}; it has {self.count} compilations now. The results are"
+                " correct, but the run is slower than it should be.",
                 CompilationWarning,
                 stacklevel=2,
             )
@@ -74,16 +74,16 @@ def check_finite(
     draw: Callable[[int], Draw],
     tasks: Sequence[Task],
 ) -> None:
-    """Stops a run that has diverged, with the step, the tasks and the examples at which it did.
+    """Stops a run that has diverged, naming the step, its tasks and its examples.
 
     Args:
         first_step: the number of the first step, from 0.
-        scalars: loss and grad_norm of steps from there on, [n] each.
-        draw: the sampler's.
-        tasks: its tasks.
+        scalars: loss and grad_norm of n consecutive steps, [n] each.
+        draw: the sampler's `draw`.
+        tasks: the tasks of the sampler.
 
     Raises:
-        Diverged: a loss or gradient is not finite, or the loss is beyond all measure.
+        Diverged: if a loss or gradient norm is not finite, or a loss exceeds 1e4.
     """
     bad = ~np.isfinite(scalars["loss"]) | ~np.isfinite(scalars["grad_norm"])
     bad |= scalars["loss"] > _DIVERGED
@@ -98,6 +98,6 @@ def check_finite(
     raise Diverged(
         f"the training has diverged: in step {first_step + at + 1} the loss is"
         f" {scalars['loss'][at]:.4g} and the gradient's norm {scalars['grad_norm'][at]:.4g}. Its"
-        f" examples, by row of the train data from 0: {what}. Look at them, or lower"
-        " optimizer.learning_rate; the checkpoints before it are good."
+        f" examples, as rows of the train data from 0: {what}. Check them, or lower"
+        " optimizer.learning_rate; earlier checkpoints are unaffected."
     )

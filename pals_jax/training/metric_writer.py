@@ -1,7 +1,7 @@
-"""The figures of a run, by step: JSON lines and TensorBoard, on host 0 only.
+"""Metrics of a run by step, as JSON lines and TensorBoard, on host 0 only.
 
-`clu.metric_writers` writes TensorBoard's files with TensorFlow, which nothing here needs, and drops
-no lines that a run which goes on will write again.
+`clu.metric_writers` is not used: it writes TensorBoard files with TensorFlow, and does not drop the
+lines that a resumed run writes again.
 """
 
 import json
@@ -17,10 +17,10 @@ from pals_jax.runtime import distributed, storage
 
 
 class MetricWriter:
-    """Scalars by step, to `metrics.jsonl` and `tensorboard/` of the workdir."""
+    """Writes scalars by step to `metrics.jsonl` and `tensorboard/` in the workdir."""
 
     def __init__(self, workdir: epath.Path, start: int) -> None:
-        """Opens the files; lines of steps after `start`, which will be taken again, are dropped."""
+        """Opens the files; drops lines of steps after `start`, which will be repeated."""
         self._main = distributed.is_main()
         if not self._main:
             return
@@ -36,7 +36,7 @@ class MetricWriter:
         )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One line and one TensorBoard point for each scalar."""
+        """Writes one JSON line, and one TensorBoard point per scalar."""
         if not self._main:
             return
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
@@ -44,10 +44,10 @@ class MetricWriter:
             self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Returns when all that was written is in the workdir.
+        """Flushes everything written so far to the workdir.
 
         Raises:
-            UserError: it is in a bucket that does not take it.
+            UserError: if the upload to a bucket fails.
         """
         if self._main:
             self._board.flush()
@@ -64,10 +64,10 @@ class MetricWriter:
 
 
 class Window:
-    """The steps since the last line of metrics; their scalars stay on the device until then."""
+    """The steps since the last line of metrics; their scalars stay on the device until `flush`."""
 
     def __init__(self) -> None:
-        """An empty window that begins now."""
+        """Starts an empty window."""
         self._clear()
 
     def _clear(self) -> None:
@@ -76,12 +76,12 @@ class Window:
         self._examples = 0
 
     def add(self, scalars: Mapping[str, jax.Array], examples: int) -> None:
-        """One step."""
+        """Adds one step."""
         self._scalars.append(scalars)
         self._examples += examples
 
     def flush(self) -> tuple[dict[str, np.ndarray], float]:
-        """The scalars of its steps, [n] each, and the examples per second; begins anew."""
+        """The scalars of the window's n steps, [n] each, and examples per second; then resets."""
         steps = jax.device_get(self._scalars)
         scalars = {name: np.array([step[name] for step in steps]) for name in steps[0]}
         rate = self._examples / (time.monotonic() - self._began)
@@ -90,7 +90,7 @@ class Window:
 
 
 def _lines_until(path: epath.Path, step: int) -> Iterator[str]:
-    """The lines of steps up to `step`; a run that was killed may have left half of one."""
+    """The lines of steps up to `step`; skips a partial line left by a killed run."""
     with storage.reported(path):
         lines = path.read_text().splitlines() if path.exists() else []
     for line in lines:

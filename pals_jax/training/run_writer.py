@@ -1,4 +1,4 @@
-"""What one run leaves in its workdir while it is trained, alone or together with others."""
+"""Writes one run's workdir during training, whether it is trained alone or with others."""
 
 import contextlib
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class RunWriter:
-    """The experiment, tokenizer, checkpoints and metrics of a run; a context manager."""
+    """Context manager that writes the experiment, tokenizer, checkpoints and metrics of a run."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class RunWriter:
         sampler: Sampler,
         parallel: DataParallel,
     ) -> None:
-        """Writes what does not change, and opens the checkpoints."""
+        """Writes the experiment and the tokenizer, and opens the checkpoints."""
         self._experiment, self._workdir, self._sampler = experiment, workdir, sampler
         _, self._schedule = experiment.optimizer()
         workdir_lib.refuse_other_sizes(experiment, workdir, sampler.sizes)
@@ -47,21 +47,21 @@ class RunWriter:
         self._checkpoints = self._opened.enter_context(Checkpoints(workdir, parallel))
 
     def restore(self, state: TrainState) -> TrainState:
-        """The newest checkpoint, or `state`; metrics are of the steps behind it from now on."""
+        """The newest checkpoint, or `state`; drops metric lines of later steps."""
         state = self._checkpoints.restore(state)
         self._writer = self._opened.enter_context(MetricWriter(self._workdir, int(state.step)))
         return state
 
     def log(self, done: int, scalars: dict[str, np.ndarray], rate: float) -> None:
-        """Writes the means of the scalars, [n] each, of the last n of `done` steps.
+        """Writes the means of the scalars over the last n of `done` steps.
 
         Args:
-            done: steps taken.
-            scalars: see `step.make_train_step`.
+            done: the number of steps taken.
+            scalars: [n] each; see `step.make_train_step`.
             rate: examples per second.
 
         Raises:
-            UserError: the training has diverged.
+            Diverged: if the training has diverged.
         """
         first = done - len(scalars["loss"])
         check_finite(first, scalars, self._sampler.draw, self._experiment.trained)
@@ -70,17 +70,17 @@ class RunWriter:
         self._writer.write(done, means | rates)
 
     def save(self, done: int, state: TrainState) -> None:
-        """Writes a checkpoint, if the workdir is still there.
+        """Writes a checkpoint.
 
         Raises:
-            UserError: it is not, or cannot be written to.
+            UserError: if the workdir no longer exists or cannot be written.
         """
         workdir_lib.refuse_vanished(self._workdir)
-        self._writer.flush()  # a run that goes on from here begins behind these lines
+        self._writer.flush()  # first, because a run resumed from here will not write these lines
         self._checkpoints.save(done, state)
 
     def evaluate(self, done: int, state: TrainState, evaluator: Evaluator, splits: Splits) -> None:
-        """Evaluates the end of an epoch; the best one is kept."""
+        """Evaluates at the end of an epoch, and keeps the best checkpoint."""
         workdir_lib.refuse_vanished(self._workdir)
         variables = state.variables
         results = evaluator.evaluate(variables, splits)
@@ -92,12 +92,12 @@ class RunWriter:
         self._checkpoints.save_best(done, variables, score)
 
     def wait(self) -> None:
-        """Returns when all checkpoints are on disk."""
+        """Waits until all checkpoints are on disk."""
         self._checkpoints.wait()
 
     @property
     def where(self) -> str:
-        """The workdir."""
+        """The name of the workdir."""
         return str(self._workdir)
 
     def __enter__(self) -> "RunWriter":

@@ -1,6 +1,7 @@
-"""Sweeps: one run for each of a configuration's `sweep`, and one table of what they reached.
+"""Sweeps: one run for each entry of a configuration's `sweep`, and a table of their scores.
 
-Runs on a frozen encoder that differ in seed and learning rate alone are trained by one step.
+Runs on a frozen encoder that differ only in seed and learning rate are trained together, in one
+step.
 """
 
 import json
@@ -29,29 +30,29 @@ FILE = "sweep.json"
 
 
 def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
-    """Trains the configuration under each of its overrides, in `workdir/NAME`.
+    """Trains the configuration with each of its overrides, in `workdir/NAME`.
 
-    It goes on from where it was stopped: finished runs are only evaluated again. Runs that diverge
-    have no results, and hold up no others.
+    An interrupted sweep is resumed: finished runs are only evaluated again. Runs that diverge have
+    no results and do not stop the others.
 
     Args:
-        config: its `sweep` is a list of {dotted key: value}.
-        workdir: receives a directory for each run, and sweep.json.
+        config: a configuration with `sweep`, a list of {dotted key: value}.
+        workdir: the parent of the runs' directories and of sweep.json.
 
     Returns:
-        What sweep.json holds, for each run: overrides, workdir, results, scores of the tasks
-        (`pals_jax.data.metrics.score`) and score, their mean, or None where it diverged; the best
-        first.
+        The content of sweep.json, best run first. Each entry has: overrides, workdir, results,
+        scores of the tasks (`pals_jax.data.metrics.score`) and score, their mean, or None if the
+        run diverged.
 
     Raises:
-        UserError: the list is empty or repeats itself, or holds what is no mapping of keys that the
-            configuration has.
+        UserError: if the list is empty or has duplicates, or an entry is not a mapping of keys of
+            the configuration.
     """
     for each in config.sweep:
         if not (isinstance(each, dict) and each and all(isinstance(key, str) for key in each)):
             raise UserError(
-                f"configuration: sweep has {each!r}, which is no {{key: value}} of a configuration;"
-                " a single one has a comma behind it, ({'seed': 0},)."
+                f"configuration: sweep has {each!r}, which is not a {{key: value}} mapping; a sweep"
+                " with one entry needs a trailing comma, ({'seed': 0},)."
             )
     overrides = {_name(each): dict(each) for each in config.sweep}
     runs = {name: _under(config, each) for name, each in overrides.items()}
@@ -61,7 +62,7 @@ def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
             " ({'seed': 0}, {'seed': 1})."
         )
     for one in runs.values():
-        Experiment.from_config(one)  # refuses what is wrong before any is trained
+        Experiment.from_config(one)  # reports errors before any run is trained
     rows: list[dict[str, Any]] = []
     for names in _in_one_step(runs, workdir):
         of_all = _train({name: runs[name] for name in names}, workdir)
@@ -74,7 +75,7 @@ def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
 
 
 def _train(runs: dict[str, ConfigDict], workdir: epath.Path) -> dict[str, Results | None]:
-    """Trains runs in one step, or where one diverges each alone; None for those that do."""
+    """Trains runs together; if one diverges, each alone. Diverged runs have the result None."""
     say(f"training {', '.join(runs)}")
     try:
         if len(runs) == 1:
@@ -91,7 +92,7 @@ def _train(runs: dict[str, ConfigDict], workdir: epath.Path) -> dict[str, Result
 
 
 def _in_one_step(runs: dict[str, ConfigDict], workdir: epath.Path) -> list[list[str]]:
-    """The names of the runs, divided into those that one step can train from where they stand."""
+    """Groups the runs' names; one step can train a group, all of which are at the same step."""
     groups: list[list[str]] = []
     for name, config in runs.items():
         for group in groups:
@@ -107,7 +108,7 @@ def _in_one_step(runs: dict[str, ConfigDict], workdir: epath.Path) -> list[list[
 def _row(
     config: ConfigDict, name: str, overrides: dict[str, Any], results: Results | None
 ) -> dict[str, Any]:
-    """What sweep.json holds of a run; one without results has diverged."""
+    """The entry of a run in sweep.json; a run without results has diverged."""
     row = {"overrides": overrides, "workdir": name, "results": results, "scores": {}, "score": None}
     if results is None:
         return row
@@ -118,7 +119,7 @@ def _row(
 
 
 def sweep_table(rows: list[dict[str, Any]]) -> "Table":
-    """The runs for a person, the best first: overrides, score of each task x 100, their mean."""
+    """A table of the runs in the order of `rows`: overrides, each task's score x 100, the mean."""
     from rich.table import Table
 
     keys = list(dict.fromkeys(key for row in rows for key in row["overrides"]))
@@ -140,7 +141,7 @@ def sweep_table(rows: list[dict[str, Any]]) -> "Table":
 def _under(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
     one = ConfigDict(config.to_dict())
     one.sweep = ()
-    one.lock()  # so that an unknown key is refused
+    one.lock()  # makes unknown keys an error
     try:
         one.update_from_flattened_dict(dict(overrides))
     except (KeyError, TypeError, ValueError) as error:
@@ -151,6 +152,6 @@ def _under(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
 
 
 def _name(overrides: dict[str, Any]) -> str:
-    """A directory's name that says what is different in it."""
+    """The name of a run's directory, made from its overrides."""
     plain = ",".join(f"{key.rsplit('.')[-1]}={value}" for key, value in overrides.items())
     return "".join(c if c.isalnum() or c in "=,.-+()" else "_" for c in plain)

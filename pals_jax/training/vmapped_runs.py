@@ -1,8 +1,8 @@
-"""Runs that one step trains: `jax.vmap` over their adapters, heads and moments.
+"""Trains several runs in one step: `jax.vmap` over their adapters, heads and moments.
 
-Runs on a frozen encoder that differ in seed and learning rate alone read one encoder and take the
-same steps. Of runs with one seed, which see the same examples, what lies below the first adapter
-and all dropout masks are computed once.
+This applies to runs on a frozen encoder that differ only in seed and learning rate; they share the
+encoder. If they also share the seed, they see the same examples, and the layers below the first
+adapter and all dropout masks are computed once.
 """
 
 import contextlib
@@ -34,24 +34,24 @@ Tree = Any
 
 
 def can_be_vmapped(one: ConfigDict, other: ConfigDict) -> bool:
-    """Whether one step can train both: a frozen encoder, and another seed or rate at most."""
+    """Whether one step can train both: a frozen encoder, and only seed and rate may differ."""
     return encoder_is_frozen(one) and _rest(one) == _rest(other)
 
 
 def _rest(config: ConfigDict) -> dict[str, Any]:
-    """A configuration without what may differ: the seed and the learning rate."""
+    """A configuration without the keys that may differ: the seed and the learning rate."""
     rest: dict[str, Any] = config.to_dict()
     del rest["seed"], rest["optimizer"]["learning_rate"]
     return rest
 
 
 def share_frozen(states: Iterable[TrainState]) -> list[TrainState]:
-    """States, made one after the other, of which equal frozen leaves become one array in memory."""
+    """Makes equal frozen leaves of the states share one array; consumes the states one by one."""
     kept: list[TrainState] = []
     for state in states:
         if kept:
             frozen = jax.tree.map(_one_of_equal, kept[0].frozen, state.frozen)
-            state = state.replace(frozen=frozen)  # noqa: PLW2901 - it lets go of what is equal
+            state = state.replace(frozen=frozen)  # noqa: PLW2901 - frees the duplicate arrays
         kept.append(state)
     return kept
 
@@ -61,22 +61,22 @@ def _one_of_equal(first: Any, other: Any) -> Any:
 
 
 def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[epath.Path]) -> list[Results]:
-    """Trains K experiments in one step; each workdir becomes that of a run of its own.
+    """Trains K experiments in one step; each gets its own workdir, as if trained alone.
 
     Args:
-        configs: any two of them `can_be_vmapped`.
-        workdirs: of each, as `train` has it; all stand at the same step.
+        configs: configurations of which any two `can_be_vmapped`.
+        workdirs: one workdir per configuration, all at the same step; see `train`.
 
     Returns:
-        Of each the dev results of its best checkpoint.
+        The dev results of each run's best checkpoint.
 
     Raises:
-        Preempted, UserError: as `train`.
+        Preempted, UserError: as for `train`.
     """
     experiments = [Experiment.from_config(config) for config in configs]
     for each, workdir in zip(experiments, workdirs, strict=True):
         refuse_another_experiment(each, workdir)
-    experiment = experiments[0]  # for what does not differ
+    experiment = experiments[0]  # represents all in everything but seed and learning rate
     keep_compiled(experiment.cache_dir)
     data = read_data(experiment)
     samplers = [each.sampler(data.sizes) for each in experiments]
@@ -118,27 +118,27 @@ def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[epath.Path]
 
 
 def _common_step(states: Sequence[TrainState]) -> int:
-    """The step at which all runs stand.
+    """The common step of all runs.
 
     Raises:
-        UserError: they stand at different steps.
+        UserError: if the runs are at different steps.
     """
     steps = {int(state.step) for state in states}
     if len(steps) > 1:
         raise UserError(
-            f"the runs of the sweep stand at different steps, {sorted(steps)}, since a checkpoint"
-            " was damaged; run the same command again, and they are trained apart."
+            f"the runs of the sweep are at different steps, {sorted(steps)}, because a checkpoint"
+            " was damaged; run the same command again to train them separately."
         )
     return steps.pop()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Writers:
-    """The writers of several runs, as the writer of one: each gets what is its own.
+    """Several runs' writers with the interface of one; each receives its own run's part.
 
     Attributes:
-        runs: how states and figures divide into those of each run.
-        writers: one for each run.
+        runs: splits states and scalars into those of each run.
+        writers: one writer per run.
     """
 
     runs: "VmappedRuns"
@@ -163,12 +163,12 @@ class _Writers:
 
 @dataclasses.dataclass(frozen=True)
 class VmappedRuns:
-    """K runs with one state and one step, whose leaves lead with an axis of runs.
+    """K runs with one state and one step; leaves have a leading axis of runs.
 
     Attributes:
-        experiments: of the runs.
-        apart: for each leaf of the frozen part whether the runs have their own values; an encoder
-            that came without a pooler was given one by the seed.
+        experiments: the experiments of the runs.
+        apart: for each frozen leaf, whether it differs between runs; for example, a pooler missing
+            from the checkpoint is initialised from each run's seed.
     """
 
     experiments: tuple[Experiment, ...]
@@ -176,7 +176,7 @@ class VmappedRuns:
 
     @classmethod
     def of(cls, experiments: Sequence[Experiment], states: Sequence[TrainState]) -> "VmappedRuns":
-        """Looks where the frozen parts of their first states (see `share_frozen`) differ."""
+        """Finds the frozen leaves that differ between the first states (see `share_frozen`)."""
 
         def differ(first: Any, *others: Any) -> bool:
             return not all(other is first for other in others)
@@ -188,16 +188,16 @@ class VmappedRuns:
         return len({experiment.config.seed for experiment in self.experiments}) == 1
 
     def stack(self, states: Sequence[TrainState]) -> TrainState:
-        """The state of all, from those of each, which stand at the same step."""
+        """Combines the runs' states, which are at the same step, into one."""
         return self._map(lambda *x: jnp.stack(x), *states)
 
     def states(self, state: TrainState) -> Iterator[TrainState]:
-        """The inverse: the state of each, made when it is asked for."""
+        """The inverse of `stack`: yields each run's state lazily."""
         for run in range(len(self.experiments)):
             yield self._map(lambda x, run=run: x[run], state)
 
     def scalars(self, scalars: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        """Those of each, [n], of n steps of all, [n, K]."""
+        """Splits scalars of n steps, [n, K], into each run's, [n]."""
         for run in range(len(self.experiments)):
             yield {name: x[:, run] for name, x in scalars.items()}
 
@@ -213,11 +213,11 @@ class VmappedRuns:
         )
 
     def draws(self, samplers: Sequence[Sampler], step: int) -> list[Draw]:
-        """What the step sees: one draw for all, or one for each."""
+        """The draws of a step: one for all runs if they share the seed, otherwise one per run."""
         return [sampler.draw(step) for sampler in (samplers[:1] if self._one_seed else samplers)]
 
     def train_step(self, axis_name: str | None) -> Step:
-        """The pure training step, see `step.make_train_step`; its scalars are [K]."""
+        """The pure training step, see `step.make_train_step`; scalars have shape [K]."""
         configs = [experiment.config for experiment in self.experiments]
 
         def step(state: TrainState, batch: Tree, seed: Array, learning_rate: Array) -> Any:
@@ -233,7 +233,7 @@ class VmappedRuns:
         return lambda state, batch: together(state, batch, seeds, rates)
 
     def _step(self, seed: Any, learning_rate: Any, axis_name: str | None) -> Step:
-        """The step of one of them, its seed and learning rate given or traced."""
+        """The step of one run; seed and learning rate may be traced."""
         first = self.experiments[0]
         optimizer, _ = first.optimizer(learning_rate)
         return make_train_step(first.model(), optimizer, seed, axis_name)

@@ -1,6 +1,6 @@
 """Four small tasks that come with the package: see the README.md of this folder.
 
-`TASKS` declares them as a configuration declares your own tasks.
+`TASKS` declares them in the same way as a configuration declares user-defined tasks.
 """
 
 from importlib import resources

@@ -1,4 +1,4 @@
-"""Compiling a step ahead of time, for devices that need not be here."""
+"""Ahead-of-time compilation of a step, for devices that this machine need not have."""
 
 import contextlib
 import re
@@ -14,13 +14,13 @@ from pals_jax.training.plan import hlo
 
 
 class Compiled(NamedTuple):
-    """What the compiler made of a step.
+    """A compiled step.
 
     Attributes:
-        program: what one device does.
-        arguments: bytes per device of state and batch, and of what comes out beside the state.
-        temporaries: bytes per device, at most, of everything else.
-        seconds: the time that tracing and compiling took here.
+        program: the work of one device.
+        arguments: bytes per device of the state, the batch and non-donated results.
+        temporaries: peak bytes per device of everything else.
+        seconds: the time of tracing and compiling on this machine.
     """
 
     program: hlo.Program
@@ -30,10 +30,10 @@ class Compiled(NamedTuple):
 
 
 def compile_step(step: Any, state: Any, batch: Any) -> Compiled:
-    """Compiles a step that `DataParallel.compile` made, for arguments of which only shapes matter.
+    """Compiles a step from `DataParallel.compile`; only the shapes of its arguments matter.
 
     Raises:
-        UserError: it takes more memory than a device has.
+        UserError: if the step needs more memory than a device has.
     """
     start = time.perf_counter()
     try:
@@ -44,7 +44,7 @@ def compile_step(step: Any, state: Any, batch: Any) -> Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
             raise
         raise UserError(
-            f"a step takes {sizes[0]} of the {sizes[1]} bytes of memory that a device has; lower"
+            f"a step needs {sizes[0]} of the {sizes[1]} bytes of memory that a device has; lower"
             " batch_size, eval_batch_size or data.max_length, or set remat."
         ) from error
     seconds = time.perf_counter() - start
@@ -60,10 +60,10 @@ def compile_step(step: Any, state: Any, batch: Any) -> Compiled:
 
 @contextlib.contextmanager
 def _no_compilation_cache() -> Iterator[None]:
-    """JAX's cache on disk could be written here but not read: that takes the devices."""
+    """Disables JAX's on-disk cache, because reading it would require the devices."""
     enabled = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
-    reset_cache()  # for JAX asks only once whether there is one
+    reset_cache()  # because JAX checks only once whether the cache is enabled
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Counting a model's matrix products without a compiler: the operations that must be done."""
+"""Model FLOPs: counts a model's matrix products from its jaxpr, without compiling."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +17,12 @@ from pals_jax.training.step import partition
 def forward(model: MultiTaskModel, length: int, kept: bool = False) -> int:
     """FLOPs of the matrix products of one row's forward pass.
 
-    A multiplication and an addition are two. Nothing is counted but matrix products, as is usual.
+    A multiply-add counts as two. Only matrix products are counted, as is usual.
 
     Args:
-        model: the model, of which no array is built.
+        model: the model; no arrays are created.
         length: L, the positions of the row.
-        kept: whether it begins with what was computed below the first adapter, and kept.
+        kept: whether the model starts from cached hidden states below the first adapter.
     """
     return _products(
         jax.make_jaxpr(_sum_of_logits(model, length, kept))(variable_shapes(model)).jaxpr
@@ -32,11 +32,11 @@ def forward(model: MultiTaskModel, length: int, kept: bool = False) -> int:
 def training(
     model: MultiTaskModel, trainable: Sequence[str], length: int, kept: bool = False
 ) -> int:
-    """The same with the gradients of what is trained, and nothing computed twice.
+    """The same for forward and backward pass, without recomputation.
 
     Args:
         model: the model.
-        trainable: rules, see `pals_jax.training.step.partition`; what is frozen needs no gradient.
+        trainable: rules, see `pals_jax.training.step.partition`; frozen leaves get no gradient.
         length: L.
         kept: see `forward`.
     """
@@ -47,7 +47,7 @@ def training(
 
 
 def _sum_of_logits(model: MultiTaskModel, length: int, kept: bool) -> Any:
-    """A scalar of all logits of one row, to be differentiated as a loss is."""
+    """The sum of one row's logits, as a stand-in for the loss."""
     tokens = jnp.ones((1, length), jnp.int32)
     hidden = jnp.zeros((1, length, model.config.hidden_size), model.dtype) if kept else None
     apply: Callable[..., Any] = partial(model.apply, hidden=hidden)

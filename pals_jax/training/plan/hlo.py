@@ -1,8 +1,8 @@
-"""Reading a compiled program: what it computes, moves and exchanges, loops and all.
+"""Cost of a compiled program: operations, memory traffic and communication, loops included.
 
-XLA's cost analysis counts the body of a loop once, however often it runs, and the layers of the
-encoder are a loop. Here each body is handed to the same analysis as a program of its own, and
-counted as often as the loop's bounds say.
+XLA's cost analysis counts the body of a loop once, however often it runs, and the encoder's layers
+are a loop. This module runs the same analysis on each loop body as a separate program, and
+multiplies the result by the trip count.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-# The public cost_analysis() takes nothing but a whole program.
+# Private, because the public cost_analysis() accepts only whole programs.
 from jaxlib import _hlo, _jax  # type: ignore[attr-defined]
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.-]+) \([^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
@@ -20,7 +20,7 @@ _LOOP = re.compile(r" while\(%([\w.-]+)\), condition=%([\w.-]+), body=%([\w.-]+)
 _CALLED = re.compile(
     r"(?:calls|to_apply|called_computations|branch_computations)=\{?(%[^,}\s]+(?:, %[^,}\s]+)*)"
 )
-# Exchanges between devices; of an asynchronous pair of instructions the first.
+# Collectives; only the first instruction of an asynchronous pair is counted.
 _EXCHANGE = re.compile(
     r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
@@ -31,14 +31,14 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one device does when a program runs once.
+    """The cost of running a program once, on one device.
 
     Attributes:
-        flops: operations as XLA counts them: matrix products and everything element by element.
-        bytes_moved: operands and results of every fused operation, as XLA counts them.
-        exchanges: for each kind of exchange between devices ("all-reduce", ...) how many there
-            are, and the bytes of their results.
-        host_transfers: the number of instructions that speak with the host.
+        flops: operations as XLA counts them: matrix products and elementwise operations.
+        bytes_moved: bytes of operands and results of every fused operation, as XLA counts them.
+        exchanges: for each kind of collective ("all-reduce", ...), its count and the bytes of its
+            results.
+        host_transfers: the number of instructions that transfer data to or from the host.
     """
 
     flops: float
@@ -48,10 +48,10 @@ class Program:
 
 
 def read(text: str) -> Program:
-    """The program whose optimised HLO is `text`, as `compiled.as_text()` gives it.
+    """The cost of the program with the optimised HLO `text`, from `compiled.as_text()`.
 
     Raises:
-        ValueError: a loop whose number of iterations is not written in it.
+        ValueError: if the trip count of a loop cannot be determined.
     """
     found = _COMPUTATION.findall(text)
     computations = {name: body for _, name, body in found}
@@ -72,7 +72,7 @@ def read(text: str) -> Program:
 
 
 def _runs(computations: Mapping[str, str], name: str, runs: int = 1) -> Iterator[tuple[str, int]]:
-    """Each computation that `name` reaches, with how often it runs there."""
+    """Each computation reachable from `name`, with the number of times it runs."""
     yield name, runs
     for loop in _LOOP.finditer(computations[name]):
         yield from _runs(computations, loop[3], runs * _trips(computations, name, loop))
@@ -82,10 +82,10 @@ def _runs(computations: Mapping[str, str], name: str, runs: int = 1) -> Iterator
 
 
 def _trips(computations: Mapping[str, str], name: str, loop: re.Match[str]) -> int:
-    """The iterations of a loop: noted at it, or those from a constant up to a constant."""
+    """The trip count of a loop: its annotation, or the difference of its constant bounds."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop[4]):
         return int(known[1])
-    # The TPU's compiler drops the note.
+    # The TPU compiler drops the annotation.
     before, condition = computations[name], computations[loop[2]]
     test = re.search(r"ROOT .* compare\(%([\w.-]+), %([\w.-]+)\), direction=LT", condition)
     if test:
@@ -114,7 +114,7 @@ def _constant(computation: str, name: str) -> int | None:
 
 
 def _cost(text: str, name: str) -> tuple[float, float]:
-    """XLA's own count of operations and bytes of one computation, loops counted once."""
+    """XLA's count of operations and bytes of one computation, loops counted once."""
     computations = text[text.index("\n\n") :].replace("\nENTRY %", "\n%")
     program = "HloModule part" + computations.replace(f"\n%{name} (", f"\nENTRY %{name} (")
     client = jax.devices("cpu")[0].client

@@ -1,8 +1,8 @@
-"""Planning a run on a TPU that one does not have: the real steps, compiled by the real compiler.
+"""Planning a run on a TPU without having one, by compiling the run's actual steps.
 
-`libtpu` compiles for any TPU on a machine without one. What it makes of the steps of a run says
-whether they fit, what they compute, move and exchange, and, with the chips' public figures, about
-how long the run takes and what it costs.
+`libtpu` can compile for any TPU on a machine without one. The compiled steps show whether they fit
+in memory and what they compute, move and exchange; together with the chips' public figures this
+gives an estimate of the run's time and cost.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from pals_jax.training.step import TrainState, create_state, make_train_step
 if TYPE_CHECKING:
     from rich.table import Table
 
-_LINKS = 2  # of each chip, those that make a ring of them
+_LINKS = 2  # links per chip that a ring of all chips uses
 
 ASSUMPTIONS = (
     "The training batch has the shape that most have, as the training data call for it, and the"
@@ -51,14 +51,14 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A compiled step and what can be said of it.
+    """A compiled step and estimates derived from it.
 
     Attributes:
-        kind: what it was compiled for.
-        examples: in its batch.
-        shape: rows and positions of each.
-        model_flops: what the model's matrix products take, of all rows.
-        compiled: see there.
+        kind: the TPU that it was compiled for.
+        examples: the number of examples in its batch.
+        shape: rows, and positions per row.
+        model_flops: FLOPs of the model's matrix products, over all rows.
+        compiled: the compiled step.
     """
 
     kind: Kind
@@ -69,54 +69,54 @@ class Step:
 
     @property
     def program(self) -> hlo.Program:
-        """What one device does."""
+        """The work of one device."""
         return self.compiled.program
 
     @property
     def flops(self) -> float:
-        """Operations of all devices."""
+        """Operations on all devices."""
         return self.program.flops * self.kind.devices
 
     @property
     def model_share(self) -> float:
-        """What the model's products are of them."""
+        """The fraction of `flops` that are the model's matrix products."""
         return self.model_flops / self.flops
 
     @property
     def bytes_moved(self) -> float:
-        """By a chip."""
+        """Bytes moved per chip."""
         return self.program.bytes_moved * self.kind.chip.devices
 
     @property
     def arguments(self) -> int:
-        """Bytes of a chip."""
+        """Bytes of arguments per chip."""
         return self.compiled.arguments * self.kind.chip.devices
 
     @property
     def temporaries(self) -> int:
-        """Bytes of a chip."""
+        """Peak bytes of temporaries per chip."""
         return self.compiled.temporaries * self.kind.chip.devices
 
     @property
     def seconds_computing(self) -> float:
-        """At the peak of the chips."""
+        """The time of the operations at the chips' peak."""
         return self.flops / (self.kind.chips * self.kind.chip.flops)
 
     @property
     def seconds_moving(self) -> float:
-        """At the bandwidth of their memory."""
+        """The time of the memory traffic at the chips' bandwidth."""
         return self.bytes_moved / self.kind.chip.bandwidth
 
     @property
     def seconds_exchanging(self) -> float:
-        """Around the ring of chips, which the bytes pass once, or twice to be summed."""
+        """The time of collectives on a ring of chips: one pass, or two for an all-reduce."""
         passes = {"all-reduce": 2}
         size = sum(passes.get(name, 1) * n for name, (_, n) in self.program.exchanges.items())
         return size * (1 - 1 / self.kind.chips) / (_LINKS * self.kind.chip.link)
 
     @property
     def seconds(self) -> float:
-        """The roofline: see `ASSUMPTIONS`."""
+        """The roofline estimate of a step's time: see `ASSUMPTIONS`."""
         return max(self.seconds_computing, self.seconds_moving) + self.seconds_exchanging
 
     def to_json(self) -> dict[str, Any]:
@@ -147,14 +147,14 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run takes.
+    """The resources that a run needs.
 
     Attributes:
         topology: a key of `tpus.KINDS`.
         train: the training step.
         evaluation: the evaluation step.
-        steps: of training.
-        mean_batch: the positions of the run's batches, on average, as a share of those planned.
+        steps: the number of training steps.
+        mean_batch: the mean positions per batch of the run, as a fraction of the planned batch's.
         price: USD per hour of the whole TPU, if known.
     """
 
@@ -167,27 +167,27 @@ class Plan:
 
     @property
     def kind(self) -> Kind:
-        """Of the TPU."""
+        """The kind of TPU."""
         return KINDS[self.topology]
 
     @property
     def memory(self) -> int:
-        """Bytes per chip: the training state stays where it is during evaluation."""
+        """Peak bytes per chip; the training state stays in memory during evaluation."""
         return self.train.arguments + max(self.train.temporaries, self.evaluation.temporaries)
 
     @property
     def fits(self) -> bool:
-        """Whether a chip has that memory."""
+        """Whether a chip has enough memory."""
         return self.memory <= self.kind.chip.hbm
 
     @property
     def hours(self) -> float:
-        """Of training."""
+        """The estimated hours of training."""
         return self.steps * self.train.seconds * self.mean_batch / 3600
 
     @property
     def cost(self) -> float | None:
-        """USD, if the price is known."""
+        """The estimated cost in USD; None if the price is unknown."""
         return None if self.price is None else self.hours * self.price
 
     def to_json(self) -> dict[str, Any]:
@@ -210,20 +210,20 @@ class Plan:
 
 
 def plan(experiment: Experiment, topology: str, price: float | None = None) -> Plan:
-    """Compiles the steps of an experiment for a TPU; nothing of its size is allocated.
+    """Compiles the steps of an experiment for a TPU, without allocating model or batches there.
 
     Args:
-        experiment: what is to be run.
+        experiment: the experiment to plan.
         topology: a key of `tpus.KINDS`.
         price: USD per hour of the whole TPU.
 
     Raises:
-        UserError: an unknown topology, libtpu is not installed, or a step does not fit.
+        UserError: if the topology is unknown, libtpu is not installed, or a step does not fit.
     """
-    topology = re.sub("^v5e-", "v5litepod-", topology)  # which Google Cloud calls it, too
+    topology = re.sub("^v5e-", "v5litepod-", topology)  # Google Cloud uses both names
     if topology not in KINDS:
         raise UserError(f"unknown --topology={topology}; known are {', '.join(KINDS)}.")
-    jax.config.update("jax_platforms", "cpu")  # a TPU that is here stays free for what runs on it
+    jax.config.update("jax_platforms", "cpu")  # leaves a TPU of this machine free for other work
     kind = KINDS[topology]
     parallel = DataParallel.over(kind.compile_devices())
     config, model = experiment.config, experiment.model()
@@ -256,7 +256,7 @@ def plan(experiment: Experiment, topology: str, price: float | None = None) -> P
 
 
 def _train_batch(experiment: Experiment, shards: Shards) -> tuple[Batch, Shape, float]:
-    """A batch of the shape that most have, that shape, and the mean of all as a share of it."""
+    """A batch of the most common shape, that shape, and the mean size relative to it."""
     splits = _training_data(experiment)
     if splits is None:
         config = experiment.config
@@ -276,7 +276,7 @@ def _train_batch(experiment: Experiment, shards: Shards) -> tuple[Batch, Shape, 
 
 
 def _training_data(experiment: Experiment) -> list[TokenizedSplit] | None:
-    """The splits that are trained on; None where they, or the tokenizer, are not here."""
+    """The training splits; None if they, or the tokenizer, are not on this machine."""
     try:
         for task in experiment.trained:
             if not experiment.source(task).is_here(task):
@@ -285,12 +285,12 @@ def _training_data(experiment: Experiment) -> list[TokenizedSplit] | None:
         splits = [experiment.read(task, "train", tokenizer) for task in experiment.trained]
         return [as_if_kept(experiment, split) for split in splits]
     except UserError as error:
-        say(f"every batch is taken to be padded to the full length: {error}")
+        say(f"every batch is assumed to be padded to the full length: {error}")
         return None
 
 
 def _eval_batch(experiment: Experiment, shards: Shards) -> tuple[Batch, Shape]:
-    """One as evaluation makes it, of examples that fill a row each, and its shape."""
+    """An evaluation batch of examples that fill a row each, and its shape."""
     examples = _examples(experiment, experiment.config.eval_batch_size)
     batch, places = next(experiment.eval_batches(examples, 0, shards))
     return batch, Shape(len(places), experiment.config.data.max_length)
@@ -308,7 +308,7 @@ def _examples(experiment: Experiment, count: int) -> TokenizedSplit:
 
 
 def plan_table(plan: Plan) -> "Table":
-    """The plan for a person."""
+    """The plan as a table."""
     from rich.table import Table
 
     kind, steps = plan.kind, (plan.train, plan.evaluation)
@@ -351,7 +351,7 @@ def plan_table(plan: Plan) -> "Table":
 
 
 def duration(hours: float) -> str:
-    """A time for a person."""
+    """A time, formatted for people."""
     if hours >= 1:
         return f"{hours:.1f} h"
     return f"{60 * hours:.0f} min" if hours >= 1 / 60 else f"{3600 * hours:.1f} s"

@@ -1,4 +1,4 @@
-"""The TPUs that Google Cloud rents out, and devices to compile for without having one."""
+"""The TPUs that Google Cloud offers, and device descriptions to compile for without having one."""
 
 import importlib.util
 import os
@@ -16,12 +16,12 @@ class Chip(NamedTuple):
     """Public figures of one chip (Google Cloud's pages "TPU v3" and so on; link: Jouppi et al.).
 
     Attributes:
-        name: as the compiler calls it.
-        devices: JAX devices of a chip; its cores before v4.
+        name: the compiler's name for the chip.
+        devices: JAX devices per chip; before v4, one per core.
         flops: peak FLOP/s in bfloat16.
         hbm: bytes of memory.
-        bandwidth: of that memory, bytes/s.
-        link: bytes/s in one direction of one of the links to its neighbours.
+        bandwidth: memory bandwidth in bytes/s.
+        link: bytes/s of one link to a neighbouring chip, in one direction.
     """
 
     name: str
@@ -40,12 +40,12 @@ _V6E = Chip("v6e", 1, 918e12, 32 * _GIB, 1638e9, 100e9)
 
 
 class Kind(NamedTuple):
-    """A kind of TPU that can be had.
+    """A kind of TPU that Google Cloud offers.
 
     Attributes:
-        chip: what it is made of.
-        grid: how its chips are arranged.
-        host: those of one host.
+        chip: the kind of chip.
+        grid: the arrangement of all chips.
+        host: the arrangement of one host's chips.
     """
 
     chip: Chip
@@ -54,19 +54,19 @@ class Kind(NamedTuple):
 
     @property
     def chips(self) -> int:
-        """Their number."""
+        """The number of chips."""
         return self.grid[0] * self.grid[1]
 
     @property
     def devices(self) -> int:
-        """JAX devices of all chips."""
+        """The number of JAX devices of all chips."""
         return self.chips * self.chip.devices
 
     def compile_devices(self) -> list[jax.Device]:
         """Devices to compile for; nothing can run on them.
 
         Raises:
-            UserError: libtpu is not installed.
+            UserError: if libtpu is not installed.
         """
         if importlib.util.find_spec("libtpu") is None:
             raise UserError(
@@ -82,7 +82,7 @@ class Kind(NamedTuple):
         return topologies.get_topology_desc(topology, "tpu", **options).devices
 
 
-# Without them libtpu asks Google Cloud which machine this is, and lets one process use it.
+# Without these, libtpu queries Google Cloud's metadata server, and only one process may load it.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v3-8",
@@ -90,7 +90,7 @@ _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-# Those of launch/, by the name under which Google Cloud creates them.
+# The kinds that launch/ supports, by Google Cloud's accelerator type.
 KINDS = {
     "v2-8": Kind(_V2, (2, 2), (2, 2)),
     "v3-8": Kind(_V3, (2, 2), (2, 2)),
