@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from pals_jax.cli import main
 from pals_jax.runtime import distributed
-from pals_jax.runtime.errors import UserError
+from pals_jax.runtime.errors import Unavailable, UserError
 
 CONFIG = Path(__file__).with_name("tiny_experiment.py")
 STEPS = 8
@@ -139,6 +139,20 @@ def test_one_that_is_told_to_stop_stops_all(whole: Path) -> None:
 def test_half_an_address_is_refused(given: tuple) -> None:
     with pytest.raises(UserError, match="go together"):
         distributed.connect(*given)
+
+
+def test_waiting_for_others_is_said_and_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def initialize(**given: object) -> None:
+        assert given["initialization_timeout"] == 300
+        raise RuntimeError("DEADLINE_EXCEEDED")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(Unavailable, match="did not find each other") as raised:
+        distributed.connect("nowhere:1", 2, 1)
+    assert raised.value.status == 75
+    assert capsys.readouterr().err == "waiting for 2 processes at nowhere:1, at most 300 s\n"
 
 
 def test_slurm_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from pals_jax.models.adapters.parse import parse_method
 from pals_jax.models.adapters.spec import Adapter
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel, init_variables
+from pals_jax.models.multitask import variable_shapes as traced_shapes
+from pals_jax.models.shapes import variable_shapes
 from pals_jax.runtime.errors import UserError
 
 
@@ -59,6 +61,19 @@ def test_parameter_counts_are_the_published_ones(
 
 def per_task(expression: str, config: BertConfig) -> int:
     return counts.count(MultiTaskModel(config, (2,), parse_method(expression))).per_task
+
+
+@pytest.mark.parametrize("expression", ["pals + layer_norms", "prefix_tuning", "top_layers"])
+def test_shapes_are_those_of_the_model(expression: str) -> None:
+    config = BertConfig(
+        vocab_size=7,
+        hidden_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=12,
+        intermediate_size=16,
+    )
+    model = MultiTaskModel(config, (2, 3), parse_method(expression))
+    assert variable_shapes(model) == traced_shapes(model)
 
 
 @pytest.mark.parametrize(

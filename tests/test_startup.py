@@ -10,39 +10,48 @@ import pytest
 
 from pals_jax.runtime import accelerators
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+REPOSITORY = Path(__file__).parents[1]
+PARAMS = "params --config=configs/demo.py"
 HEAVY = {"sklearn", "scipy", "tensorboardX", "matplotlib", "torch", "tensorflow_datasets"}
 LIBRARIES = HEAVY | {"transformers", "orbax", "huggingface_hub"}
 CODE = """
 import contextlib, io, sys
 from pals_jax.cli import main
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-    main(sys.argv[1:])
+    for command in sys.argv[1:]:
+        main(command.split())
 print(" ".join({name.split(".")[0] for name in sys.modules}))
 """
 
 
 @pytest.mark.parametrize(
-    ("arguments", "may_not_import"),
+    ("commands", "may_not_import"),
     [
         (["--help"], LIBRARIES | {"jax", "flax", "numpy"}),
-        (["methods", "--json"], LIBRARIES - {"scipy"}),  # which jax.scipy imports
-        (["params", f"--config={CONFIGS / 'pals_glue.py'}", "--json"], HEAVY - {"scipy"}),
+        (["predict --help"], LIBRARIES | {"jax", "flax", "numpy"}),
+        # In one process, for its CPU time; jax.scipy imports scipy.
+        (["methods --json", f"{PARAMS} --json", f"{PARAMS} --config.x=1"], LIBRARIES - {"scipy"}),
     ],
-    ids=lambda x: x[0] if isinstance(x, list) else "",
+    ids=["help", "predict help", "methods, params, a config error"],
 )
-def test_a_command_imports_no_more_than_it_needs(arguments: list, may_not_import: set) -> None:
-    command = [sys.executable, "-c", CODE, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+def test_a_command_imports_no_more_than_it_needs(commands: list, may_not_import: set) -> None:
+    command = [sys.executable, "-c", CODE, *commands]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=120, cwd=REPOSITORY
+    )
     assert not set(done.stdout.split()) & may_not_import
+    assert ("configuration: \"'x'\"." in done.stderr) == ("x=1" in commands[-1])
 
 
-def test_what_predicts_imports_nothing_that_only_training_needs() -> None:
-    """Importing it; transformers brings torch along where that is installed, so it is not asked."""
-    code = "import sys, pals_jax.inference.predict; print(*{n.split('.')[0] for n in sys.modules})"
-    command = [sys.executable, "-c", code]
+def test_what_predicts_imports_nothing_that_only_training_needs(gte_small: Path) -> None:
+    """With a tokenizer, for which transformers would import torch where that is installed."""
+    code = (
+        "import sys, pals_jax.inference.predict, pals_jax.data.tokenize as tokenize;"
+        "tokenize.load_tokenizer(sys.argv[1]); print(*{n.split('.')[0] for n in sys.modules})"
+    )
+    command = [sys.executable, "-c", code, str(gte_small)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert not set(done.stdout.split()) & (HEAVY - {"scipy"} | {"transformers", "huggingface_hub"})
+    assert not set(done.stdout.split()) & (HEAVY - {"scipy"})
 
 
 @pytest.mark.parametrize(

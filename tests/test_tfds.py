@@ -1,6 +1,7 @@
 """The real GLUE builder of TensorFlow Datasets, fed with the official files, without a network."""
 
 import itertools
+import socket
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import tensorflow_datasets.text.glue as tfds_glue
 from etils import epath
 from tensorflow_datasets.core.download import DownloadManager
 
+from pals_jax.data import tfds
 from pals_jax.data.glue_dir import GlueDir
 from pals_jax.data.tasks import GLUE, Task
 from pals_jax.data.tfds import Tfds
@@ -80,10 +82,10 @@ def offline(official, microsoft, monkeypatch):
 
 @pytest.mark.parametrize("name", GLUE)
 def test_both_sources_give_the_same_examples(name, official, offline, tmp_path, capsys):
-    task, files, tfds = GLUE[name], GlueDir(official), Tfds(tmp_path)
-    assert tfds.splits(task) == files.splits(task) == task.splits
+    task, files, prepared = GLUE[name], GlueDir(official), Tfds(tmp_path)
+    assert prepared.splits(task) == files.splits(task) == task.splits
     for split in task.splits:
-        ours, theirs = files.read(task, split), tfds.read(task, split)
+        ours, theirs = files.read(task, split), prepared.read(task, split)
         assert theirs.texts == ours.texts
         assert np.array_equal(theirs.ids, ours.ids)
         if split in task.test_splits:
@@ -116,6 +118,26 @@ def test_a_failed_download_leaves_nothing(monkeypatch, tmp_path):
     with pytest.raises(Unavailable, match=r"cannot prepare glue/rte in .*: no route to host"):
         Tfds(tmp_path).read(GLUE["rte"], "dev")
     assert not list(tmp_path.rglob("*2.0.0*"))
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch, tmp_path, capsys):
+    """The real downloader, at a port where someone listens and says nothing."""
+    monkeypatch.setattr(tfds, "_ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(tfds, "_TRIES", 2)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/RTE.zip"
+        monkeypatch.setattr(
+            DownloadManager,
+            "download_and_extract",
+            lambda self, _: self._downloader._sync_download(url, epath.Path(tmp_path)),
+        )
+        with pytest.raises(
+            Unavailable, match=r"cannot prepare glue/rte .*[Tt]imed? ?out"
+        ) as raised:
+            Tfds(tmp_path).read(GLUE["rte"], "dev")
+    assert raised.value.status == 75
+    assert "downloading glue/rte with TensorFlow Datasets" in capsys.readouterr().err
 
 
 def test_data_prepared_in_another_format(offline, tmp_path):

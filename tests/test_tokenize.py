@@ -1,5 +1,6 @@
 """Tokenization against transformers' own, and the cache under attack."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -276,6 +277,30 @@ def test_a_cache_that_cannot_be_written(tokenizer, tmp_path):
 def test_tokenizer_of_the_packaged_encoder(minilm, tokenizer):
     """Its file asks for padding to 128, which must not reach the cache."""
     assert_same(encode(PAIRS, load_tokenizer(minilm), 16), encode(PAIRS, tokenizer, 16))
+
+
+@pytest.mark.parametrize("fixture", ["gte_small", "minilm", "tiny_encoder", "tiny_roberta"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_tokenizers_are_those_of_auto_tokenizer(fixture, saved, request, tmp_path):
+    """As a hub has them, and, without a config.json, as a workdir has."""
+    folder = request.getfixturevalue(fixture)
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if saved:
+        theirs.save_pretrained(tmp_path)
+        theirs = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    ours = load_tokenizer(tmp_path if saved else folder)
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert {**ours.init_kwargs, "_from_auto": 0} == {**theirs.init_kwargs, "_from_auto": 0}
+
+
+@pytest.mark.parametrize("change", [{"auto_map": {}}, {"tokenizer_class": "Other"}])
+def test_other_tokenizers_are_left_to_auto_tokenizer(change, gte_small, tmp_path):
+    declared = json.loads((gte_small / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(declared))
+    assert tokenize._tokenizer_class(tmp_path) is not AutoTokenizer
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(declared | change))
+    assert tokenize._tokenizer_class(tmp_path) is AutoTokenizer
 
 
 def test_tokenizer_from_a_vocabulary_alone(gte_small, tokenizer, tmp_path):

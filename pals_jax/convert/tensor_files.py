@@ -12,6 +12,7 @@ import safetensors
 import safetensors.flax
 import safetensors.numpy
 
+from pals_jax.runtime import storage
 from pals_jax.runtime.errors import UserError
 
 
@@ -64,7 +65,7 @@ def write_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / weights, tensors, {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True)
-    (directory / "adapter_config.json").write_text(text + "\n")
+    storage.write_text(directory / "adapter_config.json", text + "\n")
 
 
 def write_tensors(
@@ -76,10 +77,9 @@ def write_tensors(
         UserError: if the file cannot be written.
     """
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    part = path.with_name(path.name + ".part")
     try:
-        safetensors.numpy.save_file(contiguous, part, metadata=dict(metadata))
-        part.rename(path)
+        with storage.replacing(path) as part:
+            safetensors.numpy.save_file(contiguous, part, metadata=dict(metadata))
     except safetensors.SafetensorError as error:  # not an OSError, even if the disk is full
         raise UserError(f"cannot write {path}: {error}.") from error
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from pals_jax.data.examples import Examples, check_split
 from pals_jax.data.tasks import GLUE, Task
 from pals_jax.runtime.errors import Unavailable, UserError
 
-_ANSWER_SECONDS = 20  # timeout for a response from the data server
+_ANSWER_SECONDS = 20  # timeout for a response from the data server, at each attempt
+_TRIES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +79,11 @@ class Tfds:
                 where = self.data_dir or "its default data directory"
                 print(
                     f"downloading glue/{task.name} with TensorFlow Datasets to {where}; giving up"
-                    f" after {_ANSWER_SECONDS} s without an answer",
+                    f" after {_TRIES * _ANSWER_SECONDS} s without an answer",
                     file=sys.stderr,
                 )
-                probe(builder)
             # TFDS prints its progress; standard output is for results.
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(sys.stderr), bounded():
                 builder.download_and_prepare()
         except Exception as error:  # TFDS, its downloader and the network raise many types
             where = self.data_dir or "its default data directory"
@@ -99,19 +101,22 @@ class Tfds:
         return builder
 
 
-def probe(builder: Any) -> None:
-    """Sends one request to the server of a builder's files.
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Limits how long TFDS waits for a server and how often it retries.
 
-    Without this check TFDS would retry for minutes if there is no network.
-
-    Raises:
-        requests.RequestException: if there is no response in time.
+    Otherwise TFDS makes eleven attempts without a timeout, which takes minutes without a network.
+    Files that it has downloaded before need no server.
     """
-    import requests
+    from tensorflow_datasets.core.download import downloader
 
-    url = next(iter(builder.url_infos), None)
-    if url is not None:
-        requests.head(url, timeout=_ANSWER_SECONDS)
+    before = downloader._open_url, downloader.MAX_RETRIES
+    downloader._open_url = functools.partial(downloader._open_url, timeout=_ANSWER_SECONDS)
+    downloader.MAX_RETRIES = _TRIES - 1
+    try:
+        yield
+    finally:
+        downloader._open_url, downloader.MAX_RETRIES = before
 
 
 def _check_glue(task: Task) -> None:

@@ -4,16 +4,16 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 from tqdm import tqdm
 
 from pals_jax.data.examples import Examples
+from pals_jax.runtime import storage
 from pals_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 _FORMAT = 1  # format version of the cache; increment when the meaning of its content changes
 _FILES = ("tokens", "offsets", "first", "targets")
+# The usual tokenizer classes, each with the `model_type` to which transformers assigns it.
+_CLASSES = {
+    "BertTokenizer": "bert",
+    "RobertaTokenizer": "roberta",
+    "XLMRobertaTokenizer": "xlm-roberta",
+}
 _BATCH = 1000  # examples per call of the tokenizer, to bound memory
 
 
@@ -75,12 +81,11 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
     Raises:
         UserError: if there is no tokenizer, or it is not a fast one.
     """
-    # transformers takes most of a second to import, and imports torch where it is installed.
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast  # takes most of a second to import
 
     local = Path(name).is_dir()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name), local_files_only=local)
+        tokenizer = _tokenizer_class(Path(name)).from_pretrained(str(name), local_files_only=local)
     except Exception as error:  # of many kinds, from the hub, the file system and the parsers
         hint = "" if local else ", which is no directory, nor can it be had from the hub"
         raise UserError(f"there is no usable tokenizer in {name}{hint}.") from error
@@ -91,6 +96,25 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
     if local and not any((Path(name) / file).is_file() for file in vocabularies):
         raise UserError(f"there is no tokenizer in {name}; it needs {' or '.join(vocabularies)}.")
     return tokenizer
+
+
+def _tokenizer_class(directory: Path) -> Any:
+    """The class that transformers' `AutoTokenizer` would choose, or `AutoTokenizer` if in doubt.
+
+    `AutoTokenizer` imports torch if it is installed, which takes two seconds; the classes do not.
+    """
+    import transformers
+
+    try:
+        declared = json.loads((directory / "tokenizer_config.json").read_text())
+        name = declared["tokenizer_class"].removesuffix("Fast")
+        config = directory / "config.json"
+        model = json.loads(config.read_text())["model_type"] if config.exists() else _CLASSES[name]
+        if _CLASSES[name] == model and "auto_map" not in declared:
+            return getattr(transformers, name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # AutoTokenizer knows all formats, and reports what is wrong
+    return transformers.AutoTokenizer
 
 
 def encode(
@@ -196,11 +220,9 @@ def _key(examples: Examples, backend: Tokenizer) -> str:
 
 
 def _save_atomically(split: TokenizedSplit, directory: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="building-", dir=directory.parent) as aside:
-        built = Path(aside) / directory.name
-        split.save(built)
-        try:
-            built.rename(directory)
-        except OSError:
-            if not directory.is_dir():  # else another process was first, with the same content
-                raise
+    try:
+        with storage.replacing(directory) as built:
+            split.save(built)
+    except OSError:
+        if not directory.is_dir():  # else another process was first, with the same content
+            raise

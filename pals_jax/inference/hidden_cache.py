@@ -11,7 +11,6 @@ import functools
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self, cast
@@ -26,6 +25,7 @@ from pals_jax.experiment.experiment import Experiment
 from pals_jax.models.adapters.bound import TaskAdapters
 from pals_jax.models.encoder import Encoder, layers_below
 from pals_jax.models.multitask import adapter_shapes
+from pals_jax.runtime import storage
 from pals_jax.runtime.console import in_bytes, progress, say
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel
@@ -151,11 +151,8 @@ class HiddenCache:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with progress(sum(map(len, missing.values())), 0, "example") as bar:
             for path, split in missing.items():
-                with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as aside:
-                    built = Path(aside) / path.name
-                    with built.open("wb") as file:
-                        self._compute(split, file, bar)
-                    built.rename(path)
+                with storage.replacing(path) as built, built.open("wb") as file:
+                    self._compute(split, file, bar)
 
     def _compute(self, split: TokenizedSplit, file: BinaryIO, bar: Any) -> None:
         """Writes the hidden states of a split, at the offsets of the examples' tokens."""

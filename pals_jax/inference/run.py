@@ -12,7 +12,7 @@ from pals_jax.experiment.checkpoint import restore_best
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.inference.evaluator import Evaluator, Results
 from pals_jax.models import task_axis as tasks_lib
-from pals_jax.models.multitask import variable_shapes
+from pals_jax.models.shapes import variable_shapes
 from pals_jax.runtime.compile_cache import keep_compiled
 from pals_jax.runtime.console import say
 from pals_jax.runtime.errors import UserError

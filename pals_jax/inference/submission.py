@@ -1,10 +1,9 @@
 """Submissions to GLUE's server: a zip with one TSV for each of its eleven test sets."""
 
 import collections
+import contextlib
 import dataclasses
 import math
-import os
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pals_jax.data.tasks import GLUE, Task
+from pals_jax.runtime import storage
 from pals_jax.runtime.errors import UserError
 
 ZIP = "submission.zip"
@@ -104,10 +104,13 @@ def write(
     _refuse(directory / ZIP, list(_problems(files)))
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory) as part:
-            _write_all(files, Path(part))
-            for name in (*files, ZIP):  # the zip last, because it signals completeness
-                os.replace(Path(part) / name, directory / name)
+        with contextlib.ExitStack() as whole:
+            # Contexts end in reverse order: the zip comes last, because it signals completeness.
+            parts = {
+                name: whole.enter_context(storage.replacing(directory / name))
+                for name in (ZIP, *files)
+            }
+            _write_all(files, parts)
     except OSError as error:
         raise UserError(f"cannot write the submission to {directory}: {error.strerror}.") from error
     return directory / ZIP
@@ -138,10 +141,10 @@ def _tsv(task: Task, predictions: Predictions) -> str:
     return "\n".join([_HEADER, *(f"{index}\t{_format(task, label)}" for index, label in pairs), ""])
 
 
-def _write_all(files: Mapping[str, str], directory: Path) -> None:
-    with zipfile.ZipFile(directory / ZIP, "w") as archive:
+def _write_all(files: Mapping[str, str], paths: Mapping[str, Path]) -> None:
+    with zipfile.ZipFile(paths[ZIP], "w") as archive:
         for name, text in files.items():
-            (directory / name).write_text(text, encoding="utf-8", newline="\n")
+            paths[name].write_text(text, encoding="utf-8", newline="\n")
             info = zipfile.ZipInfo(name, _LONG_AGO)
             archive.writestr(info, text, compress_type=zipfile.ZIP_DEFLATED)
 

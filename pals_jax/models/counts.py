@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from pals_jax.models.multitask import MultiTaskModel, variable_shapes
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.shapes import variable_shapes
 
 if TYPE_CHECKING:
     from rich.table import Table

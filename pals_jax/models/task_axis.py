@@ -108,6 +108,7 @@ def fresh(
         key: random key.
     """
     model = MultiTaskModel(config, tuple(num_outputs), method)
+
     @jax.jit
     def init(params: Any, key: Array) -> Any:
         _, variables = model.apply(

@@ -101,6 +101,9 @@ class Preemption:
 
     A single process stops at the end of its step. Several processes agree on the step to stop at
     through JAX's preemption service, even if only one of them received the signal.
+
+    Orbax's `CheckpointManager.reached_preemption` only asks that service, which does not run for a
+    single process: its SIGTERM would go unnoticed.
     """
 
     def __init__(self) -> None:

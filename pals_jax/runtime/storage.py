@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 from etils import epath
 
 from pals_jax.runtime.errors import Unavailable, UserError, reason
@@ -31,6 +30,8 @@ def workdir(text: str) -> epath.Path:
         return epath.Path(text).expanduser()  # shells do not expand ~ after "--workdir="
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text} is in a bucket, which needs gcsfs: pip install gcsfs.")
+    import fsspec  # only buckets need it
+
     os.environ["EPATH_USE_TF"] = "false"  # otherwise etils uses TensorFlow if it is installed
     # Otherwise gcsfs queries another service for the bucket's type before each access.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -94,7 +95,23 @@ def kind_of(error: Exception) -> type[UserError]:
     return Unavailable if later else UserError
 
 
-def write_text(path: epath.Path, text: str) -> None:
+@contextlib.contextmanager
+def replacing(path: Path | epath.Path) -> Iterator[Path]:
+    """Where to write a file or directory of this machine that then replaces `path` atomically.
+
+    It is in a temporary folder beside `path`, and is renamed when the context ends. An exception
+    leaves `path` unchanged; a killed process leaves a folder `building-*`, which is never read.
+
+    Raises:
+        OSError: if it cannot be renamed, for example to a directory that is not empty.
+    """
+    with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as aside:
+        built = Path(aside) / path.name
+        yield built
+        built.replace(path)
+
+
+def write_text(path: Path | epath.Path, text: str) -> None:
     """Writes a file atomically, so that concurrent readers and crashes never see a partial file.
 
     Raises:
@@ -104,9 +121,8 @@ def write_text(path: epath.Path, text: str) -> None:
         with reported(path):
             path.write_text(text)
         return
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(text)
 
 
 class Staged:

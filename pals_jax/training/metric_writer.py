@@ -1,4 +1,8 @@
-"""Metrics of a run by step, as JSON lines and TensorBoard, on host 0 only."""
+"""Metrics of a run by step, as JSON lines and TensorBoard, on host 0 only.
+
+`clu.metric_writers` is not used: it writes TensorBoard files with TensorFlow, and does not drop the
+lines that a resumed run writes again.
+"""
 
 import json
 import time
