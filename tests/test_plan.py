@@ -355,5 +355,5 @@ def test_the_table_has_every_configuration():
 def test_what_does_not_fit():
     parallel = DataParallel.over(tpus.KINDS["v5litepod-4"].compile_devices())
     step = parallel.compile(lambda state, batch: state + 1)
-    with pytest.raises(UserError, match=r"takes 1\d\.\d+G of the 15\.\d+G .* lower batch_size"):
+    with pytest.raises(UserError, match=r"needs 1\d\.\d+G of the 15\.\d+G .* lower batch_size"):
         compile_step(step, jax.ShapeDtypeStruct((2**31, 1), jnp.float32), np.zeros((4, 1)))
