@@ -69,7 +69,7 @@ class Cloud:
     def __call__(self, script: str, *words: str, status: int = 0) -> tuple[str, str]:
         """What a script wrote to stdout and stderr, with the exit status that it must have."""
         process = self.start(script, *words)
-        out, err = process.communicate(timeout=25)
+        out, err = process.communicate(timeout=90)
         assert process.returncode == status, err
         return out, err
 
