@@ -48,8 +48,10 @@ def test_mixed_batches_equal_single_tasks(name: str) -> None:
     assert not np.allclose(single[0][:, :1], single[1][:, :1], atol=1e-2)
     for task_ids in ([2, 0, 1, 2], [1, 2]):
         mixed = apply(variables, *ARRAYS, np.array(task_ids))
-        for row, task in enumerate(np.repeat(task_ids, 4 // len(task_ids))):
-            tiny.assert_rounded_alike(mixed[row], single[task][row])
+        # As one array: a task of one output may have a logit near zero, which is no scale.
+        tasks = np.repeat(task_ids, 4 // len(task_ids))
+        expected = np.stack([single[task][row] for row, task in enumerate(tasks)])
+        tiny.assert_rounded_alike(mixed, expected)
 
 
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])

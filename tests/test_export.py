@@ -12,6 +12,8 @@ import transformers
 
 from pals_jax.cli import main
 from pals_jax.inference.run import Run
+from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.parse import parse_method
 
 CONFIG = Path(__file__).with_name("tiny_experiment.py")
 SETTINGS = ("--config.trainable=('adapters/',)", "--config.epochs=1", "--config.steps_per_epoch=6")
@@ -85,7 +87,7 @@ def test_a_task_file_holds_the_task_and_nothing_else(small, run):
         metadata = file.metadata()
     assert json.loads(metadata["task"])["labels"] == ["maybe", "no", "yes"]
     assert json.loads(metadata["task"])["metrics"] == ["accuracy"]
-    assert metadata["method"] == "lora(rank=2, targets=('query', 'ffn_out'))"
+    assert parse_method(metadata["method"]) == methods.lora(rank=2, targets=("query", "ffn_out"))
     assert len(metadata["base"]) == len(metadata["tokenizer"]) == 64
 
 
@@ -132,7 +134,7 @@ def test_task_files_that_do_not_fit(small, run, capsys):
     for files, onto, message in (
         ([colour], weights, "was trained on another base"),
         ([colour], words, "was trained on another tokenizer"),
-        ([colour, other], base, "other.safetensors has the method pals(size=12, heads=3)"),
+        ([colour, other], base, "other.safetensors has another method (pal) than"),
         ([colour, colour], base, "two files hold a task named 'colour'"),
         ([part], base, "does not fit its method; missing, unknown or of a wrong shape"),
         ([damaged], base, "cannot read the task file"),

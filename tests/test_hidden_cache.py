@@ -33,7 +33,7 @@ from pals_jax.inference import hidden_cache
 from pals_jax.inference.hidden_cache import HiddenCache, with_hidden
 from pals_jax.models.bert import Embeddings
 from pals_jax.models.encoder import Encoder, layers_below
-from pals_jax.models.multitask import adapter_shapes
+from pals_jax.models.shapes import adapter_shapes
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel
 from pals_jax.runtime.shards import Shards

@@ -6,17 +6,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from pals_jax.cli import main
 from pals_jax.convert import huggingface
 from pals_jax.models import counts, method_table
-from pals_jax.models.adapters import methods
+from pals_jax.models.adapters import methods, serialize
 from pals_jax.models.adapters.forms import Bottleneck, ProjectedAttention
 from pals_jax.models.adapters.parse import parse_method
 from pals_jax.models.adapters.spec import Adapter
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel, init_variables
-from pals_jax.models.multitask import variable_shapes as traced_shapes
 from pals_jax.models.shapes import variable_shapes
 from pals_jax.runtime.errors import UserError
 
@@ -73,7 +73,8 @@ def test_shapes_are_those_of_the_model(expression: str) -> None:
         intermediate_size=16,
     )
     model = MultiTaskModel(config, (2, 3), parse_method(expression))
-    assert variable_shapes(model) == traced_shapes(model)
+    traced = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    assert variable_shapes(model) == traced
 
 
 @pytest.mark.parametrize(
@@ -141,6 +142,20 @@ def test_published_shares() -> None:
 def test_parse(expression: str, method: methods.Method) -> None:
     assert parse_method(expression) == method
     hash(parse_method(expression))  # A method is a value that a module may hold.
+
+
+@pytest.mark.parametrize("name", tiny.METHODS)
+def test_a_method_is_json_and_back(name: str) -> None:
+    """Each of the catalogue, as task files hold it."""
+    assert parse_method(serialize.dumps(tiny.METHODS[name])) == tiny.METHODS[name]
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[1]", "[{}]", '[{"type": "New"}]', '[{"type": "Adapter", "size": 3}]']
+)
+def test_json_that_is_no_method(text: str) -> None:
+    with pytest.raises(UserError, match="cannot read the method"):
+        parse_method(text)
 
 
 def test_methods_are_sentences_about_sites() -> None:

@@ -14,7 +14,8 @@ from pals_jax.experiment.optim import make_optimizer
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Context
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel, variable_shapes
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.shapes import variable_shapes
 from pals_jax.training.step import create_state, make_train_step
 
 NUM_OUTPUTS = (2, 1, 3)  # two classes, regression, three classes

@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pals_jax.models.adapters.spec import TaskCopy
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel, init_variables, variable_shapes
+from pals_jax.models.multitask import MultiTaskModel, init_variables
+from pals_jax.models.shapes import variable_shapes
 from pals_jax.runtime.errors import UserError
 
 Path = tuple[str, ...]

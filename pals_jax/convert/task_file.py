@@ -20,16 +20,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pals_jax.convert.tensor_files import write_tensors
 from pals_jax.data.tasks import Task
+from pals_jax.models.adapters import serialize
 from pals_jax.models.adapters.parse import parse_method
+from pals_jax.models.adapters.spec import Method
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel, variable_shapes
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.shapes import variable_shapes
 from pals_jax.models.task_axis import append
 from pals_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_FORMAT = "pals_jax task, version 1"
+_FORMAT = "pals_jax task, version 2"
+_FORMATS = {_FORMAT, "pals_jax task, version 1"}  # version 1 has the method as an expression
 _KEYS = {"task", "method", "max_length", "architecture", "base", "tokenizer"}
 
 
@@ -61,7 +65,7 @@ def save(
     path: Path,
     base: Base,
     task: Task,
-    method: str,
+    method: Method,
     max_length: int,
     adapters: Mapping[str, Any],
     index: int,
@@ -72,7 +76,7 @@ def save(
         path: the file.
         base: the encoder of the model.
         task: the task.
-        method: the expression of the method, as `parse_method` reads it.
+        method: the method of the model.
         max_length: the number of tokens to which texts were truncated.
         adapters: the `adapters` collection, leaves [T, ...].
         index: the task's index on the task axis.
@@ -83,7 +87,7 @@ def save(
     metadata = {
         "format": _FORMAT,
         "task": json.dumps(dataclasses.asdict(task)),
-        "method": method,
+        "method": serialize.dumps(method),
         "max_length": str(max_length),
         "architecture": json.dumps(dataclasses.asdict(base.architecture)),
         **base.fingerprints(),
@@ -99,13 +103,13 @@ class Loaded:
     Attributes:
         variables: the variables of the combined model.
         tasks: the tasks in the order of the files.
-        method: the expression of their common method.
+        method: their common method.
         max_length: the largest max_length of the files, in tokens.
     """
 
     variables: dict[str, Any]
     tasks: tuple[Task, ...]
-    method: str
+    method: Method
     max_length: int
 
 
@@ -117,25 +121,24 @@ def load(paths: Sequence[Path], base: Base) -> Loaded:
             or has another method than the first, or if two tasks have the same name.
     """
     read = [_read(path) for path in paths]
+    method = parse_method(read[0][1]["method"])
     for path, (_, metadata) in zip(paths, read, strict=True):
         for what, mine in base.fingerprints().items():
             if metadata[what] != mine:
                 raise UserError(
                     f"{path} was trained on another {what}; use the one it was trained on."
                 )
-        if parse_method(metadata["method"]) != parse_method(read[0][1]["method"]):
+        if (other := parse_method(metadata["method"])) != method:
+            theirs, ours = (" + ".join(part.name for part in each) for each in (other, method))
             raise UserError(
-                f"{path} has the method {metadata['method']}, {paths[0]} has"
-                f" {read[0][1]['method']}; tasks of one model share a method."
+                f"{path} has another method ({theirs}) than {paths[0]} ({ours}), or the same in"
+                " other sizes; tasks of one model share a method."
             )
     tasks = tuple(Task.from_json(json.loads(metadata["task"])) for _, metadata in read)
     names = [task.name for task in tasks]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two files hold a task named {repeated[0]!r}; leave one out.")
-    method = read[0][1]["method"]
-    model = MultiTaskModel(
-        base.architecture, tuple(task.num_outputs for task in tasks), parse_method(method)
-    )
+    model = MultiTaskModel(base.architecture, tuple(task.num_outputs for task in tasks), method)
     adapters: Any = None
     for path, task, (tensors, _) in zip(paths, tasks, read, strict=True):
         _check_tensors(path, model.clone(num_outputs=(task.num_outputs,)), tensors)
@@ -152,7 +155,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read the task file {path}: {error}.") from error
-    if metadata.get("format") != _FORMAT or _KEYS - set(metadata):
+    if metadata.get("format") not in _FORMATS or _KEYS - set(metadata):
         raise UserError(
             f"{path} is not a task file of this version; write it with pals-jax convert."
         )

@@ -26,11 +26,12 @@ from pals_jax.data.tasks import GLUE, Task, glue_task
 from pals_jax.data.tokenize import TokenizedSplit, tokenize_split
 from pals_jax.experiment import config as config_lib
 from pals_jax.experiment.optim import make_optimizer, moves_idle_tasks
-from pals_jax.models.adapters.parse import parse_method
+from pals_jax.models.adapters.parse import parse_method, title
 from pals_jax.models.adapters.spec import prompt_length
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.encoder import lowest_layers
-from pals_jax.models.multitask import MultiTaskModel, adapter_shapes
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.shapes import adapter_shapes
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.shards import Shards
 
@@ -246,8 +247,8 @@ def _check_base(config: ConfigDict, base: Experiment) -> None:
         )
     if parse_method(config.method) != parse_method(base.config.method):
         raise UserError(
-            f"configuration: method is {config.method}, but {base.config.method} in the base run;"
-            " all tasks of a model share a method."
+            f"configuration: method is {title(config.method)}, but {title(base.config.method)} in"
+            " the base run; all tasks of a model share a method."
         )
     if again := [task.name for task in base.tasks if task.name in config.tasks]:
         raise UserError(f"the base run already has a task {again[0]!r}; rename the new one.")
@@ -268,9 +269,9 @@ def _check_below(experiment: Experiment) -> None:
     if lowest and min(lowest.values()) == 0:
         parts = ", ".join(name for name, layer in lowest.items() if layer == 0)
         raise UserError(
-            f"configuration: lower_dropout is False, but method {config.method} has no layer below"
-            f" its {parts} that is the same for all tasks; start it at a higher layer, for example"
-            ' with layers="final_half", or set lower_dropout to True.'
+            f"configuration: lower_dropout is False, but method {title(config.method)} has no"
+            f" layer below its {parts} that is the same for all tasks; start it at a higher layer,"
+            ' for example with layers="final_half", or set lower_dropout to True.'
         )
 
 

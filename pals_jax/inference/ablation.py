@@ -6,6 +6,7 @@ import numpy as np
 from etils import epath
 
 from pals_jax.inference.run import Run
+from pals_jax.models.adapters.parse import title
 from pals_jax.models.adapters.spec import Adapter
 from pals_jax.runtime import storage
 from pals_jax.runtime.console import progress
@@ -27,7 +28,9 @@ def ablate(run: Run) -> dict[str, np.ndarray]:
     experiment, depth = run.experiment, run.experiment.architecture.num_hidden_layers
     carriers = [spec for spec in experiment.model().method if isinstance(spec, Adapter)]
     if not any(adapter.layer_indices(depth) for adapter in carriers):
-        raise UserError(f"the layers of {experiment.config.method} carry no adapters to take away.")
+        raise UserError(
+            f"the layers of {title(experiment.config.method)} carry no adapters to take away."
+        )
     splits = {t.name: experiment.read_eval(t, run.tokenizer) for t in experiment.tasks}
 
     def scores(active: np.ndarray) -> dict[str, float]:

@@ -19,7 +19,7 @@ from pals_jax.experiment.checkpoint import Checkpoints
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.experiment.workdir import FILE
 from pals_jax.inference.run import Run
-from pals_jax.models.adapters import parse
+from pals_jax.models.adapters import serialize
 from pals_jax.models.merge import flat_prefixes
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime import storage
@@ -47,12 +47,12 @@ def export(run: Run, name: str, to: str, out: Path) -> None:
 def _task_file(run: Run, task: int, out: Path) -> None:
     experiment = run.experiment
     base = Base(experiment.architecture, run.variables["params"], run.tokenizer)
-    _, adapters = flat_prefixes(experiment.model().method, run.variables["adapters"])
+    method, adapters = flat_prefixes(experiment.model().method, run.variables["adapters"])
     task_file.save(
         out,
         base,
         experiment.tasks[task],
-        parse.flat(experiment.config.method),
+        method,
         experiment.config.data.max_length,
         adapters,
         task,
@@ -124,7 +124,7 @@ def assemble(base: str, files: Sequence[Path], workdir: epath.Path) -> None:
     found = _base(base)
     loaded = task_file.load(files, found)
     config = config_lib.default()
-    config.encoder, config.method = base, loaded.method
+    config.encoder, config.method = base, serialize.dumps(loaded.method)
     config.tasks = tuple(task.name for task in loaded.tasks)
     config.data.max_length = loaded.max_length
     workdir_lib.save(Experiment(config, loaded.tasks, found.architecture), workdir)

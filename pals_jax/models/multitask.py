@@ -271,13 +271,3 @@ class MultiTaskModel(nn.Module):
 def init_variables(model: MultiTaskModel, key: Array) -> dict[str, Any]:
     """Random `variables` of a model."""
     return dict(model.init(key, method="declare"))
-
-
-def variable_shapes(model: MultiTaskModel) -> dict[str, Any]:
-    """The same as `jax.ShapeDtypeStruct`: no array is built."""
-    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
-
-
-def adapter_shapes(model: MultiTaskModel) -> TaskAdapters:
-    """A model's method with the shapes of its parameters, task axis in, to ask where they are."""
-    return TaskAdapters(model.method, variable_shapes(model)["adapters"], model.config)

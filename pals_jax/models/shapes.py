@@ -16,7 +16,9 @@ from pals_jax.models.multitask import MultiTaskModel
 
 
 def variable_shapes(model: MultiTaskModel) -> dict[str, Any]:
-    """Equal to `multitask.variable_shapes`, but traces an encoder only once for all its models.
+    """The shapes of `multitask.init_variables`, as `jax.ShapeDtypeStruct`: no array is built.
+
+    An encoder is traced only once for all its models.
 
     Raises:
         UserError: if parts of the method collide.
@@ -41,6 +43,11 @@ def variable_shapes(model: MultiTaskModel) -> dict[str, Any]:
 
     encoder = _encoder(config)
     return {"params": {"encoder": encoder}, "adapters": jax.eval_shape(adapters, encoder)}
+
+
+def adapter_shapes(model: MultiTaskModel) -> TaskAdapters:
+    """A model's method with the shapes of its parameters, task axis in, to ask where they are."""
+    return TaskAdapters(model.method, variable_shapes(model)["adapters"], model.config)
 
 
 @functools.cache

@@ -1,20 +1,27 @@
-"""Reading a method from an expression, such as `pals(size=204) + pooler()`."""
+"""Reading a method from text: an expression, such as `pals(size=204) + pooler()`, or JSON."""
 
 import ast
 import inspect
 from collections.abc import Mapping
 
+from pals_jax.models.adapters import serialize
 from pals_jax.models.adapters.methods import METHODS
 from pals_jax.models.adapters.spec import Method
 from pals_jax.runtime.errors import UserError
 
 
 def parse_method(text: str) -> Method:
-    """The method that an expression such as `pals(size=204) + pooler()` names.
+    """The method that a text names.
+
+    Args:
+        text: an expression such as `pals(size=204) + pooler()`; or the JSON of `serialize.dumps`,
+            which task files hold.
 
     Raises:
-        UserError: not such an expression, an unknown method, an unknown or ill-typed option.
+        UserError: neither of the two, an unknown method, an unknown or ill-typed option.
     """
+    if text.lstrip().startswith("["):
+        return serialize.loads(text)
     try:
         terms = _terms(ast.parse(text.strip(), mode="eval").body)
         calls = [_call(term) for term in terms]
@@ -32,13 +39,11 @@ def parse_method(text: str) -> Method:
     return method
 
 
-def flat(text: str) -> str:
-    """The same expression with prefixes that are learned directly; see `merge.flat_prefixes`."""
-    terms = []
-    for name, options in map(_call, _terms(ast.parse(text.strip(), mode="eval").body)):
-        changed = options | ({"bottleneck": 0} if name == "prefix_tuning" else {})
-        terms.append(f"{name}({', '.join(f'{k}={v!r}' for k, v in changed.items())})")
-    return " + ".join(terms)
+def title(text: str) -> str:
+    """What tables and sentences call the method of a text: the expression; of JSON, its parts."""
+    if text.lstrip().startswith("["):
+        return " + ".join(part.name for part in serialize.loads(text))
+    return text
 
 
 def _check_options(name: str, options: Mapping[str, object]) -> None:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from pals_jax.models.adapters.bound import overlay
-from pals_jax.models.multitask import MultiTaskModel, variable_shapes
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.shapes import variable_shapes
 from pals_jax.training.step import partition
 
 
