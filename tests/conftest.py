@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_num_cpu_devices", 1 if nightly else 8)
     if not nightly:
         flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
-        if jax.__version_info__ < (0, 12):  # later ones do not know it; see `tiny.fused`
+        if jax.__version_info__ < (0, 12):  # later ones do not know it
             flags.append("--xla_cpu_use_fusion_emitters=false")
         os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 

@@ -47,12 +47,12 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module", params=("bert", "roberta"))
+@pytest.fixture(scope="module", params=tiny.mostly_slow(("bert", "roberta"), "bert"))
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=tiny.mostly_slow(METHODS, "houlsby", "prefix", "lora_all"))
 def golden(
     request: pytest.FixtureRequest,
     architecture: str,
@@ -161,7 +161,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("case", tiny.mostly_slow(OTHERS, "an odd size, some layers", "mam"))
 def test_round_trips_of_other_methods(case: str, tiny_base: Path, tmp_path: Path) -> None:
     model = tiny.model(OTHERS[case])
     variables = tiny.variables(model)

@@ -121,7 +121,9 @@ def check_against_reference(model: MultiTaskModel, task: int = 1) -> None:
 
 
 @pytest.mark.parametrize("reads", READS[:2])
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize(
+    "site", tiny.mostly_slow(SITES, "embeddings", "attention.heads", "ffn.output", "layer", "top")
+)
 def test_each_site_in_parallel_and_serially(site: str, reads: Any) -> None:
     adapter = Adapter("a", site, Bottleneck(5, "relu"), reads=reads, layers=(1,))
     check_against_reference(tiny.model((adapter,), num_hidden_layers=2))
@@ -133,7 +135,9 @@ def test_reading_behind_the_layer_norm(site: str) -> None:
     check_against_reference(tiny.model((adapter,), num_hidden_layers=2))
 
 
-@pytest.mark.parametrize("layers", ["all", "first_half", "final_half", (0, 2)])
+@pytest.mark.parametrize(
+    "layers", tiny.mostly_slow(["all", "first_half", "final_half", (0, 2)], "all", (0, 2))
+)
 @pytest.mark.parametrize("shared", [True, False])
 def test_pals(layers: Any, shared: bool) -> None:
     check_against_reference(tiny.model(methods.pals(6, heads=3, layers=layers, shared=shared)))
@@ -144,6 +148,7 @@ def test_low_rank(activation: str) -> None:
     check_against_reference(tiny.model(methods.low_rank(5, activation)))
 
 
+@pytest.mark.slow
 def test_several_adapters_are_applied_in_their_order() -> None:
     parallel = Adapter("parallel", "ffn.output", Bottleneck(4, "relu"), layers="first_half")
     serial = Adapter("serial", "ffn.output", Bottleneck(3), reads="state")
@@ -151,6 +156,7 @@ def test_several_adapters_are_applied_in_their_order() -> None:
     check_against_reference(tiny.model((parallel, serial, pal)))
 
 
+@pytest.mark.slow
 def test_projected_attention_drops_attention_weights() -> None:
     adapted = ProjectedAttention(6, 3)
     rng = np.random.default_rng(0)
@@ -175,6 +181,7 @@ def test_projected_attention_drops_attention_weights() -> None:
     )
 
 
+@pytest.mark.slow
 def test_every_adapter_of_every_layer_has_a_dropout_key_of_its_own() -> None:
     probe = tiny.Probe()
     model = tiny.model(tuple(Adapter(site, site, probe) for site in ("ffn.output", "layer")))
@@ -331,6 +338,7 @@ def test_initial_values() -> None:
 # Training
 
 
+@pytest.mark.slow
 def test_training_on_one_task_moves_its_rows_and_the_encoder_only() -> None:
     step, state = tiny.pals_training()
     state, _ = step(state, tiny.batch([1] * 4))  # At step 0 the learning rate is 0.

@@ -66,6 +66,7 @@ def gradients(model: MultiTaskModel, variables: Any) -> Any:
     return grads(variables)
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradients() -> None:
     config = tiny.config()
     variables = tiny.variables(MultiTaskModel(config, (2, 1, 3)))
@@ -102,7 +103,9 @@ def test_bfloat16_computes_in_bfloat16_on_float32_parameters() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("name", ["pals", "top_attention", "houlsby", "mam"])
+@pytest.mark.parametrize(
+    "name", tiny.mostly_slow(["pals", "top_attention", "houlsby", "mam"], "pals")
+)
 def test_the_program_does_not_grow_with_depth(name: str) -> None:
     def size(depth: int) -> int:
         """Lines of the program that computes the gradients."""

@@ -202,6 +202,7 @@ def test_workdir_that_cannot_be_written(small, capsys):
     refused(capsys, command, str(small / "file" / "run"), "cannot read or write")
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_missing_damaged_or_of_another_config(small, capsys):
     workdir = small / "run"
     command = ["train", f"--config={CONFIG}:{small}", f"--workdir={workdir}"]

@@ -133,19 +133,20 @@ def test_minilm(minilm: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "pooler" not in caplog.text
 
 
+@pytest.mark.slow
 def test_gte_small_lacks_a_pooler(gte_small: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="pals_jax"):
         check_parity(gte_small, length=24)
     assert "gte-small has no pooler; a new pooler is initialised" in caplog.text
 
 
-@pytest.mark.parametrize("sizes", [ODD, OTHER, SMALLEST])
+@pytest.mark.parametrize("sizes", tiny.mostly_slow([ODD, OTHER, SMALLEST], ODD))
 def test_random_models_of_odd_sizes(tmp_path: Path, sizes: dict[str, Any]) -> None:
     check_parity(random_bert(tmp_path, sizes))
 
 
-@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta"])
-@pytest.mark.parametrize("sizes", [ODD, OTHER, SMALLEST])
+@pytest.mark.parametrize("kind", tiny.mostly_slow(["roberta", "xlm-roberta"], "roberta"))
+@pytest.mark.parametrize("sizes", tiny.mostly_slow([ODD, OTHER, SMALLEST], ODD))
 def test_random_robertas_of_odd_sizes(tmp_path: Path, sizes: dict[str, Any], kind: str) -> None:
     folder = random_bert(tmp_path, sizes | {"pad_token_id": 2} if sizes is ODD else sizes, kind)
     check_parity(folder)

@@ -107,6 +107,7 @@ def test_a_prefix_is_saved_flat(small):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_task_files_that_do_not_fit(small, run, capsys):
     colour, other = small / "colour.safetensors", small / "other.safetensors"
     assert convert(run, "colour", colour) == 0

@@ -247,6 +247,7 @@ def assert_same_run(mine: Path, other: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_run_begins_above(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its dev scores are those of the whole model, which `evaluate` computes."""
     given = *ABOVE, "--config.tasks=('colour',)", "--config.epochs=1"
@@ -259,6 +260,7 @@ def test_a_run_begins_above(small: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert evaluation.items() >= results.items()
 
 
+@pytest.mark.slow
 def test_going_on_with_another_encoder(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,6 +279,7 @@ def test_going_on_with_another_encoder(
     np.testing.assert_equal(checkpoint(small / "run"), before)
 
 
+@pytest.mark.slow
 def test_told_to_stop_before_the_first_step(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was being computed is not left behind."""
 

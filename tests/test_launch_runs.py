@@ -42,6 +42,7 @@ def test_create_status_stop_delete(cloud):
     cloud("delete")  # again does no harm
 
 
+@pytest.mark.slow
 def test_a_request_that_waits_is_deleted_too(cloud):
     cloud("create", "--queued", "--spot")
     assert cloud.states == {"request pals": "WAITING_FOR_RESOURCES"}
@@ -92,6 +93,7 @@ def test_a_run_gets_its_words_unchanged_on_every_worker(cloud):
         assert out.count(f"<{word}>\n") == 4
 
 
+@pytest.mark.slow
 def test_there_is_one_run_at_a_time_and_its_exit_status_is_kept(cloud):
     cloud.trainer('until [[ -e "$BUCKET/go" ]]; do sleep 0.05; done; exit 7')
     cloud("create")
@@ -158,6 +160,7 @@ def test_babysit_brings_a_run_through_preemptions(cloud, times, options):
     assert "tpu-vm pals is READY: you may be paying" in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_babysit_waits_for_capacity_and_brings_the_data_again(cloud, tmp_path):
     """A TPU that was preempted cannot be had again at once, and has nothing of what was copied."""
     (tmp_path / "tasks").mkdir()
@@ -192,6 +195,7 @@ def test_babysit_stops_at_once_on_a_wrong_input(cloud):
     assert "tpu-vm pals is READY: you may be paying" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [1, 75])  # 75: a bucket, a hub or a host did not answer
 def test_babysit_gives_up_after_failures_that_are_not_preemptions(cloud, status):
     cloud.trainer(f"echo run >>$BUCKET/runs; exit {status}")
@@ -203,6 +207,7 @@ def test_babysit_gives_up_after_failures_that_are_not_preemptions(cloud, status)
     assert "tpu-vm pals is READY: you may be paying" in err
 
 
+@pytest.mark.slow
 def test_babysit_starts_again_what_was_told_to_stop(cloud):
     """The TPU is still there, and nothing has failed: the run has saved, and goes on."""
     cloud.trainer('echo run >>$BUCKET/runs; (($(wc -l <"$BUCKET/runs") > 2)) && exit; exit 143')
@@ -213,6 +218,7 @@ def test_babysit_starts_again_what_was_told_to_stop(cloud):
     assert "the run is complete" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_babysit_interrupted_says_what_is_left_and_can_go_on(cloud, number):
     cloud.trainer('until [[ -e "$BUCKET/go" ]]; do sleep 0.05; done')

@@ -68,6 +68,7 @@ def test_every_method_takes_the_padded_step(name: str, draw: Any) -> None:
     assert_same_step(model, padded, packed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad_id", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_positions_of_roberta(pad_id: int) -> None:
     """They count from behind the padding's, in each example anew."""

@@ -120,20 +120,19 @@ def check(actual: Any, desired: Any) -> None:
 # In
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"target_modules": ["key"], "labels": 1},
-        {"target_modules": ALL, "r": 7, "lora_alpha": 16, "lora_dropout": 0.1},
-        {"target_modules": r".*\.1\.(attention\.self\.value|output\.dense)"},
-        {"layers_to_transform": [1], "use_rslora": True},
-        {"exclude_modules": ["value"], "init_lora_weights": "gaussian"},
-        {"architecture": "roberta"},
-        {"architecture": "roberta", "target_modules": ALL, "labels": 1},
-    ],
-    ids=str,
-)
+CASES: list[dict[str, Any]] = [
+    {},
+    {"target_modules": ["key"], "labels": 1},
+    {"target_modules": ALL, "r": 7, "lora_alpha": 16, "lora_dropout": 0.1},
+    {"target_modules": r".*\.1\.(attention\.self\.value|output\.dense)"},
+    {"layers_to_transform": [1], "use_rslora": True},
+    {"exclude_modules": ["value"], "init_lora_weights": "gaussian"},
+    {"architecture": "roberta"},
+    {"architecture": "roberta", "target_modules": ALL, "labels": 1},
+]
+
+
+@pytest.mark.parametrize("options", tiny.mostly_slow(CASES, CASES[2], CASES[6]), ids=str)
 def test_logits(save: Callable[..., Any], bases: dict[str, Path], options: dict[str, Any]) -> None:
     directory, module = save(**options)
     model, variables = from_peft(bases[options.get("architecture", "bert")], {"mood": directory})
@@ -141,7 +140,7 @@ def test_logits(save: Callable[..., Any], bases: dict[str, Path], options: dict[
     check(ours(model, variables), theirs(module))
 
 
-@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+@pytest.mark.parametrize("architecture", tiny.mostly_slow(["bert", "roberta"], "bert"))
 def test_an_encoder_without_a_head(
     save: Callable[..., Any], bases: dict[str, Path], architecture: str
 ) -> None:
@@ -183,13 +182,15 @@ OURS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("architecture", "case"), [*(("bert", case) for case in OURS), ("roberta", "all")]
-)
+WRITTEN = [*(("bert", name) for name in OURS), ("roberta", "all")]
+
+
+@pytest.mark.parametrize("case", tiny.mostly_slow(WRITTEN, ("bert", "all")), ids=" ".join)
 def test_they_load_what_we_write(
-    bases: dict[str, Path], tmp_path: Path, architecture: str, case: str
+    bases: dict[str, Path], tmp_path: Path, case: tuple[str, str]
 ) -> None:
-    base, method = bases[architecture], OURS[case]
+    architecture, name = case
+    base, method = bases[architecture], OURS[name]
     bare, loaded = from_huggingface(base)
     model = MultiTaskModel(bare.config, (2, 3), method)
     variables = tiny.variables(model) | {"params": loaded["params"]}

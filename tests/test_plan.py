@@ -246,6 +246,7 @@ def test_transfers_to_the_host_are_found():
     assert hlo.read(compiled.as_text()).host_transfers > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("libtpu")
 def test_the_command(small: Path, capsys: pytest.CaptureFixture[str]):
     """Figures that follow from others, of the real steps of a tiny experiment on four hosts."""

@@ -112,6 +112,7 @@ def damage(directory: Path) -> None:
         file.truncate(largest.stat().st_size // 2)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     small: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -88,9 +88,10 @@ def saved(folder: Path, kind: str, **config: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("kind", tiny.mostly_slow(["bert", "roberta"], "bert"))
 @pytest.mark.parametrize(
-    "problem", [{}, {"num_labels": 4}, {"num_labels": 1, "problem_type": "regression"}]
+    "problem",
+    tiny.mostly_slow([{}, {"num_labels": 4}, {"num_labels": 1, "problem_type": "regression"}], {}),
 )
 def test_logits_of_a_saved_classifier(tmp_path: Path, kind: str, problem: Any) -> None:
     types = {"type_vocab_size": 1} if kind == "roberta" else {}
@@ -118,8 +119,8 @@ def test_an_encoder_is_no_classifier(tiny_encoder: Path) -> None:
 # Out
 
 
-@pytest.mark.parametrize("roberta", [False, True])
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("roberta", tiny.mostly_slow([False, True], False))
+@pytest.mark.parametrize("name", tiny.mostly_slow(WEIGHTS, "lora", "copies"))
 def test_logits_of_a_written_classifier(tmp_path: Path, name: str, roberta: bool) -> None:
     model = MultiTaskModel(
         tiny.config(**(ROBERTA if roberta else {})), tiny.NUM_OUTPUTS, WEIGHTS[name]

@@ -126,15 +126,22 @@ def test_a_mixed_batch_is_the_weighted_mean_of_single_tasks() -> None:
     jax.tree.map(close, gradients, expected)
 
 
-@pytest.mark.parametrize("name", ["adamw", pytest.param("bert_n_pals", marks=pytest.mark.slow)])
+def without_key_biases(tree: Any) -> dict[str, Any]:
+    """The softmax does not see them: their gradients are zero, but for rounding noise."""
+    leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
+    return {path: x for path, x in leaves.items() if "['key']['bias']" not in path}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "bert_n_pals"])
 def test_a_step_may_be_told_which_tasks_can_move(name: str) -> None:
     """In any order; told nothing, it moves all that its optimiser does."""
     optimizer, _ = make_optimizer(tiny.optimizer_config(name), 3, tiny.TOTAL_STEPS)
     batch = tiny.batch([2, 0, 2, 2])
     told = batch.replace(slot_tasks=np.array([2, 1, 0], np.int32))
     start = create_state(tiny.variables(MODEL), ["params/", "adapters/"], optimizer)
-    step = tiny.fused(make_train_step(MODEL, optimizer, seed=0))
-    tiny.assert_rounded_alike(step(start, told), step(start, batch))
+    step = jax.jit(make_train_step(MODEL, optimizer, seed=0))
+    tiny.assert_rounded_alike(*map(without_key_biases, (step(start, told), step(start, batch))))
 
 
 def test_rows_without_weight_do_not_matter() -> None:
@@ -168,6 +175,7 @@ def test_one_compilation_serves_all_tasks() -> None:
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_dropout_is_a_function_of_seed_and_step() -> None:
     model = MultiTaskModel(tiny.config(hidden_dropout_prob=0.5), tiny.NUM_OUTPUTS)
     optimizer, _ = make_optimizer(tiny.optimizer_config(), 3, tiny.TOTAL_STEPS)

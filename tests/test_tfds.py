@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets.text.glue as tfds_glue
+import tiny
 from etils import epath
 from tensorflow_datasets.core.download import DownloadManager
 
@@ -80,7 +81,7 @@ def offline(official, microsoft, monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("name", GLUE)
+@pytest.mark.parametrize("name", tiny.mostly_slow(GLUE, "mrpc", "mnli", "stsb"))
 def test_both_sources_give_the_same_examples(name, official, offline, tmp_path, capsys):
     task, files, prepared = GLUE[name], GlueDir(official), Tfds(tmp_path)
     assert prepared.splits(task) == files.splits(task) == task.splits

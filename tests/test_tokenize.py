@@ -227,6 +227,7 @@ def start(context, *args) -> multiprocessing.Process:
     return process
 
 
+@pytest.mark.slow
 def test_two_processes_build_at_once(tokenizer, gte_small, tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(2, timeout=60)
@@ -241,6 +242,7 @@ def test_two_processes_build_at_once(tokenizer, gte_small, tmp_path):
     assert_same(TokenizedSplit.load(entry), encode(_many(), tokenizer, 16))
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_not_a_cache(tokenizer, gte_small, tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(2, timeout=60)

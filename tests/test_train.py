@@ -134,6 +134,7 @@ def test_running_it_again_changes_nothing(run):
     assert lines(run) == log
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_all_tasks(small, caplog):
     config = load([f"--config={CONFIG}:{small}", "--config.sampling=round_robin"])
     config.steps_per_epoch = 12
@@ -147,6 +148,7 @@ def test_one_compilation_serves_all_tasks(small, caplog):
     assert 1 <= len(lengths) == len(set(lengths)) <= 4
 
 
+@pytest.mark.slow
 def test_an_encoder_from_the_hub_in_the_old_names(small, tiny_encoder, monkeypatch):
     """bert-base-uncased has nested names, gamma and beta, and pre-training heads."""
     hub = small / "hub"
@@ -184,6 +186,7 @@ def test_a_roberta(small, tiny_roberta, capsys):
     assert main(["evaluate", f"--workdir={small / 'run'}", "--json"]) == 0
 
 
+@pytest.mark.slow
 def test_divergence_is_said(small, capsys):
     """With the step, the task and the examples, so that one can look at them."""
     workdir = small / "run"
@@ -211,6 +214,7 @@ def test_data_may_move_between_two_starts(small, capsys):
     assert main(["evaluate", f"--workdir={run}"]) == 0
 
 
+@pytest.mark.slow
 def test_frozen_encoder_and_mixed_batches(small):
     overrides = ("--config.trainable=('adapters/',)", "--config.groups=4", "--config.epochs=1")
     assert main(arguments(small, small / "run", *overrides)) == 0

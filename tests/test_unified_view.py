@@ -84,7 +84,7 @@ def convert(golden: SimpleNamespace, **options: Any) -> Any:
     return from_unified_view(golden.config | options, golden.state_dict, golden.prefix_state)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=tiny.mostly_slow(VARIANTS, "ffn_pfeiffer", "mam"))
 def golden(request: pytest.FixtureRequest, shared: Path) -> SimpleNamespace:
     """One variant's file with the model and variables converted from it."""
     golden = load(shared, request.param)

@@ -1,5 +1,6 @@
 """A model, batches and training steps small enough that a test is mostly compilation."""
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from ml_collections import ConfigDict
 
 from pals_jax.data.batch import Batch
@@ -200,15 +202,12 @@ def pals_training() -> tuple[Any, Any]:
     return training(MultiTaskModel(config(), NUM_OUTPUTS, METHODS["pals"]))
 
 
-def fused(function: Any) -> Any:
-    """`function`, compiled with the fusions of users' programs, which most tests do without.
-
-    With them what is equal for any shape is so bit for bit, or nearly.
-    """
-    known = jax.__version_info__ < (0, 12)  # later ones always fuse
-    return jax.jit(
-        function, compiler_options={"xla_cpu_use_fusion_emitters": True} if known else None
-    )
+def mostly_slow(cases: Iterable[Any], *quick: Any) -> list[Any]:
+    """Parameters of a test: those of `quick` are tested by default, the others in the slow tier."""
+    cases = list(cases)
+    assert all(case in cases for case in quick)
+    slow = pytest.mark.slow
+    return [case if case in quick else pytest.param(case, marks=slow) for case in cases]
 
 
 def rows(tree: Any, task: int) -> Any:

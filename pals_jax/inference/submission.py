@@ -16,6 +16,7 @@ from pals_jax.runtime.errors import UserError
 
 ZIP = "submission.zip"
 _HEADER = "index\tprediction"
+_Rows = Sequence[tuple[int, str]]  # index and label of each example
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)  # a constant date makes the zip reproducible, byte for byte
 
 
@@ -92,16 +93,22 @@ def write(
         UserError: if the server would refuse it (every problem is listed), or the directory cannot
             be written.
     """
-    files = {
-        name: _tsv(GLUE[file.task], predictions[file.task, file.split])
+    answers = {
+        name: _rows(GLUE[file.task], predictions[file.task, file.split])
         for name, file in _FILES.items()
         if (file.task, file.split) in predictions
     }
     if fill_missing:
         for name, answer in defaults(predictions).items():
-            rows = range(_FILES[name].rows)
-            files[name] = "\n".join([_HEADER, *(f"{row}\t{answer}" for row in rows), ""])
-    _refuse(directory / ZIP, list(_problems(files)))
+            answers[name] = [(row, answer) for row in range(_FILES[name].rows)]
+    if problems := list(_problems(answers)):
+        raise UserError(
+            f"{directory / ZIP} would be refused by GLUE's server: {'; '.join(problems)}."
+        )
+    files = {
+        name: "\n".join([_HEADER, *(f"{index}\t{label}" for index, label in rows), ""])
+        for name, rows in answers.items()
+    }
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as whole:
@@ -116,29 +123,15 @@ def write(
     return directory / ZIP
 
 
-def check(path: Path) -> None:
-    """Checks that the server will accept a zip.
-
-    Raises:
-        UserError: if it will not, or the file is not a zip; every problem is listed.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            files = {name: archive.read(name).decode() for name in archive.namelist()}
-    except (OSError, zipfile.BadZipFile, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the submission {path}: {error}.") from error
-    _refuse(path, list(_problems(files)))
-
-
 def _format(task: Task, label: str | float) -> str:
     if not task.is_regression:
         return str(label)
     return f"{float(np.clip(float(label), *(task.label_range or ()))):.3f}"
 
 
-def _tsv(task: Task, predictions: Predictions) -> str:
-    pairs = sorted(zip(predictions.ids.tolist(), predictions.labels, strict=True))
-    return "\n".join([_HEADER, *(f"{index}\t{_format(task, label)}" for index, label in pairs), ""])
+def _rows(task: Task, predictions: Predictions) -> _Rows:
+    labels = [_format(task, label) for label in predictions.labels]
+    return sorted(zip(predictions.ids.tolist(), labels, strict=True))
 
 
 def _write_all(files: Mapping[str, str], paths: Mapping[str, Path]) -> None:
@@ -149,47 +142,32 @@ def _write_all(files: Mapping[str, str], paths: Mapping[str, Path]) -> None:
             archive.writestr(info, text, compress_type=zipfile.ZIP_DEFLATED)
 
 
-def _refuse(path: Path, problems: Sequence[str]) -> None:
-    if problems:
-        raise UserError(f"{path} would be refused by GLUE's server: {'; '.join(problems)}.")
-
-
-def _problems(files: Mapping[str, str]) -> Iterator[str]:
-    """Every problem with the files, which are given as {name: text}."""
-    if missing := [name for name in _FILES if name not in files]:
+def _problems(answers: Mapping[str, _Rows]) -> Iterator[str]:
+    """Everything for which the server would refuse the rows of the files."""
+    if missing := [name for name in _FILES if name not in answers]:
         yield f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
-    for name, text in files.items():
-        if name not in _FILES:
-            yield f"{name} is none of its files"
-            continue
-        header, *lines = text.splitlines() or [""]
-        if header != _HEADER:
-            yield f"{name} has the header {header!r} rather than {_HEADER!r}"
-        rows = [line.split("\t") for line in lines]
-        if ragged := [number for number, row in enumerate(rows, 2) if len(row) != 2]:
-            yield f"{name} has not two columns in {len(ragged)} rows, the first in line {ragged[0]}"
-            continue
-        yield from _index_problems(name, [row[0] for row in rows])
+    for name, rows in answers.items():
+        yield from _index_problems(name, [index for index, _ in rows])
         yield from _label_problems(name, rows)
 
 
-def _index_problems(name: str, found: Sequence[str]) -> Iterator[str]:
-    expected = [str(row) for row in range(_FILES[name].rows)]
+def _index_problems(name: str, found: Sequence[int]) -> Iterator[str]:
+    expected = range(_FILES[name].rows)
     if len(found) != len(expected):
         yield f"{name} has {len(found)} rows rather than {len(expected)}"
     counts = collections.Counter(found)
-    known = set(expected)
     for what, wrong in (
         ("lacks", [index for index in expected if index not in counts]),
         ("repeats", [index for index, count in counts.items() if count > 1]),
-        ("has the unknown", [index for index in counts if index not in known]),
+        ("has the unknown", [index for index in counts if index not in expected]),
     ):
         if wrong:
             plural = "index" if len(wrong) == 1 else "indices"
-            yield f"{name} {what} {plural} {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}"
+            first = ", ".join(map(str, wrong[:3]))
+            yield f"{name} {what} {plural} {first}{' ...' * (len(wrong) > 3)}"
 
 
-def _label_problems(name: str, rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def _label_problems(name: str, rows: _Rows) -> Iterator[str]:
     task = GLUE[_FILES[name].task]
     wrong = [(index, label) for index, label in rows if not _is_label(task, label)]
     if wrong:
@@ -205,7 +183,4 @@ def _is_label(task: Task, label: str) -> bool:
     if not task.is_regression:
         return label in task.labels
     low, high = task.label_range or (-math.inf, math.inf)
-    try:
-        return low <= float(label) <= high
-    except ValueError:
-        return False
+    return low <= float(label) <= high
