@@ -92,22 +92,25 @@ def count(
     return hlo.read(compiled.as_text()).flops
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", tiny.mostly_slow(STEPS, "pals"))
 def test_no_step_takes_more_than_its_budget(name: str) -> None:
     budget = BUDGETS[name] * 1e9
     assert 0.97 * budget <= flops(name) <= 1.005 * budget, f"{flops(name) / 1e9:.2f} GFLOP"
 
 
+@pytest.mark.slow
 def test_what_methods_cost_beside_each_other() -> None:
     assert flops("pals") < 1.2 * flops("shared")
     assert flops("pals, mixed") < 1.15 * flops("pals")
 
 
+@pytest.mark.slow
 def test_no_step_grows_with_the_number_of_tasks() -> None:
     assert flops("pals, 64 tasks") < 1.001 * flops("pals")
     assert flops("pals, 512 tasks") < 1.001 * flops("pals")
 
 
+@pytest.mark.slow
 def test_what_is_frozen_is_not_differentiated() -> None:
     """No gradients of its weights; and none of what lies below the first adapter."""
     assert flops("pals, frozen") < 0.75 * flops("pals")
@@ -115,6 +118,7 @@ def test_what_is_frozen_is_not_differentiated() -> None:
     assert half < 0.75 * flops("pals, frozen")
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_not_computed() -> None:
     """Of a half without gradients it saves the forward pass."""
     begun_there = flops("pals in the final half, frozen, begun there")
@@ -125,6 +129,7 @@ def test_every_budget_is_used() -> None:
     assert BUDGETS.keys() == STEPS.keys()
 
 
+@pytest.mark.slow
 def test_all_tasks_share_what_lies_below_their_adapters() -> None:
     """Eight tasks with PALs in the final half take the first half once."""
     model = MultiTaskModel(ENCODER, (2,) * 8, methods.pals(size=108, layers="final_half"))

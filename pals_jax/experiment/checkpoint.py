@@ -5,9 +5,10 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import optax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -16,7 +17,7 @@ from pals_jax.runtime.console import say
 from pals_jax.runtime.errors import UserError, reason
 from pals_jax.runtime.parallel import DataParallel
 
-Tree = Any
+Tree = TypeVar("Tree")
 
 _KEPT = 2  # the newest checkpoint, and the previous one in case it is damaged
 _DIGESTS = "sha256.json"  # in each checkpoint: the digest of every file that Orbax wrote
@@ -36,7 +37,7 @@ class Checkpoints:
         self._newest = _manager(workdir / "checkpoints", max_to_keep=_KEPT)
         self._best = _best_manager(workdir)
 
-    def save(self, step: int, state: Tree) -> None:
+    def save(self, step: int, state: Any) -> None:
         """Writes `state` as the newest checkpoint, atomically; does nothing if the step exists.
 
         A resumed run does not evaluate this step again, so the checkpoint that `save_best` wrote
@@ -52,7 +53,7 @@ class Checkpoints:
                 args = ocp.args.StandardSave(self._parallel.to_save(state))
                 self._newest.save(step, args=args)
 
-    def save_best(self, step: int, variables: Tree, score: float) -> None:
+    def save_best(self, step: int, variables: optax.Params, score: float) -> None:
         """Keeps `variables` if their score is higher than all earlier ones.
 
         Raises:

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from pals_jax.runtime.errors import UserError
 
-Tree = Any
 TASKS = "adapters"  # the collection of leaves with a leading task axis
 
 
@@ -61,8 +60,8 @@ class PerTaskState(NamedTuple):
         started: bool [T]; whether each task has been drawn at least once.
     """
 
-    shared: Tree
-    tasks: Tree
+    shared: optax.OptState
+    tasks: optax.OptState
     started: Array
 
 
@@ -83,10 +82,10 @@ def per_task(
         idle_drift: whether tasks that a step did not draw keep moving.
     """
 
-    def split(tree: Tree) -> tuple[Tree, Tree]:
+    def split(tree: optax.Params) -> tuple[optax.Params, optax.Params]:
         return {k: v for k, v in tree.items() if k != TASKS}, tree.get(TASKS, {})
 
-    def init(params: Tree) -> PerTaskState:
+    def init(params: optax.Params) -> PerTaskState:
         shared, tasks = split(params)
         started = jnp.zeros(num_tasks, bool)
         return PerTaskState(
@@ -94,8 +93,8 @@ def per_task(
         )
 
     def update(
-        grads: Tree, state: PerTaskState, params: Tree, *, drawn: Array, **_: Any
-    ) -> tuple[Tree, PerTaskState]:
+        grads: optax.Updates, state: PerTaskState, params: optax.Params, *, drawn: Array, **_: Any
+    ) -> tuple[optax.Updates, PerTaskState]:
         shared_grads, task_grads = split(grads)
         shared_params, task_params = split(params)
         updates, shared = inner.update(shared_grads, state.shared, shared_params)
@@ -114,7 +113,9 @@ def per_task(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def map_tasks(change: Callable[..., Tree], state: Tree, *others: Tree) -> Tree:
+def map_tasks(
+    change: Callable[..., optax.OptState], state: optax.OptState, *others: optax.OptState
+) -> optax.OptState:
     """Applies `change` to the per-task parts of an optimiser's state, e.g. `task_axis.append`.
 
     Args:
@@ -127,13 +128,13 @@ def map_tasks(change: Callable[..., Tree], state: Tree, *others: Tree) -> Tree:
     return with_task_trees(state, [change(*each) for each in trees])
 
 
-def task_trees(state: Tree) -> list[Tree]:
+def task_trees(state: optax.OptState) -> list[optax.OptState]:
     """The per-task parts of each `PerTaskState` in an optimiser's state; leaves [T, ...]."""
     nodes = jax.tree.leaves(state, is_leaf=_is_per_task)
     return [{"tasks": x.tasks, "started": x.started} for x in nodes if _is_per_task(x)]
 
 
-def with_task_trees(state: Tree, trees: list[Tree]) -> Tree:
+def with_task_trees(state: optax.OptState, trees: list[optax.OptState]) -> optax.OptState:
     """`state` with its per-task parts replaced; the inverse of `task_trees`."""
     left = iter(trees)
     return jax.tree.map(
@@ -157,7 +158,9 @@ def clip_by_tensor_norm(max_norm: float) -> optax.GradientTransformation:
         norm = jnp.sqrt(jnp.sum(jnp.square(grad), axes, keepdims=True))
         return grad * jnp.minimum(1.0, max_norm / (norm + 1e-6))
 
-    def update(grads: Tree, state: optax.EmptyState, params: Tree = None) -> Any:
+    def update(
+        grads: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
+    ) -> Any:
         del params
         return jax.tree_util.tree_map_with_path(clip, grads), state
 
@@ -167,11 +170,15 @@ def clip_by_tensor_norm(max_norm: float) -> optax.GradientTransformation:
 def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """Adam without bias correction, as BERT was trained; optax's own always corrects."""
 
-    def init(params: Tree) -> tuple[Tree, Tree]:
+    def init(params: optax.Params) -> tuple[optax.Params, optax.Params]:
         # Two allocations: donated buffers must not alias.
         return jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
 
-    def update(grads: Tree, state: tuple[Tree, Tree], params: Tree = None) -> Any:
+    def update(
+        grads: optax.Updates,
+        state: tuple[optax.Params, optax.Params],
+        params: optax.Params | None = None,
+    ) -> Any:
         del params
         mu = optax.tree.update_moment(grads, state[0], b1, 1)
         nu = optax.tree.update_moment(grads, state[1], b2, 2)
@@ -180,7 +187,7 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
     return optax.GradientTransformation(init, update)
 
 
-def decays(params: Tree) -> Tree:
+def decays(params: optax.Params) -> optax.Params:
     """The mask of leaves with weight decay: all but biases, layer norms and scaling factors."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key not in ("bias", "scale"), params

@@ -13,10 +13,11 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO, Self, TypeVar, cast
 
 import jax
 import numpy as np
+import optax
 from jax import Array
 
 from pals_jax.data.batch import Batch
@@ -30,11 +31,11 @@ from pals_jax.runtime.console import in_bytes, progress, say
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel
 
-Tree = Any
+Tree = TypeVar("Tree")
 _FORMAT = 1  # format version of the cache; increment when the meaning of its content changes
 
 
-def with_hidden(experiment: Experiment, variables: Tree, splits: Tree) -> Tree:
+def with_hidden(experiment: Experiment, variables: optax.Params, splits: Tree) -> Tree:
     """The splits with `hidden`, from the cache; what it lacks is computed and cached.
 
     Args:
@@ -63,7 +64,7 @@ def with_hidden(experiment: Experiment, variables: Tree, splits: Tree) -> Tree:
     return jax.tree.map(below.complete, splits)
 
 
-def check_same(experiment: Experiment, given: Tree, restored: Tree) -> None:
+def check_same(experiment: Experiment, given: optax.Params, restored: optax.Params) -> None:
     """Checks that cached hidden states belong to the encoder that a run started with.
 
     Args:
@@ -98,12 +99,12 @@ class HiddenCache:
     """
 
     encoder: Encoder
-    params: Tree
+    params: optax.Params
     experiment: Experiment
     parallel: DataParallel
 
     @classmethod
-    def of(cls, experiment: Experiment, params: Tree) -> Self:
+    def of(cls, experiment: Experiment, params: optax.Params) -> Self:
         """The cache of an experiment; `params` are the parameters of its whole encoder."""
         model = experiment.model()
         depth = layers_below(adapter_shapes(model))
@@ -167,12 +168,12 @@ class HiddenCache:
                 bar.update()
 
     @functools.cached_property
-    def _step(self) -> Callable[[Tree, Tree], Array]:
+    def _step(self) -> Callable[[optax.Params, Batch], Array]:
         """The compiled step from parameters and batch to hidden states [B, L, D]."""
         axis_name = self.parallel.axis_name
         nothing = TaskAdapters((), {}, self.encoder.config)
 
-        def step(params: Tree, batch: Batch) -> Array:
+        def step(params: optax.Params, batch: Batch) -> Array:
             apply = cast(Callable[..., Array], self.encoder.apply)
             hidden = apply({"params": params}, *batch.tokens, nothing, batch.first)
             if axis_name is None:

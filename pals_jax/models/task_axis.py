@@ -6,7 +6,7 @@ moments depends on the other tasks: heads are padded with zeros to the largest n
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime.errors import UserError
 
-Tree = Any
+Tree = TypeVar("Tree")
 
 
 def take(tree: Tree, num_outputs: Sequence[int], tasks: Sequence[int]) -> Tree:

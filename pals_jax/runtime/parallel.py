@@ -8,7 +8,7 @@ copied between steps.
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pals_jax.runtime.shards import Shards
 
-Tree = Any
-Step = Callable[[Tree, Tree], Any]
+Tree = TypeVar("Tree")
+Step = Callable[[Any, Any], Any]  # (state, batch) -> (state, scalars), or what a step gives
 AXIS = "data"  # the name of the devices' axis
 
 

@@ -13,10 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from etils import epath
 from jax import Array
 from ml_collections import ConfigDict
 
+from pals_jax.data.batch import Batch
 from pals_jax.data.sampler import Draw, Sampler
 from pals_jax.experiment.config import encoder_is_frozen
 from pals_jax.experiment.experiment import Experiment
@@ -29,8 +31,6 @@ from pals_jax.runtime.parallel import DataParallel, Step, on_this_host
 from pals_jax.training.run_writer import RunWriter
 from pals_jax.training.step import TrainState, make_train_step
 from pals_jax.training.train import describe, first_state, read_data, report, take_steps
-
-Tree = Any
 
 
 def can_be_vmapped(one: ConfigDict, other: ConfigDict) -> bool:
@@ -172,7 +172,7 @@ class VmappedRuns:
     """
 
     experiments: tuple[Experiment, ...]
-    apart: Tree
+    apart: optax.Params
 
     @classmethod
     def of(cls, experiments: Sequence[Experiment], states: Sequence[TrainState]) -> "VmappedRuns":
@@ -220,7 +220,7 @@ class VmappedRuns:
         """The pure training step, see `step.make_train_step`; scalars have shape [K]."""
         configs = [experiment.config for experiment in self.experiments]
 
-        def step(state: TrainState, batch: Tree, seed: Array, learning_rate: Array) -> Any:
+        def step(state: TrainState, batch: Batch, seed: Array, learning_rate: Array) -> Any:
             return self._step(seed, learning_rate, axis_name)(state, batch)
 
         seeds = jnp.array([config.seed for config in configs], jnp.uint32)
