@@ -1,5 +1,6 @@
 """Never lose work: killed, told to stop, on damaged, full and vanished disks, on other devices."""
 
+import errno
 import os
 import random
 import shlex
@@ -11,12 +12,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from test_train import arguments, checkpoint, lines
 
 from pals_jax.cli import main
+from pals_jax.experiment import checkpoint as checkpoints
 
 
 def start(
@@ -105,6 +109,47 @@ def test_told_to_stop_it_saves_and_says_so(small: Path, capsys: pytest.CaptureFi
     assert_same_run(whole, broken)
 
 
+@pytest.fixture(scope="module")
+def whole(small_of_module: Path) -> Path:
+    """A run that nothing disturbs."""
+    workdir = small_of_module / "whole"
+    assert main(arguments(small_of_module, workdir)) == 0
+    return workdir
+
+
+MOMENTS = {
+    "save": (ocp.CheckpointManager, "save"),
+    "seal": (checkpoints, "_seal"),
+    "rename": (ocp.path.atomicity.AtomicRenameTemporaryPath, "finalize"),
+    "best": (checkpoints.Checkpoints, "save_best"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_fault_while_saving_loses_nothing(
+    whole: Path, moment: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fails at the second call; run again, it is an unbroken run."""
+    broken = whole.with_name(moment)
+    owner, name = MOMENTS[moment]
+    real, calls = getattr(owner, name), []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) > 1:
+            raise OSError(errno.EIO, "the disk fails")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        assert main(arguments(whole.parent, broken)) in (2, 75)
+    assert len(calls) > 1
+    assert "the disk fails" in capsys.readouterr().err.splitlines()[-1]
+    assert main(arguments(whole.parent, broken)) == 0
+    assert_same_run(whole, broken)
+
+
 def damage(directory: Path) -> None:
     """Cuts the largest file of a checkpoint to its half."""
     largest = max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -114,10 +159,9 @@ def damage(directory: Path) -> None:
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    small: Path, capsys: pytest.CaptureFixture
+    whole: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    whole, run = small / "whole", small / "run"
-    assert main(arguments(small, whole)) == 0
+    small, run = whole.parent, whole.with_name("run")
     shutil.copytree(whole, run)
     damage(run / "checkpoints" / "8")
     assert main(arguments(small, run)) == 0
