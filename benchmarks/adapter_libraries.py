@@ -2,18 +2,18 @@
 
     python benchmarks/adapter_libraries.py --glue=DIR --encoder=DIR --out=DIR
 
-The encoder is frozen; both sides have an adapter and a head for each task of GLUE, begin with the
+The encoder is frozen. Both sides have an adapter and a head for each task of GLUE, start from the
 same weights, and must compute the same losses before they are timed. Ours packs, as `train` and
-`evaluate` of `pals-jax` do; theirs pads to the longest text of a batch, with and without grouping
-by length. What is inferred are the dev sets, in each round a part of another one. Beside them the
-encoder's matrix products are timed alone, of the texts without any padding: what they take, nothing
-that computes this model with such products can take less than. Writes adapter_libraries.json and a
-plot, and prints the tables of docs/results.md.
+`evaluate` of `pals-jax` do; the libraries pad to the longest text of a batch, with and without
+grouping by length. Inference runs on the dev sets, in each round on a part of another one. The
+encoder's matrix products alone, on the texts without any padding, are timed too: their time is a
+lower bound for everything that computes this model with such products. Writes
+adapter_libraries.json and a plot, and prints the tables of docs/results.md.
 
-On a GPU that both JAX and PyTorch see: in bfloat16 only, theirs compiled where that works, with the
-model-FLOPs utilisation (of the operations that the texts need without any padding);
---dimensions=base or large takes random weights of BERT-base's or BERT-large's dimensions. This part
-has not been run: no GPU was at hand.
+On a GPU that both JAX and PyTorch see, it runs in bfloat16 only, compiles the libraries' models
+where that works, and adds the model-FLOPs utilisation (of the operations that the texts need
+without any padding). --dimensions=base or large takes random weights of BERT-base's or
+BERT-large's dimensions. This part has not been run: no GPU was at hand.
 """
 
 import argparse
@@ -44,13 +44,13 @@ from pals_jax.training.plan import flops
 TORCH = "torch==2.13.0"
 OURS, TRAINED = "pals_jax", ("adapters/",)
 BATCH_SIZE, CHECK, ROUNDS = 32, 3, 5
-EVAL_ROWS = 8  # which hold about 28 texts of GLUE
-STEPS = {  # of a round
+EVAL_ROWS = 8  # they hold about 28 texts of GLUE
+STEPS = {  # in a round
     "cpu": {"inference": 8, "training": 4},
     "gpu": {"inference": 50, "training": 50},
 }
 DTYPES = {"cpu": ("float32", "bfloat16"), "gpu": ("bfloat16",)}
-TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # relative, of the losses
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # relative difference of the losses
 KINDS = ("inference", "training")
 PADDINGS = ("longest", "by length")
 BOUND = "products alone"
@@ -61,12 +61,12 @@ class Library(NamedTuple):
     """A library that ours is compared with.
 
     Attributes:
-        title: of the method in it.
-        name: as it is called.
-        requirements: of its environment.
-        script: its worker.
-        method: by the encoder's width, what the library's defaults are here.
-        write: writes the adapter of a task as the library reads it.
+        title: the name of the method.
+        name: the name of the library.
+        requirements: the packages that pip installs into its environment.
+        script: the file of its worker in `peers`.
+        method: our method that equals the library's default, given the encoder's width.
+        write: writes the adapter of a task in the library's format.
     """
 
     title: str
@@ -102,10 +102,10 @@ class Steps:
     """The steps of one kind as one side takes them.
 
     Attributes:
-        draws: one for each step.
-        splits: that they draw from.
-        placing: where the examples go; None: in rows as long as the longest of the batch.
-        together: how many draws are divided into batches anew; 0: each is a batch.
+        draws: one draw for each step.
+        splits: the splits that the draws index.
+        placing: how examples are placed in rows; None: padded to the longest of the batch.
+        together: the number of draws that are regrouped into batches; 0: each draw is a batch.
     """
 
     draws: Sequence[Draw]
@@ -114,15 +114,15 @@ class Steps:
     together: int = 0
 
     def first(self, count: int) -> "Steps":
-        """The first of them."""
+        """The first `count` steps."""
         return dataclasses.replace(self, draws=self.draws[:count])
 
     def lengths(self) -> np.ndarray:
-        """int64 [steps, B]: of the examples."""
+        """The lengths of the examples, int64 [steps, B]."""
         return np.stack([sizes(self.splits, draw)[1] for draw in self.draws])
 
     def positions(self) -> float:
-        """For each example, padding included."""
+        """The mean number of positions per example, padding included."""
         if self.placing is None:
             return float(self.lengths().max(1).mean())
         return sum(rows * length for rows, length in self._shapes()) / self.lengths().size
@@ -140,7 +140,7 @@ class Steps:
 
 
 def all_steps(mix: Mix, each: int) -> dict[str, dict[str, Steps]]:
-    """By kind, and by side: ours, or how theirs pads."""
+    """The steps by kind and side; a side is ours, or a padding of the library."""
     longest, by_length = PADDINGS
     dev = Steps(mix.inference(each, by_length=False), mix.dev)
     of_ours = Packed.into(EVAL_ROWS, mix.experiment.config.data.max_length)
@@ -159,12 +159,12 @@ def all_steps(mix: Mix, each: int) -> dict[str, dict[str, Steps]]:
 
 
 class Result(NamedTuple):
-    """What was found for one kind of steps.
+    """The result for one kind of steps.
 
     Attributes:
-        title: which method, kind and dtype.
-        timing: ours first.
-        about: what else was found.
+        title: the method, kind and dtype.
+        timing: the times of all sides, ours first.
+        about: the other results.
     """
 
     title: str
@@ -173,10 +173,10 @@ class Result(NamedTuple):
 
 
 class Comparison:
-    """A library and ours, on the same steps with the same weights."""
+    """A library and ours on the same steps, with the same weights."""
 
     def __init__(self, library: Library, work: Path, glue: str, encoder: str) -> None:
-        """Writes into the folder `work` what the two are to do."""
+        """Writes the work of both sides into the folder `work`."""
         self._library, self._work = library, work
         self._python = side_by_side.environment(library.name, library.requirements)
         self._each = STEPS[jax.default_backend()]
@@ -204,7 +204,7 @@ class Comparison:
                 mix.save_padded(work / f"{kind}, {padding}.npz", steps.draws, steps.splits)
 
     def run(self, kind: str, dtype: str) -> Result:
-        """Times both, after they have shown that they do the same."""
+        """Times both sides after checking that their losses agree."""
         mix = self._ours | {"dtype": dtype}
         both = {"kind": kind, "check": CHECK}
         each = self._each[kind]
@@ -226,7 +226,7 @@ class Comparison:
     def _time(
         self, kind: str, dtype: str, ours: Worker, theirs: Worker, ready: dict[str, Any]
     ) -> Result:
-        # Not in bfloat16, for which a CPU may have no instructions and PyTorch one slow thread.
+        # No bound in bfloat16: a CPU may lack instructions, and PyTorch then uses one slow thread.
         sides = (*PADDINGS, BOUND) if dtype == "float32" else PADDINGS
         asks = {OURS: ours.ask} | {side: partial(theirs.ask, padding=side) for side in sides}
         each = self._each[kind]
@@ -245,8 +245,8 @@ class Comparison:
         return Result(f"{self._library.title}, {kind}, {dtype}", timing, about)
 
     def _flops(self, kind: str) -> Callable[[np.ndarray], float]:
-        """What the model computes for texts of some lengths, of which padding is no part."""
-        at = (32, 64, 128)  # a parabola goes through three points
+        """A function from the lengths of texts to the model's FLOPs, without padding."""
+        at = (32, 64, 128)  # three points determine the parabola
         if kind == "training":
             known = [flops.training(self._model, TRAINED, length) for length in at]
         else:
@@ -259,10 +259,12 @@ def main() -> None:
     """Compares with each library, in each dtype."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--glue", required=True, help="the official GLUE files")
-    parser.add_argument("--encoder", required=True, help="a BERT, as Hugging Face saves")
-    parser.add_argument("--out", required=True, type=Path, help="receives the figures")
-    parser.add_argument("--dimensions", choices=("base", "large"), help="random weights of these")
-    parser.add_argument("--peak", type=float, help="of the GPU, TFLOP/s in bfloat16")
+    parser.add_argument("--encoder", required=True, help="a BERT in Hugging Face's format")
+    parser.add_argument("--out", required=True, type=Path, help="where to write the results")
+    parser.add_argument(
+        "--dimensions", choices=("base", "large"), help="use random weights of this size"
+    )
+    parser.add_argument("--peak", type=float, help="the GPU's peak, TFLOP/s in bfloat16")
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share a GPU's memory
     args.out.mkdir(parents=True, exist_ok=True)
@@ -282,7 +284,7 @@ def main() -> None:
 
 
 def report(results: Sequence[Result], out: Path, peak: float | None) -> None:
-    """Writes and prints what has been found so far."""
+    """Writes and prints the results so far."""
     summaries = {r.title: r.timing.summary() | r.about for r in results}
     (out / "adapter_libraries.json").write_text(json.dumps(summaries, indent=1))
     timings = {result.title: result.timing for result in results}
@@ -291,7 +293,7 @@ def report(results: Sequence[Result], out: Path, peak: float | None) -> None:
 
 
 def write_encoder(directory: Path, source: Path, dimensions: str | None) -> None:
-    """Writes an encoder that lacks no weight, as some lack a pooler; or random ones."""
+    """Writes an encoder with all its weights, random if missing, such as a pooler's."""
     config = huggingface.KNOWN[f"bert-{dimensions}-uncased"] if dimensions else None
     model = MultiTaskModel(config or huggingface.read_config(source), num_outputs=(2,))
     if dimensions:
@@ -305,7 +307,7 @@ def write_encoder(directory: Path, source: Path, dimensions: str | None) -> None
 
 
 def markdown(summaries: Mapping[str, dict[str, Any]], peak: float | None) -> Iterator[str]:
-    """The tables of docs/results.md: speed, memory, and what the device's peak is used for."""
+    """The tables of docs/results.md: speed, memory, and utilisation of the device's peak."""
     sides, over = (OURS, *PADDINGS, BOUND), [f"ours over {padding}" for padding in PADDINGS]
     yield _table(
         ["examples per second", *sides, *over],

@@ -31,7 +31,7 @@ def main() -> None:
     """Times the three on one device."""
     threefry = mock.patch("pals_jax.models.layers.mask_bits", _threefry)
     runs = {"off": _compiled(0.0), "masks": _compiled(0.1)}
-    with threefry:  # seen when the step is traced, in the first call
+    with threefry:  # takes effect when the step is traced, in the first call
         runs["threefry"] = _compiled(0.1)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _threefry(key: Any, places: Places, shape: tuple[int, ...], columns: Any = None) -> Any:
-    """JAX's own bits, of a key for each row as ours."""
+    """Bits from JAX's own generator instead of our `mask_bits`."""
     del columns
     assert places.salt is not None
     salt = places.salt[0, 0] ^ jax.random.key_data(key)
@@ -51,7 +51,7 @@ def _threefry(key: Any, places: Places, shape: tuple[int, ...], columns: Any = N
 
 
 def _compiled(rate: float) -> tuple[Any, Any]:
-    """A training step and its state, after the call that compiles it."""
+    """A training step and its state after the first call, which compiles it."""
     encoder = BertConfig(
         hidden_size=384,
         num_hidden_layers=6,

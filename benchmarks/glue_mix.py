@@ -1,8 +1,8 @@
-"""The work that the benchmarks share: the mix of GLUE.
+"""The GLUE mix: the data that the benchmarks share.
 
-Tasks are drawn by annealed sampling with the official sizes of the eight training sets; the steps
-are spread evenly over the whole run of configs/pals_glue.py, so that early and late ones are there.
-Where a local training set is a sample of the official one, its examples come again.
+Tasks are drawn by annealed sampling with the official sizes of the eight training sets. The steps
+are spread evenly over the whole run of configs/pals_glue.py, to include early and late ones.
+Where a local training set is a sample of the official one, its examples are repeated.
 """
 
 import functools
@@ -24,25 +24,25 @@ from pals_jax.experiment.experiment import Experiment
 from pals_jax.runtime.shards import Shards
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pals_glue.py"
-SIZES = {  # official, of the training sets
+SIZES = {  # the official sizes of the training sets
     "cola": 8551, "mrpc": 3668, "mnli": 392702, "rte": 2490,
     "stsb": 5749, "sst2": 67349, "qqp": 363846, "qnli": 104743,
 }  # fmt: skip
-GOLDEN = (5**0.5 - 1) / 2  # whose multiples, modulo 1, are spread evenly however many there are
+GOLDEN = (5**0.5 - 1) / 2  # any number of its multiples, modulo 1, are spread evenly
 
 
 class Mix:
-    """The steps of a mix: of training, and of inference for the same tasks.
+    """The steps of the mix: training, and inference for the same tasks.
 
     Attributes:
         experiment: configs/pals_glue.py in float32, with another encoder, method or batch size.
-        splits: of its tasks.
-        draws: of 256 steps, any first of which are spread over the run, too.
-        steps: of the whole run.
+        splits: the training splits of its tasks.
+        draws: the draws of 256 steps; the first n of them are spread over the run for any n.
+        steps: the number of steps of the whole run.
     """
 
     def __init__(self, glue: str, encoder: str, **changes: Any) -> None:
-        """Reads and tokenises what is at `glue`, the official files."""
+        """Reads and tokenises the official files in the directory `glue`."""
         config = config_lib.load([f"--config={CONFIG}"])
         config.update({"encoder": encoder, "dtype": "float32", **changes})
         config.data.update({"source": "glue_dir", "dir": glue})
@@ -72,10 +72,10 @@ class Mix:
         return [next(iter(self.experiment.read_eval(t, self._tokenizer).values())) for t in tasks]
 
     def length_grouped(self) -> list[Draw]:
-        """For each draw one of its task as `LengthGroupedSampler` of transformers makes them.
+        """For each draw, a batch of its task from transformers' `LengthGroupedSampler`.
 
-        It takes 50 batches of examples at random, or a quarter of them all if that is less, and
-        sorts these by length. A run sees all the batches; here each step is at another place.
+        It takes 50 batches of examples at random, or a quarter of all if that is less, and sorts
+        these by length. A run sees all the batches; here each step takes another one.
         """
         size, rng = self.experiment.config.batch_size, np.random.default_rng(0)
         draws = []
@@ -90,7 +90,7 @@ class Mix:
     def inference(self, each: int, *, by_length: bool) -> list[Draw]:
         """For each draw a batch of a dev set, in the order of length or of the file.
 
-        `each` steps after one another are of one task, that of the first one's draw.
+        Every `each` consecutive steps have one task, that of the first of these draws.
         """
         size, draws = self.experiment.config.batch_size, []
         for step in range(len(self.draws)):
@@ -101,7 +101,7 @@ class Mix:
         return draws
 
     def variables(self) -> Any:
-        """The encoder's weights, with adapters that are nowhere without effect, as some begin."""
+        """The encoder's weights, and adapters with noise, because some start as the identity."""
         model, seed = self.experiment.model(), self.experiment.config.seed
         path = huggingface.resolve(self.experiment.config.encoder)
         variables = huggingface.load_variables(model, path, seed)
@@ -113,13 +113,13 @@ class Mix:
         return variables | {"adapters": jax.tree.map(moved, variables["adapters"])}
 
     def packed(self) -> TrainBatches:
-        """Batches as training makes them."""
+        """Packed batches, as in training."""
         return self.experiment.train_batches(self.splits, cast(Sampler, self), Shards())
 
     def save_padded(
         self, path: Path, draws: Sequence[Draw], splits: Sequence[TokenizedSplit]
     ) -> None:
-        """Writes draws of `splits` for the peers, each example in a row of its own.
+        """Writes draws of `splits` for the peers, one example per row.
 
         The file holds int32 input_ids, token_type_ids, attention_mask [steps, B, max_length],
         task_ids [steps], and float32 targets [steps, B].
@@ -144,13 +144,13 @@ class Mix:
 
 
 def _batch(order: np.ndarray, size: int, step: int) -> np.ndarray:
-    """The batch of a step, from another place in the order at each."""
+    """The batch of a step; each step takes it from another place in `order`."""
     place = int((step * GOLDEN) % 1 * (len(order) // size))
     return order[place * size : (place + 1) * size]
 
 
 def taken(split: TokenizedSplit, examples: np.ndarray) -> TokenizedSplit:
-    """Some examples of a split as one."""
+    """Some examples of a split, as a split."""
     spans = [split.tokens[split.offsets[i] : split.offsets[i + 1]] for i in examples]
     offsets = np.cumsum([0, *map(len, spans)])
     return TokenizedSplit(

@@ -2,9 +2,10 @@
 
     python benchmarks/loader.py --glue=DIR --encoder=DIR
 
-The mix of GLUE, packed, from the memory-mapped cache; one thread, as in training. The step is that
-of Houlsby's adapters on a frozen encoder, the cheapest of a configuration here. The two take turns;
-prints one JSON line: for each the median of examples per second, and that of their ratio.
+The batches are the GLUE mix, packed, from the memory-mapped cache, built on one thread as in
+training. The step trains Houlsby adapters on a frozen encoder, the cheapest step of a configuration
+here. The two take turns. Prints one JSON line: for each the median of examples per second, and the
+median of their ratio.
 """
 
 import argparse
@@ -19,14 +20,14 @@ from tqdm import tqdm
 from pals_jax.runtime.parallel import DataParallel
 from pals_jax.training.step import create_state, make_train_step
 
-ROUNDS, STEPS, BATCHES = 5, 4, 50  # of a round
+ROUNDS, STEPS, BATCHES = 5, 4, 50  # STEPS and BATCHES are per round
 
 
 def main() -> None:
     """Times them on the default device."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--glue", required=True, help="the official GLUE files")
-    parser.add_argument("--encoder", required=True, help="a BERT, as Hugging Face saves it")
+    parser.add_argument("--encoder", required=True, help="a BERT in Hugging Face's format")
     args = parser.parse_args()
     mix = Mix(args.glue, args.encoder, method="houlsby(size=24)", trainable=("adapters/",))
     experiment, make, parallel = mix.experiment, mix.packed(), DataParallel.over()

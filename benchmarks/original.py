@@ -2,9 +2,9 @@
 
     python benchmarks/original.py --glue=DIR --encoder=DIR --out=DIR
 
-Both take the same steps of the mix of GLUE (see glue_mix.py) with the same weights, batch size 32,
-length 128, float32, dropout and the original's optimiser, on all cores; ours packs, theirs pads. At
-first both compute some losses without dropout, which must agree. Writes original.json and a plot.
+Both take the same steps of the GLUE mix (see glue_mix.py) with the same weights, batch size 32,
+length 128, float32, dropout and the original's optimiser, on all cores. Ours packs, theirs pads.
+First both compute some losses without dropout, which must agree. Writes original.json and a plot.
 """
 
 import argparse
@@ -26,9 +26,11 @@ def main() -> None:
     """Prepares the work, then times both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--glue", required=True, type=Path, help="the official GLUE files")
-    parser.add_argument("--encoder", required=True, type=Path, help="a BERT, as Hugging Face saves")
-    parser.add_argument("--out", required=True, type=Path, help="receives the figures")
-    parser.add_argument("--size", type=int, default=108, help="of the PALs; a multiple of 12")
+    parser.add_argument(
+        "--encoder", required=True, type=Path, help="a BERT in Hugging Face's format"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="where to write the results")
+    parser.add_argument("--size", type=int, default=108, help="size of the PALs; a multiple of 12")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     python = side_by_side.environment("torch", ["torch==2.13.0", "numpy"])
@@ -55,7 +57,7 @@ def main() -> None:
 
 
 def prepare(work: Path, glue: Path, encoder: Path, size: int) -> float:
-    """Writes what the two are to do; returns the share of positions that is left by packing."""
+    """Writes the work of both sides; returns packed positions as a share of padded ones."""
     ours = {
         "glue": str(glue),
         "encoder": str(encoder),

@@ -2,8 +2,8 @@
 
     python benchmarks/plan.py --tasks=DIR
 
-prints the Markdown table of docs/plan.md; it takes about a minute for each row. DIR holds the tasks
-of `houlsby_extra`. Needs libtpu and the package of the encoder all-MiniLM-L6-v2.
+Prints the Markdown table of docs/plan.md; each row takes about a minute. DIR holds the tasks of
+`houlsby_extra`. Needs libtpu and the package of the encoder all-MiniLM-L6-v2.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python benchmarks/pmap.py [--devices=8]
 
-A small model, so that what the wrappers do on the host shows; both run in turns in one process.
-Prints one JSON line: the median milliseconds of a step for each, and their ratio.
+The model is small, so that the wrappers' overhead on the host shows. Both take turns in one
+process. Prints one JSON line: the median milliseconds of a step for each, and their ratio.
 """
 
 import argparse
@@ -33,7 +33,7 @@ STEPS, ROUNDS = 20, 15
 
 
 def main() -> None:
-    """Times both on the devices there are."""
+    """Times both on all devices."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", type=int, default=8)
     jax.config.update("jax_num_cpu_devices", parser.parse_args().devices)

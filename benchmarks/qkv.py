@@ -1,10 +1,10 @@
-"""Queries, keys and values as three products or as one.
+"""The speed of computing queries, keys and values in three matrix products, or in one.
 
     python benchmarks/qkv.py
 
-Checkpoints, adapters and optimisers know three kernels, so that one product has to put them side by
-side first. 1,152 positions, float32, the two in turns; prints one JSON line: for each width and
-pass the median over rounds of the time of one product over that of three.
+Checkpoints, adapters and optimisers have three kernels, so a single product must concatenate them
+first. 1,152 positions, float32; the two take turns. Prints one JSON line: for each width and pass,
+the median over rounds of the time of one product divided by the time of three.
 """
 
 import json
@@ -26,12 +26,12 @@ def three(x: Array, kernels: list[Array]) -> list[Array]:
 
 
 def one(x: Array, kernels: list[Array]) -> list[Array]:
-    """The same."""
+    """The same in one product, with the kernels concatenated."""
     return jnp.split(x @ jnp.concatenate(kernels, axis=1), 3, axis=1)
 
 
 def backward(project: Any) -> Any:
-    """The gradients of a sum of squares of all, with respect to both arguments."""
+    """The gradients of the outputs' sum of squares with respect to both arguments."""
 
     def loss(x: Array, kernels: list[Array]) -> Array:
         return sum((jnp.sum(jnp.square(y)) for y in project(x, kernels)), jnp.zeros(())) / POSITIONS
@@ -51,7 +51,7 @@ def main() -> None:
         keys = jax.random.split(jax.random.key(0), 4)
         x = jax.random.normal(keys[0], (POSITIONS, width))
         kernels = [jax.random.normal(key, (width, width)) / width for key in keys[1:]]
-        found = [_seconds(f, x, kernels) for _ in range(ROUNDS) for f in both][2:]  # one compiles
+        found = [_seconds(f, x, kernels) for _ in range(ROUNDS) for f in both][2:]  # compiles first
         ratios[name] = statistics.median(
             a / b for a, b in zip(found[::2], found[1::2], strict=True)
         )

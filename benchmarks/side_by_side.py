@@ -1,9 +1,9 @@
 """Times several programs that do the same work, in turns, on one machine.
 
-Each program is a process of its own, in an environment of its own. It is asked for parts of the
-work over its standard input, one JSON object a line, and answers how long they took; while one of
-them works, the others wait. What is published is the ratio within each round, which a machine's
-moods cancel from.
+Each program is a process with its own environment. It reads requests for parts of the work from its
+standard input, one JSON object per line, and answers how long they took. While one program works,
+the others wait. The published figure is the ratio within each round, because a machine's speed
+varies between rounds.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ PEERS = Path(__file__).resolve().parent / "peers"
 
 
 def environment(name: str, requirements: Sequence[str]) -> Path:
-    """The Python of an environment with these requirements, which is made once."""
+    """The Python of an environment with these requirements; creates it if missing."""
     home = PEERS / ".environments" / name
     python = home / "bin" / "python"
     if not (home / "done").exists():
@@ -34,10 +34,10 @@ def environment(name: str, requirements: Sequence[str]) -> Path:
 
 
 class Worker:
-    """A program that does parts of the work."""
+    """A process that does parts of the work on request."""
 
     def __init__(self, script: Path, work: Path, python: Path = Path(sys.executable)) -> None:
-        """Starts `script` on the folder `work`, which describes it; waits until it is ready."""
+        """Starts `script` with the folder `work`, which describes the work; waits until ready."""
         self._process = subprocess.Popen(
             [python, script, work], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -47,13 +47,13 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Lets it end."""
+        """Waits for the process to end."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
 
     def ask(self, **question: Any) -> dict[str, Any]:
-        """Its answer."""
+        """The worker's answer."""
         assert self._process.stdin is not None
         print(json.dumps(question), file=self._process.stdin, flush=True)
         return self._answer()
@@ -69,12 +69,12 @@ class Worker:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How several did the same; the first one is what the others are compared with.
+    """The times of several workers for the same work; the others are compared with the first.
 
     Attributes:
-        seconds: of each round, by name.
-        peaks: the largest amount of memory in use while they worked, in bytes, by name.
-        examples: of a round.
+        seconds: the seconds of each round, by name.
+        peaks: the peak memory during the work, in bytes, by name.
+        examples: the number of examples in a round.
     """
 
     seconds: Mapping[str, list[float]]
@@ -82,7 +82,7 @@ class Timing:
     examples: int
 
     def summary(self) -> dict[str, Any]:
-        """Medians and, of the first one's rate over each other's, median, lowest and highest."""
+        """Median rates, and the median, lowest and highest ratio of the first's rate to others'."""
         ours, *others = self.seconds
         ratios = {
             name: [a / b for a, b in zip(self._rates(ours), self._rates(name), strict=True)]
@@ -105,7 +105,7 @@ class Timing:
         }
 
     def draw(self, axes: Any, title: str) -> None:
-        """The rates as bars, every round a dot."""
+        """Draws the median rates as bars and each round as a dot."""
         for place, name in enumerate(self.seconds):
             rates = self._rates(name)
             axes.barh(place, statistics.median(rates), color="C7" if place else "C0")
@@ -120,7 +120,7 @@ class Timing:
 
 
 def plot(path: Path, timings: Mapping[str, Timing], columns: int = 1) -> None:
-    """Writes a figure with a panel for each of the timings, by title, all with the same bars."""
+    """Writes a figure with one titled panel for each timing."""
     rows, bars = -(-len(timings) // columns), max(len(t.seconds) for t in timings.values())
     size = 7 * columns, (0.6 * bars + 1.4) * rows
     figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False)
@@ -135,13 +135,13 @@ def plot(path: Path, timings: Mapping[str, Timing], columns: int = 1) -> None:
 def run(
     workers: Mapping[str, Callable[..., dict[str, Any]]], rounds: int, steps: int, batch_size: int
 ) -> Timing:
-    """In each round all take the same `steps` steps, one after the other.
+    """Times all workers; in each round they take the same steps, one worker after the other.
 
     Args:
-        workers: by name, what asks for the steps from `begin` to `end`, as `Worker.ask` does.
-        rounds: how many.
-        steps: of each round; no step comes twice.
-        batch_size: examples of a step.
+        workers: by name, a function like `Worker.ask` that runs the steps from `begin` to `end`.
+        rounds: the number of rounds.
+        steps: the number of steps in each round; no step comes twice.
+        batch_size: the number of examples in a step.
     """
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     for number in tqdm(range(rounds), unit="round"):

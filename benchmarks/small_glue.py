@@ -2,9 +2,8 @@
 
     python benchmarks/small_glue.py --glue=DIR --out=DIR
 
-trains every method with every seed (same data order and steps for the same seed), and prints the
-Markdown table of docs/results.md. Runs that are finished are only evaluated; ones that were stopped
-go on.
+Trains every method with every seed (same data order and steps for the same seed), and prints the
+Markdown table of docs/results.md. Finished runs are only evaluated; interrupted ones are resumed.
 """
 
 import argparse
@@ -27,7 +26,7 @@ def main() -> None:
     """Trains, then prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--glue", required=True, help="a directory with the official GLUE files")
-    parser.add_argument("--out", required=True, type=Path, help="receives a workdir for each run")
+    parser.add_argument("--out", required=True, type=Path, help="where to write each run's workdir")
     args = parser.parse_args()
 
     rows: dict[tuple[str, str, str], dict[str, list[float]]] = {}
@@ -60,7 +59,7 @@ def _scores(results: Results) -> list[tuple[tuple[str, str, str], float]]:
 def _table(
     rows: dict[tuple[str, str, str], dict[str, list[float]]], multiples: dict[str, float]
 ) -> str:
-    """One row for each metric: the mean over seeds, and each seed's value behind it."""
+    """One row for each metric: the mean over seeds, then each seed's value."""
     lines = [
         "| task | metric | " + " | ".join(METHODS) + " |",
         "| --- | --- |" + " --- |" * len(METHODS),

@@ -2,8 +2,9 @@
 
     python benchmarks/startup.py --glue=DIR --encoder=DIR
 
-`pals-jax train` of configs/pals_glue.py with another encoder, until metrics.jsonl has the line of
-the first step; at first with nothing kept, then three times again. Prints one JSON line of seconds.
+Runs `pals-jax train` on configs/pals_glue.py with another encoder, until metrics.jsonl has the line
+of the first step: once with empty caches, then three times with full ones. Prints one JSON line of
+seconds.
 """
 
 import argparse
@@ -18,10 +19,10 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pals_glue.py"
 
 
 def main() -> None:
-    """Times them."""
+    """Times the starts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--glue", required=True, help="the official GLUE files")
-    parser.add_argument("--encoder", required=True, help="a BERT, as Hugging Face saves it")
+    parser.add_argument("--encoder", required=True, help="a BERT in Hugging Face's format")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "pals_jax", "train", f"--config={CONFIG}"]

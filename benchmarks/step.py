@@ -3,8 +3,8 @@
     python benchmarks/step.py
 
 Six layers of width 384, 8 packed rows of 128 positions (about 28 sentences of GLUE), float32, with
-dropout. All take turns in one process; prints one JSON line: for each the median seconds of a step,
-and the median over rounds of its ratio to `pals`.
+dropout. All take turns in one process. Prints one JSON line: for each, the median seconds of a step
+and the median over rounds of the ratio to `pals`.
 """
 
 import json
@@ -28,7 +28,7 @@ ROWS, LENGTH, SLOTS, ROUNDS = 8, 128, 16, 9
 EVERYTHING, ADAPTERS = ("params/", "adapters/"), ("adapters/",)
 ENCODER = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
 PALS, HALF = methods.pals(size=108), methods.pals(size=108, layers="final_half")
-# Method, trained, T, tasks per batch, and whether what lies below the first adapter is kept.
+# Method, what is trained, T, tasks per batch, whether hidden states of the lower layers are cached.
 STEPS: dict[str, tuple[Any, tuple[str, ...], int, int, bool]] = {
     "pals": (PALS, EVERYTHING, 8, 1, False),
     "shared": ((), EVERYTHING, 8, 1, False),
@@ -62,7 +62,7 @@ def main() -> None:
 def _compiled(
     method: Any, rules: tuple[str, ...], tasks: int, groups: int, kept: bool
 ) -> tuple[Any, ...]:
-    """A training step, its state after the call that compiles it, and its batch."""
+    """A training step, its state after the first call, which compiles it, and its batch."""
     model = MultiTaskModel(ENCODER, (2,) * tasks, method)
     optimizer, _ = make_optimizer(config_lib.default().optimizer, tasks, 1000)
     state = create_state(init_variables(model, jax.random.key(0)), rules, optimizer)
@@ -78,7 +78,7 @@ def _compiled(
         targets=np.zeros((ROWS, SLOTS), np.float32),
         weights=np.ones((ROWS, SLOTS), np.float32),
         task_ids=np.arange(groups, dtype=np.int32),
-        # As TrainBatches has it.
+        # As `TrainBatches` sets it.
         slot_tasks=np.arange(groups, dtype=np.int32) if groups < tasks else None,
         hidden=hidden if kept else None,
     )

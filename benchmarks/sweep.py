@@ -1,10 +1,10 @@
-"""Four learning rates of Houlsby's adapters, trained by one step and one after the other.
+"""Four learning rates of Houlsby adapters, trained in one step or one after the other.
 
     python benchmarks/sweep.py
 
-The bundled tasks, all-MiniLM-L6-v2, 120 steps each, evaluated twice; from nothing to the scores,
-compilations included. Prints one JSON line: the seconds of both, and the largest difference between
-their dev scores.
+The bundled tasks, all-MiniLM-L6-v2, 120 steps each, evaluated twice. The times run from the start
+to the scores, compilations included. Prints one JSON line: the seconds of both ways, and the
+largest difference between their dev scores.
 """
 
 import json

@@ -11,7 +11,7 @@ from pals_jax.data import demo
 
 
 def get_config() -> ConfigDict:
-    """Four tasks in GLUE's shapes."""
+    """Four tasks with the formats of GLUE's."""
     config = default()
     config.encoder = "all-MiniLM-L6-v2"
     config.method = "pals(size=102)"  # 204 at hidden size 768

@@ -1,4 +1,4 @@
-"""Your own text-classification tasks on one frozen encoder, as Houlsby et al. 2019 had 17 more.
+"""Your own text-classification tasks on one frozen encoder, like the 17 of Houlsby et al. 2019.
 
     pals-jax train --config=configs/houlsby_extra.py:TASKS --workdir=DIR
     pals-jax train --config=configs/houlsby_extra.py:TASKS --workdir=DIR --sweep
@@ -7,7 +7,7 @@ TASKS is a directory with a folder for each task, containing train.tsv, dev.tsv 
 test.tsv, with a header and the columns `sentence` and `label`. Tasks are sampled in proportion to
 the square roots of their sizes. They do not affect each other, so more can be added later with
 --base. The sweep covers the paper's learning rates and sizes, on the dev sets. Published averages
-over all seventeen (test sets, the best of a sweep each): 73.3, and 73.7 with everything fine-tuned.
+over all seventeen test sets, each with the best run of its sweep: 73.3; full fine-tuning, 73.7.
 docs/results.md has the results of a short run on five of them with a small encoder.
 """
 
@@ -19,7 +19,7 @@ from pals_jax.config import default
 
 
 def get_config(directory: str) -> ConfigDict:
-    """The names of the folders are those of the tasks."""
+    """Each folder is one task, named after the folder."""
     config = default()
     config.method = "houlsby(size=64)"
     config.trainable = ("adapters/",)

@@ -5,8 +5,8 @@
 
 The argument is TASK[,SIZE[,LEARNING_RATE[,EPOCHS]]]; mrpc,64,3e-4,20 is the default. The sweep is
 the paper's: three learning rates, three sizes, 3 and 20 epochs, five seeds; the best on dev counts.
-Published (table 1, GLUE's test server): the mean score is 80.0 with sizes from 8 to 256 and 79.6
-with 64; fine-tuning everything 80.4. Not run here: it needs an accelerator and the weights. The
+Published mean scores (table 1, GLUE's test server): 80.0 with sizes from 8 to 256, 79.6 with size
+64, and 80.4 with full fine-tuning. Not run here: it needs an accelerator and the weights. The
 optimiser corrects its bias, which the authors' code does not.
 """
 
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from pals_jax.config import default
 
-# Training examples of each task, which make the length of an epoch.
+# The number of training examples of each task, which sets the steps per epoch.
 SIZES = {
     "cola": 8551,
     "sst2": 67349,

@@ -15,9 +15,9 @@ from pals_jax.config import default
 
 
 def get_config(method: str = "pals(size=204)") -> ConfigDict:
-    """The defaults are the paper's; its code's optimiser is asked for by name.
+    """The defaults are the paper's; the optimiser is that of its code.
 
-    Computed in bfloat16, as TPUs multiply: `--config.dtype=float32` is as the paper's GPUs did.
+    Computes in bfloat16, as TPUs multiply; `--config.dtype=float32` computes like the paper's GPUs.
     """
     config = default()
     config.method = method or "pals(size=204)"

@@ -1,9 +1,9 @@
-"""BERT and PALs on the eight GLUE tasks, for four chips: as many examples, an eighth of the steps.
+"""BERT and PALs on the eight GLUE tasks, for four chips: as many examples in 1/8 of the steps.
 
     pals-jax train --config=configs/pals_glue_fast.py --workdir=DIR
 
-Not the paper's recipe: a batch has eight groups of 32 examples, each group from one task, so
-that one step covers as many examples as eight of the paper's. It uses bfloat16, scales the
+This is not the paper's recipe: a batch has eight groups of 32 examples, each group from one task,
+so that one step covers as many examples as eight of the paper's. It uses bfloat16, scales the
 learning rate with the square root of the batch size, and leaves tasks that are not drawn unchanged.
 Not run here: it needs an accelerator and the full data sets.
 """
@@ -14,7 +14,7 @@ from pals_jax.config import default
 
 
 def get_config() -> ConfigDict:
-    """`configs/pals_glue.py` beside it is the paper's."""
+    """`configs/pals_glue.py` has the paper's recipe."""
     config = default()
     config.method = "pals(size=204)"
     config.dtype = "bfloat16"

@@ -6,7 +6,7 @@
         --config.data.dir=GLUE --config.seed=0
 
 GLUE is a directory with the official files (MRPC/train.tsv and so on). The argument is the method.
-Expected: docs/results.md.
+docs/results.md has the expected scores.
 """
 
 from ml_collections import ConfigDict
@@ -15,13 +15,13 @@ from pals_jax.config import default
 
 
 def get_config(method: str = "pals(size=102)") -> ConfigDict:
-    """The paper's recipe at the size of a CPU."""
+    """The paper's recipe, scaled down for a CPU."""
     config = default()
     config.encoder = "all-MiniLM-L6-v2"
     config.method = method or "pals(size=102)"  # 204 at hidden size 768
     config.tasks = ("mrpc", "rte", "stsb", "cola")
     config.data.source = "glue_dir"
-    config.data.max_length = 64  # cuts most premises of RTE; twice as fast as 128
+    config.data.max_length = 64  # truncates most premises of RTE, but is twice as fast as 128
     config.epochs = 3
     config.steps_per_epoch = 200
     config.optimizer.learning_rate = 1e-4

@@ -4,11 +4,11 @@
     pals-jax train --config='configs/unified_glue.py:mnli,lora(rank=16)' --workdir=DIR
     pals-jax train --config=configs/unified_glue.py:sst2 --workdir=DIR --sweep
 
-The argument is TASK[,METHOD]; the default is sst2 and the mix-and-match adapter. The sweep is the
-paper's five seeds, of which it gives the median. Published on the dev sets (MNLI / SST-2): MAM
-87.4 / 94.2, LoRA 87.2 / 94.2, prefix tuning 86.3 / 94.0, full fine-tuning 87.6 / 94.6. Not run
-here: it needs an accelerator and the weights. Unlike the authors' rule of freezing, the classifier
-is trained.
+The argument is TASK[,METHOD]; the default is sst2 and the mix-and-match adapter. The sweep has the
+paper's five seeds, of which the paper reports the median. Published on the dev sets (MNLI / SST-2):
+MAM 87.4 / 94.2, LoRA 87.2 / 94.2, prefix tuning 86.3 / 94.0, full fine-tuning 87.6 / 94.6. Not run
+here: it needs an accelerator and the weights. The classifier is trained here; the authors' rule
+freezes it.
 """
 
 from ml_collections import ConfigDict

@@ -35,7 +35,7 @@ bring() { [[ ! $copy ]] || "$here/copy.sh" "${tpu[@]}" ${to:+--to="$to"} -- "$co
 start() { "$here/run.sh" "${tpu[@]}" -- "${arguments[@]}"; }
 remove() { "$here/delete.sh" "${tpu[@]}"; }
 
-if [[ $dry_run ]]; then # one round, on a TPU that is not there yet
+if [[ $dry_run ]]; then # one round, as if the TPU did not exist yet
   create && setup && bring && start && run_state >/dev/null
   exit
 fi
@@ -72,7 +72,7 @@ ensure() {
   while true; do
     if ! request=$(state queued-resources) || ! vm=$(state tpu-vm); then
       silent=$((silent + 1))
-      say "Google Cloud does not say how $name is ($silent of $failures in a row)."
+      say "Google Cloud does not report the state of $name ($silent of $failures in a row)."
       ((silent < failures)) || { say "giving up."; exit 1; }
       pause
       continue
@@ -84,19 +84,19 @@ ensure() {
         if create; then
           :
         elif [[ $was_ready ]]; then
-          say "$name could not be created again yet; trying on."
+          say "$name could not be created again yet; retrying."
           pause
         else
           fail "$name could not be created"
         fi ;;
       *" PREEMPTED" | *" TERMINATED" | "SUSPENDED "* | "ACTIVE ABSENT")
-        say "$name was preempted; it is created again."
+        say "$name was preempted; creating it again."
         remove || fail "what was left of $name could not be deleted" ;;
       "FAILED "*)
         remove || true
         fail "the request for $name failed" ;;
       *" STOPPED") say "$name is stopped: start it or delete it."; exit 1 ;;
-      *) # on its way from one state to another
+      *) # changing from one state to another
         [[ $seen == "$request $vm" ]] || say "waiting: request $request, TPU $vm."
         seen="$request $vm"
         pause ;;
@@ -104,7 +104,7 @@ ensure() {
   done
 }
 
-# Returns when the run is over, with its state in `result`; `lost` if the TPU does not respond.
+# Returns when the run is over; `result` is then its state, or `lost` if the TPU does not respond.
 watch() {
   local silent=0
   while true; do
@@ -125,7 +125,7 @@ while true; do
     going=$(on_tpu 0 command | sed -n 's/^command: //p') || { pause; continue; }
     [[ $going == "${arguments[*]@Q}" ]] ||
       die "another run is going on: $going; wait for its end, or delete $name."
-    say "the run is going on; watching it."
+    say "the run is already going on; watching it."
   elif ! setup || ! bring || ! start; then
     pause
     [[ $(state tpu-vm) != READY ]] || fail "the run could not be started"
@@ -134,12 +134,12 @@ while true; do
   watch
   case $result in
     0) say "the run is complete."; exit 0 ;;
-    2) say "the run was given a wrong input; see $(this logs)"; exit 2 ;;
-    143) say "the run was told to stop and has saved where it stands." ;;
+    2) say "the run ended with 2, for wrong input; see $(this logs)"; exit 2 ;;
+    143) say "the run was told to stop and has saved its state." ;;
   esac
-  # A preemption ends the run first and shows in the TPU's state a little later.
+  # A preemption first ends the run; the TPU's state shows it a little later.
   pause
   [[ $(state tpu-vm) == READY ]] || continue
-  on_tpu all kill || true # workers that wait for one that failed
+  on_tpu all kill || true # workers may still wait for one that failed
   [[ $result == 143 ]] || fail "the run ended with $result; see $(this logs)"
 done

@@ -6,17 +6,17 @@
 #     source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 #     parse "$@"
 #
-# parse() sets a variable for each option (empty where it was not given, 1 for a flag) and the array
-# `arguments` of everything else.
+# parse() sets a variable for each option (empty if not given, 1 for a flag) and puts everything else
+# into the array `arguments`.
 #
-# shellcheck disable=SC2034,SC2154 # the options, and what choose_kind sets, pass to the scripts
+# shellcheck disable=SC2034,SC2154 # the scripts use the options and what choose_kind sets
 
 say() { echo "launch: $*" >&2; }
 die() { say "$*"; exit 2; }
 
 ((BASH_VERSINFO[0] >= 5)) || die "bash 5 or newer is needed; this is $BASH_VERSION."
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-exec 3>&1 # --dry-run prints here, also from within $(...)
+exec 3>&1 # --dry-run prints to descriptor 3, also from within $(...)
 
 # accelerator type, runtime version, chips, JAX devices, hosts
 kinds="
@@ -51,7 +51,7 @@ Which TPU:
   --project=PROJECT  the id of the Google Cloud project that pays
   --zone=ZONE        such as europe-west4-a
 Always:
-  --dry-run          print the gcloud commands, one on a line, and run none
+  --dry-run          print the gcloud commands, one per line, and run none
   --help             print this
 END
 }
@@ -115,8 +115,8 @@ cloud() {
   if [[ $dry_run ]]; then quote "${command[@]}" >&3; else "${command[@]}"; fi
 }
 
-# state tpu-vm|queued-resources: in capitals, the state of the TPU or of its request, or ABSENT;
-# UNKNOWN on a dry run. Fails if Google Cloud does not answer.
+# state tpu-vm|queued-resources: prints the state of the TPU or of its request in capitals; ABSENT
+# if there is none, UNKNOWN on a dry run. Fails if Google Cloud does not answer.
 state() {
   local field=state output
   [[ $1 == queued-resources ]] && field=state.state
@@ -124,11 +124,11 @@ state() {
     [[ $output == *NOT_FOUND* ]] || { say "$output"; return 1; }
     output=ABSENT
   }
-  # gcloud may add remarks of its own; the state is a line of capitals.
+  # gcloud may add remarks; the state is the line of capitals.
   grep -m1 -x '[A-Z_]\+' <<<"${output:-UNKNOWN}" || { say "$output"; return 1; }
 }
 
-# on_tpu WORKER WORD...: runs on_tpu.sh there, with these words.
+# on_tpu WORKER WORD...: runs on_tpu.sh on the worker, with these words.
 on_tpu() {
   local worker=$1
   shift
@@ -136,7 +136,7 @@ on_tpu() {
     --command="$(quote bash pals_jax/launch/on_tpu.sh "$@")"
 }
 
-# run_state: the state of the run over all workers: `running`, its exit status (failures take
+# run_state: prints the state of the run over all workers: `running`, its exit status (failures take
 # precedence), or `none` if there is none or it vanished. Fails if a worker does not respond.
 run_state() {
   local output states
@@ -147,7 +147,7 @@ run_state() {
   if [[ $states == 0 ]]; then echo 0; else echo none; fi
 }
 
-# this SCRIPT WORD...: how to call another script of this folder on the same TPU.
+# this SCRIPT WORD...: prints the call of another script of this folder on the same TPU.
 this() {
   local script=$1
   shift
@@ -160,7 +160,7 @@ say_absent() { say "there is no TPU and no request named $name in $zone: nothing
 left() {
   local group found status=0
   for group in queued-resources tpu-vm; do
-    found=$(state "$group" 2>/dev/null) || found="in a state that cannot be read"
+    found=$(state "$group" 2>/dev/null) || found="in an unreadable state"
     [[ $found == ABSENT ]] && continue
     say "$group $name is $found: you may be paying for it until you run: $(this delete)"
     status=1

@@ -11,14 +11,14 @@ options=(to)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 ((${#arguments[@]})) || die "nothing to copy: name the files, or see --help."
-# Whether the far shell sees this name depends on the version of scp, so it has nothing to quote.
+# Some versions of scp pass this name to the remote shell, so it may hold nothing to quote.
 [[ ! $to ]] ||
   matches to '^[A-Za-z0-9_][A-Za-z0-9_./-]*$' 'a relative path of letters, digits and ._-/'
 
 sources=()
 for path in "${arguments[@]}"; do
   [[ -e $path ]] || die "there is no $path to copy."
-  [[ $path == /* ]] || path=./$path # a colon in a relative path would name a machine
+  [[ $path == /* ]] || path=./$path # scp would read a colon in a relative path as a host name
   sources+=("$path")
 done
 folder=pals_jax/$to

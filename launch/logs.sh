@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# logs.sh: prints the end of the run's log, of every worker.
+# logs.sh: prints the end of the run's log on every worker.
 #
 #   launch/logs.sh --name=pals --project=my-project --zone=europe-west4-a [--follow]
 #
-#   --follow  only the first worker's, and go on as it grows; Ctrl-C ends this, not the run
+#   --follow  print only the first worker's log, as it grows; Ctrl-C ends this, not the run
 
 set -euo pipefail
 options=(follow)

@@ -4,18 +4,18 @@
 #   on_tpu.sh install            makes the environment .venv and installs the project in it
 #   on_tpu.sh start COMMAND...   starts pals-jax COMMAND in the background
 #   on_tpu.sh state              prints `run: running`, `run: EXIT STATUS` or `run: none`
-#   on_tpu.sh command            prints `command: COMMAND...`, of the last start
+#   on_tpu.sh command            prints `command: COMMAND...` of the last start
 #   on_tpu.sh kill               ends the run
 #   on_tpu.sh log | follow       prints the end of the log, or goes on printing it
 #
-# A run holds a lock on run.lock for as long as any process of it lives, also when it is killed.
+# A run holds a lock on run.lock until its last process ends, even if the run is killed.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # The TPU's own Python is too old for JAX: uv brings one.
 install() {
-  lock || { echo "a run is going on, with the code that is installed." >&2; exit 1; }
+  lock || { echo "a run is going on and uses the installed code; wait for its end." >&2; exit 1; }
   python3 -m pip install --quiet --user uv
   local uv=$HOME/.local/bin/uv
   "$uv" venv --quiet --allow-existing --python 3.11 .venv
@@ -32,7 +32,7 @@ start() {
   echo "${*@Q}" >run.command
   # shellcheck disable=SC2016 # the inner shell expands it
   setsid bash -c '
-    trap : TERM # which reaches the whole group: the run saves and ends, and then we say with what
+    trap : TERM # TERM reaches the whole group: survive it, to record the exit status of the run
     status=0
     "$@" >>run.log 2>&1 || status=$?
     echo "$status" >run.exit.new

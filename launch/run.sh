@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# run.sh: starts a pals-jax command on every worker of a TPU and returns; the run goes on alone, one
-# at a time. Its output goes to run.log, its exit status to run.exit.
+# run.sh: starts a pals-jax command on every worker of a TPU and returns; the run goes on in the
+# background. A TPU has one run at a time. Its output goes to run.log, its exit status to run.exit.
 #
 #   launch/run.sh --name=pals --project=my-project --zone=europe-west4-a -- \
 #     train --config=configs/pals_glue.py --workdir=runs/glue

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# setup.sh: installs this project on every worker of a TPU, with a Python of its own. Run it again
-# after a change: it brings the installation up to date and leaves runs and copied files alone.
+# setup.sh: installs this project and a Python for it on every worker of a TPU. Run it again after a
+# change: it updates the installation and leaves runs and copied files alone.
 #
 #   launch/setup.sh --name=pals --project=my-project --zone=europe-west4-a
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# status.sh: prints the state of a TPU and of its run: running, its exit status, none if there is no
-# run, or unknown if the TPU does not respond or is not set up.
+# status.sh: prints the state of a TPU and of its run: `running`, the exit status, `none` if there is
+# no run, or `unknown` if the TPU does not respond or is not set up.
 #
 #   launch/status.sh --name=pals --project=my-project --zone=europe-west4-a
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# stop.sh: stops a TPU that was created on demand, and with it the run; its disk is kept, and paid
-# for. Pods, spot TPUs and those from the queue can only be deleted.
+# stop.sh: stops a TPU that was created on demand, and its run. You still pay for its disk, which is
+# kept. Pods, spot TPUs and those from the queue can only be deleted.
 #
 #   launch/stop.sh --name=pals --project=my-project --zone=europe-west4-a
 

@@ -106,7 +106,7 @@ def test_wrong_configurations(small, capsys):
         (["--config.optimizer.name=adam"], ["adam", "bert_n_pals"]),
         (["--config.optimizer.schedule=cosine"], ["cosine", "linear"]),
         (["--config.trainable=('adaptors/',)"], ["adaptors/"]),
-        (["--config.trainable=('adapters(',)"], ["adapters(", "no pattern"]),
+        (["--config.trainable=('adapters(',)"], ["adapters(", "not a regular expression"]),
         (["--config.seed=-1"], ["seed is -1"]),
         (["--config.optimizer.warmup=10."], ["warmup is 10.0"]),
         (["--config.data.own.share.metrics=('accuracy',)"], ["share", "accuracy", "regression"]),

@@ -164,7 +164,7 @@ def test_hidden_states_are_computed_once(
     variables, text = tiny.variables(it.model()), split()
     first = with_hidden(it, variables, {"train": text, "dev": {"dev": text, "other": split(1)}})
     assert len(written) == 2
-    assert "what the lowest 2 of 3 layers give is computed once" in capsys.readouterr().err
+    assert "hidden states of the lowest 2 of 3 layers are computed once" in capsys.readouterr().err
     hidden = first["train"].hidden
     assert (hidden.shape, hidden.dtype) == ((len(text.tokens), 12), np.float32)
     np.testing.assert_array_equal(first["dev"]["dev"].hidden, hidden)

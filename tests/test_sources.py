@@ -270,7 +270,7 @@ BAD_DECLARATIONS = {
     "declaration of task mine lacks train, label": {"train": None, "label": None},
     "absent.tsv: No such file": {"train": "absent.tsv"},
     "no column 'y'": {"label": "y"},
-    "3 text columns; one or two work": {"text": ["text", "text", "text"]},
+    "3 text columns; give one or two": {"text": ["text", "text", "text"]},
     "text = 3; a list is needed": {"text": 3},
     "label = ['label']; give one name": {"label": ["label"]},
     "train = ['a.tsv', 'b.tsv']; give one name": {"train": ["a.tsv", "b.tsv"]},

@@ -323,7 +323,7 @@ def test_directories_without_a_tokenizer(gte_small, tmp_path):
 
 
 def test_a_name_that_is_nowhere(tmp_path):
-    with pytest.raises(UserError, match="is no directory, nor can it be had from the hub"):
+    with pytest.raises(UserError, match="is no directory and cannot be fetched from the hub"):
         load_tokenizer(tmp_path / "absent")
 
 

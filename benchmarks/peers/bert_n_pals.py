@@ -1,8 +1,8 @@
-"""BERT with PALs in plain PyTorch, written as Stickland & Murray's code is, as a worker.
+"""A worker: BERT with PALs in plain PyTorch, written like Stickland & Murray's code.
 
-Separate projections, scores and softmax spelled out, batches padded to the maximal length, an
-optimiser that loops over tensors. Its tensors have the original names, so that the converter of
-pals_jax can hand it the same weights.
+It has separate projections, explicit scores and softmax, batches padded to the maximal length, and
+an optimiser that loops over tensors. Its tensors have the original names, so that the converter of
+pals_jax can write the same weights for it.
 """
 
 import json
@@ -81,7 +81,7 @@ class Intermediate(nn.Module):
 
 
 class Pal(nn.Module):
-    """One task's module of one layer; its projections are those of all layers."""
+    """One task's PAL in one layer; all layers share the projections `down` and `up`."""
 
     def __init__(self, config, down, up):
         super().__init__()

@@ -1,4 +1,4 @@
-"""pals_jax as a worker: what `pals-jax train` and `evaluate` do in their loops, no less."""
+"""A worker: pals_jax, doing all that `pals-jax train` and `evaluate` do in their loops."""
 
 import json
 import sys
@@ -23,11 +23,11 @@ from pals_jax.training.step import create_state, example_losses, make_train_step
 
 
 def main() -> None:
-    """Compiles every shape of the steps to come, then takes those that it is asked for."""
+    """Compiles the steps for every batch shape, then takes the requested steps."""
     given = json.loads((Path(sys.argv[1]) / "ours.json").read_text())
     steps = Steps(Mix(**given["mix"]), given["each"])
     losses = [steps.loss(i) for i in range(given["check"])]
-    forget_compiled()  # the check's many small programs are not the steps'
+    forget_compiled()  # the check's many small programs would count in the steps' memory
     shapes = steps.compile(given["kind"], given["steps"])
 
     def do(begin: int, end: int) -> None:
@@ -35,13 +35,13 @@ def main() -> None:
 
     device = jax.devices()[0]
     peak = None
-    if device.platform != "cpu":  # of the whole process: it cannot be reset
+    if device.platform != "cpu":  # this counter covers the whole process and cannot be reset
         peak = Peak(lambda: None, lambda: device.memory_stats()["peak_bytes_in_use"])
     serve({"losses": losses, "shapes": shapes}, do, peak)
 
 
 class Steps:
-    """The compiled steps of a mix and their state."""
+    """The compiled steps of the mix and their state."""
 
     def __init__(self, mix: Mix, each: int) -> None:
         """Loads the weights; see `Mix.inference` for `each`."""
@@ -62,14 +62,14 @@ class Steps:
         jax.block_until_ready(self._state)
 
     def inference(self, steps: range) -> None:
-        """Answers the examples of steps of one task, divided as `pals-jax evaluate` does."""
+        """Predicts the examples of steps of one task, in batches as `pals-jax evaluate` makes."""
         draws = self._dev[steps.start : steps.stop]
         (task,) = {int(draw.trained_ids[0]) for draw in draws}
         split = taken(self._mix.dev[task], np.concatenate([draw.examples[0] for draw in draws]))
         self._evaluator.logits(self._state.variables, self._mix.experiment.tasks[task], split)
 
     def compile(self, kind: str, steps: int) -> list[tuple[int, ...]]:
-        """Takes a step of each shape among the first steps; returns the shapes."""
+        """Takes one step of each batch shape among the first `steps`; returns the shapes."""
         if kind == "inference":
             self.inference(range(1))
             experiment = self._mix.experiment
@@ -80,7 +80,7 @@ class Steps:
         return sorted(shapes)
 
     def loss(self, i: int) -> float:
-        """Of a training batch of one task, without dropout."""
+        """The loss of a training batch of one task, without dropout."""
         batch = jax.tree.map(lambda x: x[0], self._batch(i))
         targets = batch.targets.reshape(-1)
         logits: Any = apply_to_batch(self._model, self._state.variables, batch)

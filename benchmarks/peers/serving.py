@@ -1,4 +1,4 @@
-"""The worker's side of side_by_side.Worker. Needs nothing but Python: every environment runs it."""
+"""The worker's side of side_by_side.Worker. Imports only Python's standard library."""
 
 import ctypes
 import json
@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 
 
 class Peak(NamedTuple):
-    """The largest amount of memory, in bytes, that was in use since `reset`."""
+    """The peak memory, in bytes, since `reset`."""
 
     reset: Callable[[], Any]
     read: Callable[[], int]
 
 
 def serve(ready: dict[str, Any], do: Callable[..., None], peak: Peak | None = None) -> None:
-    """Says that it is ready, then does what it is asked for, until no one asks any more.
+    """Prints that the worker is ready, then serves requests until standard input ends.
 
     Args:
-        ready: what to say.
-        do: takes a question, and returns when all is done.
-        peak: of the memory that counts; by default the process's.
+        ready: the message to print first.
+        do: does the work of one request, and returns when it is done.
+        peak: the peak memory to report; by default that of the process.
     """
     print(json.dumps(ready), flush=True)
     memory = peak or Peak(_reset_resident, _read_resident)
@@ -35,8 +35,8 @@ def serve(ready: dict[str, Any], do: Callable[..., None], peak: Peak | None = No
 
 
 def _reset_resident() -> None:
-    ctypes.CDLL(None).malloc_trim(0)  # what was taken for the start is not the steps'
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM falls to what is resident now
+    ctypes.CDLL(None).malloc_trim(0)  # memory used only for the start must not count
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM to the resident memory
 
 
 def _read_resident() -> int:

@@ -1,7 +1,7 @@
-"""Training and inference with a library of PyTorch as a worker, with its best settings.
+"""A worker: training and inference with a PyTorch library, at its best settings.
 
-A batch is as long as its longest text; attention is the fused one; on a GPU the model is compiled.
-bfloat16 is PyTorch's mixed precision (autocast): what is trained stays float32, as ours does.
+A batch is as long as its longest text. Attention is fused. On a GPU the model is compiled. bfloat16
+means PyTorch's mixed precision (autocast): trained parameters stay float32, as in ours.
 """
 
 import json
@@ -24,11 +24,11 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
 class Library(NamedTuple):
-    """A model that holds an adapter and a head for each task, as the library makes it.
+    """The library's model, with an adapter and a head for each task.
 
     Attributes:
-        model: takes `TOKENS` and returns something with `logits`.
-        activate: makes the adapter and the head of a task, by name, the ones in use.
+        model: takes `TOKENS` and returns an object with `logits`.
+        activate: activates the adapter and the head of a task, given its name.
         trained: the parameters of all adapters and heads.
     """
 
@@ -38,10 +38,10 @@ class Library(NamedTuple):
 
 
 def main(load: Callable[..., Library]) -> None:
-    """Loads, says the losses of the first steps without dropout, then works when asked.
+    """Loads, reports the losses of the first steps without dropout, then serves requests.
 
     Args:
-        load: makes the library's model of what is to be done.
+        load: makes the library's model from the work folder and its description.
     """
     work = Path(sys.argv[1])
     given = json.loads((work / "theirs.json").read_text())
@@ -78,10 +78,10 @@ def _read(path: Path) -> list[Batch]:
 
 
 class Steps:
-    """What a training loop and an evaluation loop do with a batch."""
+    """The steps of a training loop and of an evaluation loop."""
 
     def __init__(self, library: Library, given: dict[str, Any]) -> None:
-        """`given` has the dtype, and the name and the number of outputs of each task."""
+        """`given` holds the dtype, and each task's name and number of outputs."""
         self._library, self._tasks = library, list(given["tasks"].items())
         self._autocast = torch.autocast(
             DEVICE.type, torch.bfloat16, enabled=given["dtype"] == "bfloat16"
@@ -112,10 +112,10 @@ class Steps:
 
     @torch.no_grad()
     def products(self, kind: str, batch: Batch) -> None:
-        """Nothing but the products with the encoder's kernels that the texts need, unpadded.
+        """Only the matrix products of the encoder's kernels with the texts, without padding.
 
-        Training takes those of the gradients, too, down to the first layer's queries, keys and
-        values, below which there is nothing to train.
+        Training adds the products for the gradients, down to but not including the first layer's
+        queries, keys and values, because nothing below them is trained.
         """
         tokens = int(batch["attention_mask"].sum())
         sizes = {size for kernel in self._kernels for size in kernel.shape}
@@ -132,20 +132,20 @@ class Steps:
         return float(_mean_loss(torch.tensor(self.inference(batch)), batch["targets"]))
 
     def warm_up(self, kind: str, batches: list[Batch]) -> None:
-        """On a GPU compiles the model, if it can be; takes a step."""
+        """Takes a step; on a GPU, first compiles the model if that works."""
         if ON_GPU:
             self._compile(kind, batches)
         getattr(self, kind)(batches[0])
 
     def _compile(self, kind: str, batches: list[Batch]) -> None:
         plain = self._model
-        torch._dynamo.config.recompile_limit = 100  # once for each task and mode
+        torch._dynamo.config.recompile_limit = 100  # it compiles for each task and mode
         self._model = cast(nn.Module, torch.compile(plain, dynamic=True))
         try:
             for batch in batches:
                 getattr(self, kind)(batch)
             self.is_compiled = True
-        except Exception as error:  # of many kinds; what cannot be compiled runs as it is
+        except Exception as error:  # of many types; a model that cannot be compiled runs uncompiled
             print(f"not compiled: {error}", file=sys.stderr)
             self._model = plain
 

@@ -1,4 +1,4 @@
-"""Houlsby adapters in AdapterHub's library `adapters`, as a worker."""
+"""A worker: Houlsby adapters in AdapterHub's library `adapters`."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 
 def load(work: Path, given: dict[str, Any]) -> torch_steps.Library:
-    """The tasks' adapters out of their directories, with heads on the encoder's pooler."""
+    """Loads the tasks' adapters from their directories, and heads on the encoder's pooler."""
     model = AutoAdapterModel.from_pretrained(given["encoder"], attn_implementation="sdpa")
     heads = load_file(work / "heads.safetensors")
     for task, outputs in given["tasks"].items():

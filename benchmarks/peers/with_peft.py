@@ -1,4 +1,4 @@
-"""LoRA in Hugging Face's library `peft`, as a worker."""
+"""A worker: LoRA in Hugging Face's library `peft`."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +11,7 @@ from transformers import BertForSequenceClassification
 
 
 def load(work: Path, given: dict[str, Any]) -> torch_steps.Library:
-    """The tasks' LoRA and heads out of their directories."""
+    """Loads the tasks' LoRA and heads from their directories."""
     tasks, config = given["tasks"], LoraConfig(task_type="SEQ_CLS")
     encoder = BertForSequenceClassification.from_pretrained(
         given["encoder"], attn_implementation="sdpa"
@@ -22,7 +22,9 @@ def load(work: Path, given: dict[str, Any]) -> torch_steps.Library:
         model.add_adapter(task, config)
     heads = cast(nn.ModuleDict, encoder.classifier.modules_to_save)
     for task, outputs in tasks.items():
-        heads[task] = nn.Linear(encoder.config.hidden_size, outputs)  # peft has one size for all
+        heads[task] = nn.Linear(
+            encoder.config.hidden_size, outputs
+        )  # peft makes all heads the same size
         set_peft_model_state_dict(
             model, load_file(work / task / "adapter_model.safetensors"), adapter_name=task
         )

@@ -80,4 +80,4 @@ def _target(row: Row, column: str, task: Task) -> float:
     try:
         return task.label_to_target(row.label(column))
     except ValueError as error:
-        raise UserError(f"{row.where}: {error}, as task {task.name} needs.") from error
+        raise UserError(f"{row.where}: {error} (task {task.name}).") from error

@@ -75,12 +75,12 @@ def own_task(name: str, declaration: Mapping[str, Any]) -> tuple[Task, Files]:
     useless = "labels" if regression else "label_range"
     if useless in given:
         kind = "regression" if regression else "classification"
-        raise UserError(f"task {name} is declared with {useless}, of no use in {kind}.")
+        raise UserError(f"task {name} is declared with {useless}, of no use in {kind}; remove it.")
 
     files = own_files(declaration)
     text = _names(name, given, "text")
     if len(text) not in (1, 2):
-        raise UserError(f"task {name} is declared with {len(text)} text columns; one or two work.")
+        raise UserError(f"task {name} is declared with {len(text)} text columns; give one or two.")
     default = ("pearson", "spearman") if regression else ("accuracy",)
     task = Task(
         name,
@@ -125,7 +125,10 @@ def _label_range(name: str, given: Mapping[str, Any]) -> tuple[float, float]:
         numbers = [_number(row, given["label"]) for row in rows]
         low, high = min(numbers), max(numbers)
     if low >= high:
-        raise UserError(f"the labels of task {name} cannot range from {low:g} to {high:g}.")
+        raise UserError(
+            f"the labels of task {name} cannot range from {low:g} to {high:g}; the lowest must be"
+            " below the highest."
+        )
     return low, high
 
 

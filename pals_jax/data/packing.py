@@ -150,7 +150,7 @@ class Packed:
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{shape.rows} x {shape.length}" for shape in self.shapes)
-        return f"packed into rows x positions of {shapes}; each shape that occurs is compiled"
+        return f"packed into these shapes (rows x positions), compiled as they occur: {shapes}"
 
     def place(self, *batches: Sizes) -> list[Placement]:
         """Places the examples of each batch; no row holds two tasks, and all have one shape."""

@@ -121,4 +121,4 @@ def bounded() -> Iterator[None]:
 
 def _check_glue(task: Task) -> None:
     if task.name not in GLUE:
-        raise UserError(f"{task.name} is not a GLUE task, which alone are read through TFDS.")
+        raise UserError(f"{task.name} is not a GLUE task; TFDS is only used for tasks of GLUE.")

@@ -87,7 +87,7 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
     try:
         tokenizer = _tokenizer_class(Path(name)).from_pretrained(str(name), local_files_only=local)
     except Exception as error:  # of many kinds, from the hub, the file system and the parsers
-        hint = "" if local else ", which is no directory, nor can it be had from the hub"
+        hint = "" if local else ", which is no directory and cannot be fetched from the hub"
         raise UserError(f"there is no usable tokenizer in {name}{hint}.") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"the tokenizer of {name} is not a fast one; a tokenizer.json is needed.")

@@ -29,7 +29,8 @@ def ablate(run: Run) -> dict[str, np.ndarray]:
     carriers = [spec for spec in experiment.model().method if isinstance(spec, Adapter)]
     if not any(adapter.layer_indices(depth) for adapter in carriers):
         raise UserError(
-            f"the layers of {title(experiment.config.method)} carry no adapters to take away."
+            f"the layers of {title(experiment.config.method)} carry no adapters to remove; ablate a"
+            " run whose layers have adapters."
         )
     splits = {t.name: experiment.read_eval(t, run.tokenizer) for t in experiment.tasks}
 

@@ -132,7 +132,7 @@ def assemble(base: str, files: Sequence[Path], workdir: epath.Path) -> None:
     parallel = DataParallel.over()
     with Checkpoints(workdir, parallel) as checkpoints:
         checkpoints.save_best(0, parallel.put(loaded.variables), score=0.0)
-    say(f"{workdir} answers {', '.join(config.tasks)}")
+    say(f"wrote a run that predicts {', '.join(config.tasks)} to {workdir}")
 
 
 def _base(name: str) -> Base:

@@ -50,9 +50,9 @@ def with_hidden(experiment: Experiment, variables: optax.Params, splits: Tree) -
     files = {below.file(split): split for split in jax.tree.leaves(splits)}
     size = in_bytes(sum(map(below.size, files.values())))
     say(
-        f"what the lowest {below.encoder.config.num_hidden_layers} of"
-        f" {experiment.architecture.num_hidden_layers} layers give is computed once for each"
-        f" example, and kept in {experiment.cache_dir}: {size}"
+        f"the hidden states of the lowest {below.encoder.config.num_hidden_layers} of"
+        f" {experiment.architecture.num_hidden_layers} layers are computed once for each example"
+        f" and cached in {experiment.cache_dir}: {size}"
     )
     try:
         below.write({file: split for file, split in files.items() if not file.is_file()})
@@ -83,7 +83,7 @@ def check_same(experiment: Experiment, given: optax.Params, restored: optax.Para
     if one.digest.digest() != other.digest.digest():
         raise UserError(
             f"{experiment.config.encoder} is not the encoder that the run began with: the layers"
-            " below the first adapter differ; name the one it began with as config.encoder."
+            " below the first adapter differ; set config.encoder to the original encoder."
         )
 
 

@@ -39,7 +39,7 @@ def read_texts(tasks: Sequence[Task], path: Path | None) -> tuple[list[Task], Te
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     lines = {n: _line(n, line) for n, line in enumerate(sys.stdin, 1) if line.strip()}
     if not lines:
-        raise UserError("stdin has no examples.")
+        raise UserError("stdin has no examples; write one per line.")
     fitting = _fitting(tasks, next(iter(lines.values())))
     return fitting, [_texts(fitting[0], number, line) for number, line in lines.items()]
 
@@ -77,12 +77,15 @@ def _fitting(tasks: Sequence[Task], first: Row | list[str]) -> list[Task]:
         fitting = [task for task in tasks if set(task.text) <= first.values.keys()]
         if len({task.text for task in fitting}) > 1:
             columns = " or ".join(dict.fromkeys(", ".join(task.text) for task in fitting))
-            raise UserError(f"the input has columns of several kinds of tasks ({columns}).")
+            raise UserError(
+                f"the input has columns of several kinds of tasks ({columns}); choose one with"
+                " --task=NAME."
+            )
     else:
         fitting = [task for task in tasks if len(task.text) == len(first)]
     if not fitting:
         needed = "; ".join(f"{task.name}: {', '.join(task.text)}" for task in tasks)
-        raise UserError(f"the first example fits no task of the run; they need {needed}.")
+        raise UserError(f"the first example fits no task of the run; the tasks need {needed}.")
     return fitting
 
 
@@ -145,7 +148,7 @@ def write_submission(run: Run, directory: Path, fill_missing: bool) -> Path:
             predictions[task.name, split] = submission.Predictions(examples.ids, labels)
     path = submission.write(predictions, directory, fill_missing=fill_missing)
     for name, answer in submission.defaults(predictions).items():
-        say(f"{name} has no predictions of this run; every row of it answers {answer}")
+        say(f"{name} has no predictions of this run; all its rows have the constant {answer}")
     return path
 
 

@@ -92,6 +92,6 @@ class Run:
         tasks = self.experiment.tasks
         known = [task for task in tasks if self.experiment.knows_data(task)] or tasks
         if others := ", ".join(task.name for task in tasks if task not in known):
-            say(f"not evaluated, for they came as files without data: {others}")
+            say(f"not evaluated, because they came as files without data: {others}")
         splits = {task.name: self.experiment.read_eval(task, self.tokenizer) for task in known}
         return self.evaluator.evaluate(self.variables, splits)

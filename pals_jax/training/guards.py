@@ -59,8 +59,8 @@ class CompilationGuard:
         if self.count > before and shapes in self._seen:
             warnings.warn(
                 f"the training step was compiled again for a batch of a known shape,"
-                f" {batch.input_ids.shape}; it has {self.count} compilations now. The results are"
-                " correct, but the run is slower than it should be.",
+                f" {batch.input_ids.shape}, so it now has {self.count} compilations. The results"
+                " are correct, but the run is slower than it should be.",
                 CompilationWarning,
                 stacklevel=2,
             )
@@ -97,7 +97,7 @@ def check_finite(
     )
     raise Diverged(
         f"the training has diverged: in step {first_step + at + 1} the loss is"
-        f" {scalars['loss'][at]:.4g} and the gradient's norm {scalars['grad_norm'][at]:.4g}. Its"
-        f" examples, as rows of the train data from 0: {what}. Check them, or lower"
+        f" {scalars['loss'][at]:.4g} and the gradient's norm {scalars['grad_norm'][at]:.4g}. The"
+        f" step's examples, as rows of the train data from 0: {what}. Check them, or lower"
         " optimizer.learning_rate; earlier checkpoints are unaffected."
     )

@@ -58,7 +58,9 @@ def partition(variables: optax.Params, rules: Sequence[str]) -> tuple[optax.Para
         try:
             matches = any(re.match(rule, path) for path in leaves)
         except re.error as error:
-            raise UserError(f"the rule {rule!r} in trainable is no pattern: {error}.") from error
+            raise UserError(
+                f"the rule {rule!r} in trainable is not a regular expression: {error}."
+            ) from error
         if not matches:
             raise UserError(f"the rule {rule!r} in trainable matches no parameter.")
     if not rules:

@@ -146,7 +146,7 @@ def _under(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
         one.update_from_flattened_dict(dict(overrides))
     except (KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error.args[0]).split())
-        raise UserError(f"configuration: the sweep's {dict(overrides)}: {reason}.") from error
+        raise UserError(f"configuration: sweep entry {dict(overrides)}: {reason}.") from error
     config_lib.check(one)
     return one
 
