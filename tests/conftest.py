@@ -47,9 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
     Campaigns (`nightly`) run as users run: optimised, on one CPU rather than on eight that each
     update all parameters.
     """
-    nightly = config.option.markexpr == "nightly"
-    jax.config.update("jax_num_cpu_devices", 1 if nightly else 8)
-    if not nightly:
+    optimized = config.option.markexpr == "optimized"
+    jax.config.update("jax_num_cpu_devices", 1 if optimized else 8)
+    if not optimized:
         flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
         if jax.__version_info__ < (0, 12):  # later ones do not know it
             flags.append("--xla_cpu_use_fusion_emitters=false")

@@ -24,7 +24,7 @@ def test_parameters_and_logits_are_float32_and_the_layers_are_not() -> None:
     assert model.apply(variables, *arrays).dtype == jnp.float32
 
 
-@pytest.mark.nightly
+@pytest.mark.optimized
 def test_two_hundred_steps_of_a_real_task(shared: Path, minilm: Path, tmp_path: Path) -> None:
     """MRPC from the real encoder: the curves of both dtypes stay together, and so do the scores."""
     curves, scores = {}, {}

@@ -45,7 +45,7 @@ def test_the_unified_view_takes_any_method() -> None:
     assert [run["seed"] for run in config.sweep] == [42, 2, 4, 6, 8]
 
 
-@pytest.mark.nightly
+@pytest.mark.optimized
 def test_the_papers_own_tasks(shared: Path, minilm: Path, tmp_path: Path) -> None:
     """Five of the seventeen extra tasks on a frozen encoder take a few steps together."""
     command = [

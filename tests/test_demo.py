@@ -14,7 +14,7 @@ from pals_jax.data import metrics
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.py"
 
 
-@pytest.mark.nightly
+@pytest.mark.optimized
 def test_an_installed_package_carries_its_data(tmp_path):
     """The README's first command installs a copy, not the checkout."""
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
@@ -30,7 +30,7 @@ def test_an_installed_package_carries_its_data(tmp_path):
     assert done.stdout.decode().split() == [str(tmp_path / "pals_jax" / "__init__.py"), "True"]
 
 
-@pytest.mark.nightly
+@pytest.mark.optimized
 def test_the_demo_learns_all_four_tasks(minilm, tmp_path, capsys):
     cache = f"--config.data.cache_dir={tmp_path / 'cache'}"
     workdir = tmp_path / "demo"

@@ -98,8 +98,10 @@ def test_nothing_is_computed_before_the_processes_have_met() -> None:
     assert done.stdout == b"3\n"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(
+    "processes",
+    [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.nightly)],
+)
 def test_several_processes_make_the_run_of_one(whole: Path, processes: int) -> None:
     """Losses, dev metrics and checkpoint; what is said, host 0 alone says."""
     workdir = whole.with_name(f"{processes} hosts")

@@ -148,7 +148,7 @@ def test_a_bucket_that_fails_while_a_run_is_read(
         workdir_lib.load(workdir)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_and_run_again_is_an_unbroken_run_bit_for_bit(
     small: Path, bucket: epath.Path
 ) -> None:
@@ -177,7 +177,7 @@ def test_killed_and_run_again_is_an_unbroken_run_bit_for_bit(
 FROZEN = ("--config.trainable=('adapters/',)", "--config.epochs=1")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_tasks_are_added_and_trained_alone(
     small: Path, bucket: epath.Path, capsys: pytest.CaptureFixture
 ) -> None:

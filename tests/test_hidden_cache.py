@@ -121,9 +121,9 @@ def trained(it: Experiment, splits: Any, tasks: list[int], devices: int, packing
 @pytest.mark.parametrize(
     ("method", "tasks", "where"),
     [
-        (FINAL, MIXED, [(2, True)]),
+        pytest.param(FINAL, MIXED, [(2, True)], marks=pytest.mark.slow),
         pytest.param(FINAL, SINGLE, [(1, True), (2, False)], marks=pytest.mark.slow),
-        *(pytest.param(method, MIXED, [(1, True)], marks=pytest.mark.slow) for method in METHODS),
+        *(pytest.param(name, MIXED, [(1, True)], marks=pytest.mark.nightly) for name in METHODS),
     ],
 )
 def test_a_step_that_begins_above_is_the_whole_step(
@@ -294,8 +294,9 @@ def test_told_to_stop_before_the_first_step(small: Path, monkeypatch: pytest.Mon
     assert not list((small / "cache").glob("*.hidden"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(
+    "groups", [pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.nightly)]
+)
 def test_a_run_that_begins_above_is_the_whole_run(
     groups: int,
     small: Path,
@@ -310,8 +311,13 @@ def test_a_run_that_begins_above_is_the_whole_run(
     assert_same_run(small / "above", small / "whole")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [(0, 0), (1, 2)], ids=["one seed", "two seeds"])
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        pytest.param((0, 0), marks=pytest.mark.slow, id="one seed"),
+        pytest.param((1, 2), marks=pytest.mark.nightly, id="two seeds"),
+    ],
+)
 def test_runs_of_one_step(seeds: tuple[int, int], small: Path) -> None:
     """Those of a sweep are what each is alone."""
     pairs = zip(seeds, (1e-3, 1e-2), strict=True)

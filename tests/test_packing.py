@@ -17,13 +17,7 @@ from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime.shards import Shards
 
 EVERY = {"shared": (), **tiny.METHODS, **tiny.TOGETHER}
-METHODS = [
-    "pals",
-    *(
-        pytest.param(names, marks=pytest.mark.slow)
-        for names in ("shared", "mam", "prompt_tuning", *tiny.TOGETHER)
-    ),
-]
+METHODS = tiny.mostly_slow(["pals", "shared", "mam", "prompt_tuning", *tiny.TOGETHER], "pals")
 MIXED, SINGLE = ([2, 0, 2], 3), ([1], 8)
 PACKED = Packed((Shape(3, 24), Shape(9, 9)), 3)
 DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
@@ -59,8 +53,13 @@ def assert_same_step(model: MultiTaskModel, padded: Batch, packed: Batch) -> Non
     jax.tree.map(close, other.opt_state[1], one.opt_state[1])
 
 
-@pytest.mark.parametrize("draw", [MIXED, pytest.param(SINGLE, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "draw"),
+    [
+        *(pytest.param(*case.values, MIXED, marks=case.marks) for case in METHODS),
+        *(pytest.param(*case.values, SINGLE, marks=pytest.mark.nightly) for case in METHODS),
+    ],
+)
 def test_every_method_takes_the_padded_step(name: str, draw: Any) -> None:
     """Of one task and of several, with dropout on: an example has its masks wherever it lies."""
     model = tiny.model(EVERY[name], **DROPOUT)

@@ -219,7 +219,7 @@ def tpu_step() -> Any:
     return parallel.compile(step, donate=True).lower(jax.eval_shape(first_state), batch)
 
 
-@pytest.mark.nightly  # two compilations
+@pytest.mark.optimized  # two compilations
 @pytest.mark.usefixtures("libtpu")
 def test_a_scanned_step_counts_as_much_as_the_same_unrolled(monkeypatch: pytest.MonkeyPatch):
     """Where XLA's own figure for the scanned step is a fraction of it."""
@@ -299,7 +299,7 @@ def seconds_of_a_plain_step() -> float:
     return compile_step(step, layers, jax.ShapeDtypeStruct((8, L, D), jnp.float32)).seconds
 
 
-@pytest.mark.nightly
+@pytest.mark.optimized
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("topology", FOUR_CHIPS)
 def test_a_step_of_bert_base(topology: str):
@@ -311,7 +311,7 @@ def test_a_step_of_bert_base(topology: str):
     assert glue.train.compiled.seconds <= 30 * max(1.0, slower)
 
 
-@pytest.mark.nightly  # two compilations
+@pytest.mark.optimized  # two compilations
 @pytest.mark.usefixtures("libtpu")
 def test_packing_leaves_a_third_of_the_operations(
     shared: Path, gte_small: Path, monkeypatch: pytest.MonkeyPatch
@@ -326,7 +326,7 @@ def test_packing_leaves_a_third_of_the_operations(
     assert packed.train.flops * packed.mean_batch <= 0.35 * padded.train.flops
 
 
-@pytest.mark.nightly
+@pytest.mark.optimized
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize(
     "config",

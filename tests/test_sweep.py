@@ -79,8 +79,13 @@ RATES = [{"optimizer.learning_rate": rate} for rate in (1e-3, 1e-2)]
 BOTH = [{"seed": 1} | RATES[0], {"seed": 2} | RATES[1]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("overrides", [RATES, BOTH], ids=["one seed", "two seeds"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(RATES, marks=pytest.mark.slow, id="one seed"),
+        pytest.param(BOTH, marks=pytest.mark.nightly, id="two seeds"),
+    ],
+)
 def test_what_one_step_trains_is_what_is_trained_alone(
     without_pooler: Path, overrides: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""One training step and one evaluation step, pure functions of a state and a batch."""
+"""One training step for any set of tasks: loss, gradients, update; see `inference.steps` for evaluation."""
 
 import re
 from collections.abc import Callable, Sequence
