@@ -24,7 +24,7 @@ from pals_jax.runtime.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FILE = "experiment.json"
+EXPERIMENT_FILE = "experiment.json"
 _SIZES = "train_examples"
 _TOKENIZER = "tokenizer"
 # Keys that may change when a run is resumed: paths and execution, not the experiment itself.
@@ -42,7 +42,7 @@ def refuse_another_experiment(experiment: Experiment, workdir: epath.Path) -> No
             bucket.
     """
     storage.check(workdir)
-    path = workdir / FILE
+    path = workdir / EXPERIMENT_FILE
     if not path.exists():
         return
     saved, mine = (
@@ -67,7 +67,7 @@ def refuse_other_sizes(experiment: Experiment, workdir: epath.Path, sizes: Seque
     Raises:
         UserError: if a size differs, since the sampler's draws depend on the sizes.
     """
-    path = workdir / FILE
+    path = workdir / EXPERIMENT_FILE
     with storage.reported(workdir):
         saved = json.loads(path.read_text()).get(_SIZES) if path.exists() else None
     for task, size, before in zip(experiment.trained, sizes, saved or sizes, strict=True):
@@ -85,7 +85,7 @@ def refuse_vanished(workdir: epath.Path) -> None:
         UserError: if this host cannot see the run's files.
     """
     with storage.reported(workdir):
-        there = (workdir / FILE).is_file()
+        there = (workdir / EXPERIMENT_FILE).is_file()
     if not there:
         raise UserError(
             f"{workdir} has vanished, or this host does not see the files that host 0 writes;"
@@ -104,7 +104,7 @@ def save(experiment: Experiment, workdir: epath.Path, sizes: Sequence[int] = ())
     saved = _to_json(experiment) | ({_SIZES: list(sizes)} if sizes else {})
     with storage.reported(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        storage.write_text(workdir / FILE, json.dumps(saved, indent=1))
+        storage.write_text(workdir / EXPERIMENT_FILE, json.dumps(saved, indent=1))
 
 
 def load(workdir: epath.Path) -> Experiment:
@@ -114,11 +114,11 @@ def load(workdir: epath.Path) -> Experiment:
         UserError: if there is none, its file is damaged, or the bucket does not respond.
     """
     storage.check(workdir)
-    path = workdir / FILE
+    path = workdir / EXPERIMENT_FILE
     with storage.reported(path):
         text = path.read_text() if path.exists() else None
     if text is None:
-        raise UserError(f"{workdir} is not the workdir of a run: it has no {FILE}.")
+        raise UserError(f"{workdir} is not the workdir of a run: it has no {EXPERIMENT_FILE}.")
     try:
         saved = json.loads(text)
         config = config_lib.from_json(saved["config"])

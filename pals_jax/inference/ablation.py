@@ -26,8 +26,8 @@ def ablate(run: Run) -> dict[str, np.ndarray]:
         UserError: if no layer of the run has adapters.
     """
     experiment, depth = run.experiment, run.experiment.architecture.num_hidden_layers
-    carriers = [spec for spec in experiment.model().method if isinstance(spec, Adapter)]
-    if not any(adapter.layer_indices(depth) for adapter in carriers):
+    adapters = [spec for spec in experiment.model().method if isinstance(spec, Adapter)]
+    if not any(adapter.layer_indices(depth) for adapter in adapters):
         raise UserError(
             f"the layers of {title(experiment.config.method)} carry no adapters to remove; ablate a"
             " run whose layers have adapters."

@@ -17,7 +17,7 @@ from pals_jax.experiment import config as config_lib
 from pals_jax.experiment import workdir as workdir_lib
 from pals_jax.experiment.checkpoint import Checkpoints
 from pals_jax.experiment.experiment import Experiment
-from pals_jax.experiment.workdir import FILE
+from pals_jax.experiment.workdir import EXPERIMENT_FILE
 from pals_jax.inference.run import Run
 from pals_jax.models.adapters import serialize
 from pals_jax.models.merge import flat_prefixes
@@ -119,7 +119,7 @@ def assemble(base: str, files: Sequence[Path], workdir: epath.Path) -> None:
     Raises:
         UserError: if a file does not fit the base or the other files.
     """
-    if (workdir / FILE).exists():
+    if (workdir / EXPERIMENT_FILE).exists():
         raise UserError(f"{workdir} holds a run already; choose another workdir.")
     found = _base(base)
     loaded = task_file.load(files, found)
@@ -137,7 +137,7 @@ def assemble(base: str, files: Sequence[Path], workdir: epath.Path) -> None:
 
 def _base(name: str) -> Base:
     workdir = epath.Path(name)
-    if storage.in_bucket(workdir) or (workdir / FILE).exists():
+    if storage.in_bucket(workdir) or (workdir / EXPERIMENT_FILE).exists():
         run = Run.load(workdir)
         return Base(run.experiment.architecture, run.variables["params"], run.tokenizer)
     path = huggingface.resolve(name)

@@ -152,8 +152,8 @@ def lowest_layers(adapters: TaskAdapters) -> dict[str, int]:
         indices = spec.layer_indices(depth)
         if isinstance(spec, TaskCopy):
             mine = adapters.adapter_params[spec.name]
-            enters, indices = "embeddings" in mine, indices if "layers" in mine else ()
+            changes_embeddings, indices = "embeddings" in mine, indices if "layers" in mine else ()
         else:
-            enters = spec.site == "embeddings"
-        lowest[spec.name] = 0 if enters else min(indices, default=depth)
+            changes_embeddings = spec.site == "embeddings"
+        lowest[spec.name] = 0 if changes_embeddings else min(indices, default=depth)
     return lowest

@@ -108,7 +108,10 @@ def _keys_and_values(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _split(method: Method) -> tuple[tuple[Adapter, ...], tuple[Adapter, ...]]:
-    """The adapters that can be merged, and the rest, which also reserves its projections."""
+    """The adapters that can be merged, and the rest.
+
+    An adapter that cannot be merged also keeps others at its projection from being merged.
+    """
     adapters = tuple(spec for spec in method if isinstance(spec, Adapter))
     reserved = {_PROJECTIONS.get(a.site) for a in adapters if not _is_weight_change(a)} - {None}
     weights = tuple(

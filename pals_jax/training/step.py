@@ -1,4 +1,4 @@
-"""One training step for any set of tasks: loss, gradients, update; see `inference.steps` for evaluation."""
+"""One training step for any set of tasks: loss, gradients, update."""
 
 import re
 from collections.abc import Callable, Sequence

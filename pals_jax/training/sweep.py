@@ -26,7 +26,7 @@ from pals_jax.training.vmapped_runs import can_be_vmapped, train_together
 if TYPE_CHECKING:
     from rich.table import Table
 
-FILE = "sweep.json"
+SWEEP_FILE = "sweep.json"
 
 
 def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
         rows += [_row(runs[name], name, overrides[name], of_all[name]) for name in names]
         rows.sort(key=lambda row: -np.inf if row["score"] is None else row["score"], reverse=True)
         if distributed.is_main():
-            storage.write_text(workdir / FILE, json.dumps(rows, indent=1))
+            storage.write_text(workdir / SWEEP_FILE, json.dumps(rows, indent=1))
     print_table(sweep_table(rows))
     return rows
 

@@ -50,7 +50,7 @@ ASSUMPTIONS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class StepEstimate:
     """A compiled step and estimates derived from it.
 
     Attributes:
@@ -159,8 +159,8 @@ class Plan:
     """
 
     topology: str
-    train: Step
-    evaluation: Step
+    train: StepEstimate
+    evaluation: StepEstimate
     steps: int
     mean_batch: float
     price: float | None
@@ -247,8 +247,8 @@ def plan(experiment: Experiment, topology: str, price: float | None = None) -> P
     eval_flops = eval_shape.rows * flops.forward(model, eval_shape.length, kept)
     return Plan(
         topology,
-        Step(kind, config.batch_size, shape, model_flops, train),
-        Step(kind, eval_shape.rows, eval_shape, eval_flops, evaluation),
+        StepEstimate(kind, config.batch_size, shape, model_flops, train),
+        StepEstimate(kind, eval_shape.rows, eval_shape, eval_flops, evaluation),
         experiment.steps,
         mean_batch,
         price,
