@@ -44,7 +44,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 def pytest_configure(config: pytest.Config) -> None:
     """Turns off optimisation, because most of a test's time is compilation, mostly optimisation.
 
-    Campaigns (`nightly`) run as for users: optimised, on one CPU device rather than on eight that
+    Campaigns (`optimized`) run as for users: optimised, on one CPU device rather than eight that
     each update all parameters.
     """
     optimized = config.option.markexpr == "optimized"

@@ -286,8 +286,9 @@ def _check_fit(experiment: Experiment, tokenizer: "PreTrainedTokenizerFast") -> 
     architecture, max_length = experiment.architecture, experiment.config.data.max_length
     if len(tokenizer) > architecture.vocab_size:
         raise UserError(
-            f"the tokenizer of {experiment.config.encoder} has {len(tokenizer)} tokens, but its"
-            f" embedding has only {architecture.vocab_size}; use the tokenizer of the weights."
+            f"the tokenizer of {experiment.config.encoder} has {len(tokenizer)} tokens, but the"
+            f" encoder's embedding has only {architecture.vocab_size}; use the tokenizer of the"
+            " weights."
         )
     if max_length > architecture.max_length:
         raise UserError(
