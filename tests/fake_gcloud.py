@@ -1,12 +1,12 @@
-"""A stand-in for `gcloud compute tpus`, as strict as the real one and with a memory.
+"""A stand-in for `gcloud compute tpus` that keeps state and refuses what gcloud refuses.
 
 Everything is under $FAKE_GCLOUD: `state.json` has the states of TPUs and requests, `calls` every
 command line, and NAME/worker0, ... are the home directories of a TPU's workers, where `ssh` runs
-its command with the local bash. A test makes it misbehave by writing files there:
+its command with the local bash. A test makes gcloud misbehave by writing files there:
 
-    fail-VERB      a number: so many calls of that verb fail without an effect
+    fail-VERB      a number: that many calls of the verb fail without an effect
     break-create   creating fails, but leaves a TPU behind
-    preempt        Google takes every TPU back, a little (LAG) after this was written
+    preempt        Google preempts every TPU, LAG seconds after the file was written
 
 `remote_bin` is first on the workers' PATH.
 """

@@ -1,7 +1,8 @@
-"""A stand-in for Google Cloud Storage: an emulator, and what TensorStore and gcsfs miss in it.
+"""A stand-in for Google Cloud Storage: an emulator, and features that TensorStore and gcsfs need.
 
-These are the generations of objects (https://cloud.google.com/storage/docs/request-preconditions),
-`moveTo`, requests at the same time, and a bucket that may be read only.
+The emulator lacks these: the generations of objects
+(https://cloud.google.com/storage/docs/request-preconditions), `moveTo`, concurrent requests, and a
+read-only bucket.
 """
 
 import contextlib

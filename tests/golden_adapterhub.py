@@ -1,4 +1,4 @@
-"""The golden directories: what version 1.3.0 of AdapterHub's library gave (shared/README.md)."""
+"""The golden directories: outputs of AdapterHub's library 1.3.0 (shared/README.md)."""
 
 from pathlib import Path
 from types import SimpleNamespace

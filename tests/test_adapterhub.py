@@ -1,4 +1,4 @@
-"""Adapters of AdapterHub's library, against its outputs and its own files."""
+"""Adapters of AdapterHub's library, compared with its outputs and its files."""
 
 import dataclasses
 import json

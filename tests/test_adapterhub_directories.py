@@ -1,4 +1,4 @@
-"""Directories of AdapterHub's library: several at once, refused, damaged, and of older versions."""
+"""Directories of AdapterHub's library: several at once, unsupported, damaged, from old versions."""
 
 import json
 import logging

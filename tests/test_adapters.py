@@ -1,4 +1,4 @@
-"""Adapters against a plain NumPy encoder, and the task axis against one task at a time."""
+"""Adapters compared with a plain NumPy encoder; the task axis, with one task at a time."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,8 +1,8 @@
-"""Counted operations of a training step against committed budgets, which no machine's mood changes.
+"""Operations of a training step, counted rather than timed, against committed budgets.
 
-`tests/budgets.json` holds GFLOP of one step, as counted in the program that XLA makes of it for a
-CPU. Where a change needs more, say why in the commit that raises its budget; where one needs less,
-lower it.
+`tests/budgets.json` holds the GFLOP of one step, counted in the program that XLA compiles for a
+CPU. If a change needs more, say why in the commit that raises the budget; if it needs less, lower
+the budget.
 """
 
 import json

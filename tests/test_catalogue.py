@@ -1,4 +1,4 @@
-"""What holds for every method of the catalogue, each at a size that fits the tiny encoder."""
+"""Properties of every method of the catalogue, each at a size that fits the tiny encoder."""
 
 import dataclasses
 from functools import cache

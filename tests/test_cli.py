@@ -1,4 +1,4 @@
-"""The command line: help, counts, and every wrong input, each with one sentence and status 2."""
+"""The command line: help, counts, and invalid inputs, each with one sentence and status 2."""
 
 import io
 import json

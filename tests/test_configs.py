@@ -1,4 +1,4 @@
-"""The configurations of `configs/`: each is whole, and those that can be run here run."""
+"""The configurations of `configs/`: each is complete, and those that can run here do."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Weights of Hugging Face encoders, against transformers' own PyTorch models."""
+"""Weights of Hugging Face encoders, compared with transformers' own PyTorch models."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The README's first command, whole: real weights, bundled tasks, scores above the baseline."""
+"""The README's first command, complete: real weights, bundled tasks, scores above baseline."""
 
 import json
 import os

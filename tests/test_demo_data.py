@@ -1,4 +1,4 @@
-"""The bundled tasks: reproducible, clean, and not to be solved by counting words."""
+"""The bundled tasks: reproducible, clean, and not solvable by counting words."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Several processes of two devices each, on this machine: one run, wherever it is computed."""
+"""Several processes with two devices each on this machine take the same run as one process."""
 
 import json
 import os

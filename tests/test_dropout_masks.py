@@ -1,4 +1,4 @@
-"""Dropout masks: of the right rate, independent, and functions of seed, step and row alone."""
+"""Dropout masks: the right rate, independent, and functions only of seed, step and example."""
 
 from typing import Any
 

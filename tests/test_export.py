@@ -1,4 +1,4 @@
-"""Tasks as files: out of a run, back onto a base, and into other codes."""
+"""Tasks as files: exported from a run, put back onto a base, and converted to other formats."""
 
 import json
 import shutil

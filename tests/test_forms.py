@@ -1,4 +1,4 @@
-"""Forms that no golden file holds, against PyTorch, transformers and PEFT."""
+"""Forms without a golden file, compared with PyTorch, transformers and PEFT."""
 
 from collections.abc import Callable
 from pathlib import Path

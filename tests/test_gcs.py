@@ -1,4 +1,4 @@
-"""Workdirs in a bucket of Google Cloud Storage, for which a server on this machine stands in."""
+"""Workdirs in a bucket of Google Cloud Storage, played by a server on this machine."""
 
 import importlib.util
 import json

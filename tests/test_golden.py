@@ -1,7 +1,7 @@
 """Parity with the original PyTorch code of Stickland & Murray, through this project's own path.
 
-The files hold what that code gave on small random models: outputs, gradients and six steps of its
-optimiser (shared/README.md, golden/bert_n_pals).
+The golden files hold the results of that code on small random models: outputs, gradients and six
+steps of its optimiser (shared/README.md, golden/bert_n_pals).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a run watches: compilations and divergence."""
+"""The checks during training: compilations and divergence."""
 
 import warnings
 

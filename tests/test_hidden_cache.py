@@ -1,4 +1,4 @@
-"""The hidden-state cache: steps that begin with kept states equal those that compute them."""
+"""The hidden-state cache: steps from cached states equal steps that compute the states."""
 
 import errno
 import json

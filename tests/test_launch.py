@@ -1,4 +1,4 @@
-"""The scripts of launch/: what they say, print and refuse, before anything is paid for."""
+"""The scripts of launch/: help, printed commands and refusals, before anything is paid for."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""Methods as values: expressions, refusals, and the published parameter counts."""
+"""Methods as values: expressions, errors, and the published parameter counts."""
 
 import json
 from pathlib import Path

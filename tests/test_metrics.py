@@ -1,4 +1,4 @@
-"""Metrics against hand-counted values, degenerate input, and the published averages."""
+"""Metrics: values counted by hand, degenerate input, and the published averages."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The optimiser: what happens to the tasks that a step did not draw, and the published details."""
+"""The optimiser: the treatment of tasks that a step did not draw, and the published details."""
 
 from typing import Any
 

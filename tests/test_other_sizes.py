@@ -1,7 +1,7 @@
-"""Methods that no golden file holds, in a whole model of another size, against PyTorch.
+"""Methods without a golden file, in whole models of another size, compared with PyTorch.
 
-The encoder is that of transformers, taken apart where a method changes it; the methods are written
-anew in PyTorch. (Each of their forms alone, at the tiny size: tests/test_forms.py.)
+The encoder is transformers', taken apart where a method changes it; the methods are reimplemented
+in PyTorch. (tests/test_forms.py tests each form alone, at the tiny size.)
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Packing is exact: a step with several examples in a row is the step with one in each."""
+"""Packing is exact: a step with several examples per row equals the step with one per row."""
 
 from typing import Any
 

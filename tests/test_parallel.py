@@ -1,4 +1,4 @@
-"""Devices: any number of them takes the step that one takes, dropout included."""
+"""Any number of devices takes the same step as one device, dropout included."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""LoRA in PEFT's directories, against `peft` itself: what it saves is read, what we write loads."""
+"""LoRA in PEFT's directories: we read what `peft` saves, and `peft` loads what we write."""
 
 import json
 from collections.abc import Callable

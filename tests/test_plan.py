@@ -1,4 +1,4 @@
-"""The plan: figures that are right for the whole step, without a TPU and, with libtpu, for one."""
+"""The plan: figures of the whole step, compiled for CPUs and, with libtpu, for TPUs."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Prefetching: in order, ahead of time, on another thread, and with the errors it meets."""
+"""Prefetching: in order, ahead of time, on another thread, and with errors passed on."""
 
 import threading
 

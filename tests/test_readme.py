@@ -1,4 +1,4 @@
-"""What the README and CI promise each other, and what the design promises of the modules."""
+"""Agreement of the README with CI, and the design's rules for the modules."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Never lose work: killed, told to stop, on damaged, full and vanished disks, on other devices."""
+"""Runs never lose work: killed, stopped, on damaged, full or vanished disks, on other devices."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Classifiers of transformers, in and out, against its own PyTorch classes."""
+"""Classifiers of transformers, read and written, compared with its PyTorch classes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""GLUE's own files, files of your own, and the readers under both."""
+"""GLUE's official files, user-defined files, and the readers of both."""
 
 import json
 import os

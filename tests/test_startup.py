@@ -1,4 +1,4 @@
-"""What starting a command imports: nothing heavy before it is needed, and no TPU that is absent."""
+"""Starting a command imports nothing heavy before it is needed, and looks for no absent TPU."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""The training step: what is trained, the loss of mixed batches, and what a step depends on."""
+"""The training step: the trained part, the loss of mixed batches, and a step's dependencies."""
 
 from typing import Any
 

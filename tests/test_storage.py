@@ -1,4 +1,4 @@
-"""Files and directories that take their place as a whole, or not at all."""
+"""Files and directories are replaced atomically."""
 
 from pathlib import Path
 

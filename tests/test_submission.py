@@ -1,4 +1,4 @@
-"""Submission files: as the server wants them, or refused with everything that is wrong."""
+"""Submission files: valid for the server, or refused with all problems listed."""
 
 import zipfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Sweeps: one run for each override, one table of all."""
+"""Sweeps: one run for each override, and one table of all runs."""
 
 import json
 import shutil

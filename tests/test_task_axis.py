@@ -1,4 +1,4 @@
-"""Tasks added, removed and re-ordered between two steps: the others train on, bit for bit."""
+"""Adding, removing and re-ordering tasks between steps does not change the others, bit for bit."""
 
 from functools import cache
 from typing import Any

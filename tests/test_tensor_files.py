@@ -1,4 +1,4 @@
-"""The files of foreign checkpoints: tensors come in, code does not."""
+"""The files of foreign checkpoints: tensors are read, code in pickles is not run."""
 
 import json
 import os

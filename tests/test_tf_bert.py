@@ -1,4 +1,4 @@
-"""Google's TensorFlow checkpoints with and without adapters, against the original code."""
+"""Google's TensorFlow checkpoints with and without adapters, compared with the original code."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Tokenization against transformers' own, and the cache under attack."""
+"""Tokenization compared with transformers', and the robustness of its cache."""
 
 import json
 import multiprocessing

@@ -1,6 +1,7 @@
-"""Parity with the original PyTorch code of He et al. on RoBERTa, for every method of theirs.
+"""Parity with the original PyTorch code of He et al. on RoBERTa, for all their methods.
 
-The files hold what that code gave on small random models (shared/README.md, golden/unified_view).
+The golden files hold that code's outputs on small random models (shared/README.md,
+golden/unified_view).
 """
 
 import json

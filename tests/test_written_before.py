@@ -1,7 +1,7 @@
-"""What the release before wrote: a workdir and a task file, in `written_before/`.
+"""A workdir and a task file of the previous release, in `written_before/`, can still be read.
 
-They were made by the commit before the package had rooms, from the tiny encoder and the tasks of
-the fixture `small`: a frozen encoder with prefixes, PALs and a pooler of each task's own.
+The commit before the package had rooms wrote them, from the tiny encoder and the tasks of the
+fixture `small`: a frozen encoder with prefixes, PALs and a separate pooler for each task.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""A model, batches and training steps small enough that a test is mostly compilation."""
+"""Tiny models, batches and training steps, so small that a test's time is mostly compilation."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -55,8 +55,8 @@ METHODS = {
     "ia3": methods.ia3(),
 }
 
-# All of them again, as many in one model as do not collide: most of what a test costs is the
-# encoder, and what holds for every parameter of such a model holds for each of its methods.
+# All methods again, combined into few models whose methods do not collide. The encoder is most of
+# a test's cost, and a property of every parameter of such a model holds for each of its methods.
 TOGETHER = {
     " + ".join(names): sum((METHODS[name] for name in names), ())
     for names in (
@@ -71,7 +71,7 @@ TOGETHER = {
 
 
 def config(**changes: Any) -> BertConfig:
-    """A tiny architecture without dropout, save for `changes`."""
+    """A tiny architecture without dropout, with `changes`."""
     sizes = {
         "vocab_size": 31,
         "hidden_size": 12,
@@ -86,12 +86,12 @@ def config(**changes: Any) -> BertConfig:
 
 
 def model(method: methods.Method, **changes: Any) -> MultiTaskModel:
-    """Three tasks with a method, on the tiny architecture save for `changes`."""
+    """A model of three tasks with a method, on the tiny architecture with `changes`."""
     return MultiTaskModel(config(**changes), NUM_OUTPUTS, method)
 
 
 def variables(model: MultiTaskModel, seed: int = 0) -> Any:
-    """Random values on the scale of 1 in every leaf, biases and layer norms too."""
+    """Random values in every leaf, biases too; layer norms' scales are around 1."""
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> Any:
@@ -99,7 +99,7 @@ def variables(model: MultiTaskModel, seed: int = 0) -> Any:
         return values.astype(leaf.dtype)
 
     values = jax.tree_util.tree_map_with_path(draw, shapes(model))
-    return jax.device_put(values)  # all at once: each leaf apart takes as long as a step
+    return jax.device_put(values)  # all at once, because a call per leaf takes as long as a step
 
 
 @cache
@@ -109,7 +109,7 @@ def shapes(model: MultiTaskModel) -> Any:
 
 
 def inputs(seed: int = 0, rows: int = 4, length: int = 7) -> dict[str, np.ndarray]:
-    """Token arrays [B, L] with token types, whose rows end in different amounts of padding."""
+    """Token arrays [B, L] with token types; their rows have different amounts of padding."""
     rng = np.random.default_rng(seed)
     lengths = length - np.arange(rows) % (length - 1)
     mask = np.arange(length) < lengths[:, None]
@@ -134,9 +134,9 @@ def batch(task_ids: Any, seed: int = 0, rows: int = 4) -> Batch:
 
 
 class Probe:
-    """A form without parameters that adds nothing and keeps what it is shown.
+    """A form without parameters that adds nothing and records its inputs.
 
-    `seen` holds for each call, in no certain order, x and the data of its dropout key, or None.
+    `seen` holds x and the data of the dropout key (or None) of each call, in unspecified order.
     """
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ class Probe:
 
 
 def optimizer_config(name: str = "adamw", **changes: Any) -> ConfigDict:
-    """`config.optimizer` of an experiment."""
+    """The `config.optimizer` of an experiment, with `changes`."""
     values = {
         "name": name,
         "schedule": "bert",
@@ -191,7 +191,7 @@ def training(
         optimizer_config(**changes), len(model.num_outputs), total_steps=TOTAL_STEPS
     )
     optimizer = recording(optimizer)
-    # Compiled as one program: op by op it takes longer than the step.
+    # Compiled as one program, because op by op it takes longer than the step.
     state = jax.jit(lambda variables: create_state(variables, rules, optimizer))(variables(model))
     return jax.jit(make_train_step(model, optimizer, seed=0)), state
 
@@ -203,7 +203,7 @@ def pals_training() -> tuple[Any, Any]:
 
 
 def mostly_slow(cases: Iterable[Any], *quick: Any) -> list[Any]:
-    """Parameters of a test: those of `quick` are tested by default, the others in the slow tier."""
+    """Test parameters; those in `quick` run by default, the others in the slow tier."""
     cases = list(cases)
     assert all(case in cases for case in quick)
     slow = pytest.mark.slow
@@ -211,7 +211,7 @@ def mostly_slow(cases: Iterable[Any], *quick: Any) -> list[Any]:
 
 
 def rows(tree: Any, task: int) -> Any:
-    """One task's rows, as NumPy arrays, of a tree whose leaves lead with a task axis."""
+    """One task's rows, as NumPy arrays, of a tree whose leaves have a leading task axis."""
     return jax.tree.map(lambda x: np.asarray(x)[task], tree)
 
 
@@ -220,9 +220,9 @@ def assert_same(actual: Any, desired: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, actual, desired)
 
 
-# Two programs that compute the same sums may add their terms in another order, and processors fuse
-# multiplication and addition differently: on three layers of tiny models that was seen to make up
-# to 7 spacings of float32 at the array's largest magnitude (SSE4.2 to AVX-512, JAX 0.10 and 0.12).
+# Two programs may add the terms of a sum in different orders, and processors fuse multiplication
+# and addition differently. On three layers of tiny models, the observed differences were up to 7
+# spacings of float32 at the array's largest magnitude (SSE4.2 to AVX-512, JAX 0.10 and 0.12).
 SPACINGS = 16
 
 
@@ -231,7 +231,7 @@ def assert_rounded_alike(actual: Any, desired: Any) -> None:
 
     def close(a: Any, b: Any) -> None:
         a, b = np.asarray(a), np.asarray(b)
-        # The lowest finite values, which stand for absent outputs, are no scale.
+        # The lowest finite values stand for absent outputs and must not set the scale.
         scale = np.abs(b[np.abs(b) < 1e30]).max(initial=np.float32(0))
         bound = SPACINGS * np.spacing(np.float32(scale))
         np.testing.assert_allclose(a, b, rtol=0, atol=bound)

@@ -8,7 +8,7 @@ from pals_jax.experiment.config import default
 
 
 def get_config(directory: str) -> ConfigDict:
-    """The argument is the fixture's directory."""
+    """The argument is the directory of the fixture `small`."""
     root = Path(directory)
     config = default()
     config.encoder = str(root / "encoder")

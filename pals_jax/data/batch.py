@@ -1,8 +1,8 @@
 """The batch: what a step reads, as one type.
 
-Dimension letters: B rows, L positions, M examples a row has room for, D hidden size, G task groups,
-U tasks that may move. On the host every array has a leading axis of this host's shards, which
-`DataParallel.compile` takes off.
+Dimension letters: B rows, L positions, M slots for examples in a row, D hidden size, G task groups,
+U slots for tasks that may change. On the host every array has a leading axis of this host's shards,
+which `DataParallel.compile` removes.
 """
 
 from typing import Any
@@ -13,24 +13,25 @@ Array = Any  # np.ndarray on the host, jax.Array in a step
 
 
 class Batch(struct.PyTreeNode):
-    """B rows of one or more examples each, as training and evaluation steps take them.
+    """B rows of one or more examples each, the input of training and evaluation steps.
 
     Attributes:
         input_ids: int32 [B, L].
         token_type_ids: int32 [B, L].
-        attention_mask: int32 [B, L]; 0 at padding, else, from 1, which of its row's examples a
-            position belongs to.
+        attention_mask: int32 [B, L]; 0 at padding, else the number, from 1, of the row's example
+            that a position belongs to.
         first: int32 [B, M]; the position of each example's first token.
-        example_ids: int32 [B, M]; the index of each example in the whole batch, -1 where a row has
-            fewer than M. Its dropout masks are a function of it.
+        example_ids: int32 [B, M]; the index of each example in the whole batch, -1 in empty slots.
+            An example's dropout masks are a function of this index.
         targets: float32 [B, M]; a class id, or a regression target.
         weights: float32 [B, M]; a weight of 0 leaves an example out of the loss.
         task_ids: int32 [G]; on the model's task axis, the tasks of G equal, consecutive groups of
             rows.
         slot_tasks: int32 [U]; on the model's task axis, the task of each of the U slots of a step.
-            They differ and include all of `task_ids`; no other task may move. None: all may move.
-        hidden: [B, L, D] in the compute dtype; the hidden states below the first adapter, with
-            which the encoder begins. None: it begins with the tokens.
+            They differ and include all of `task_ids`; the step changes no other task. None: it may
+            change all.
+        hidden: [B, L, D] in the compute dtype; the hidden states below the first adapter, from
+            which the encoder starts. None: it starts from the tokens.
     """
 
     input_ids: Array

@@ -1,4 +1,4 @@
-"""Examples into arrays of few static shapes, divided among the devices."""
+"""Builds batches: examples in arrays of few static shapes, divided among the devices."""
 
 import dataclasses
 import math
@@ -17,11 +17,11 @@ from pals_jax.runtime.shards import Shards
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What an encoder takes.
+    """The tokens that an encoder expects.
 
     Attributes:
-        pad_id: the token that fills rows up.
-        token_types: how many the encoder tells apart; where it is one, every token is of type 0.
+        pad_id: the id of the padding token.
+        token_types: the number of token types; if it is 1, every token has type 0.
     """
 
     pad_id: int = 0
@@ -33,13 +33,13 @@ class TrainBatches:
     """Makes this host's part of the batch of a draw.
 
     Attributes:
-        splits: the training examples of each of the tasks that are trained.
-        layout: what the encoder takes.
-        placing: where examples go.
-        shards: how the rows are divided.
-        first_task: the place on the model's task axis of the first of these tasks.
-        num_tasks: T, of that axis.
-        all_may_move: whether the optimiser moves tasks that are not drawn.
+        splits: the training examples of each trained task.
+        layout: the tokens that the encoder expects.
+        placing: how examples are placed in rows.
+        shards: how the rows are divided among devices.
+        first_task: the index of the first trained task on the model's task axis.
+        num_tasks: T, the length of that axis.
+        all_may_move: whether the optimiser also changes tasks that are not drawn.
     """
 
     splits: Sequence[TokenizedSplit]
@@ -53,8 +53,8 @@ class TrainBatches:
     def __call__(self, *draws: Draw) -> Batch:
         """This host's part of the batch; every array has a leading axis [s] of its shards.
 
-        task_ids are int32 [s, 1] where a batch has one task, and [s, r] where each row has its own.
-        Of several draws, each array has an axis of draws behind the leading one.
+        task_ids are int32 [s, 1] if the batch has one task, and [s, r] if each row has its own.
+        For several draws, each array has an axis of draws after the leading one.
         """
         placements = zip(draws, self.place(*draws), strict=True)
         batches = [self._batch(draw, placement) for draw, placement in placements]
@@ -63,7 +63,7 @@ class TrainBatches:
         return jax.tree.map(lambda *x: np.stack(x, axis=1), *batches)
 
     def place(self, *draws: Draw) -> list[Placement]:
-        """Where the examples of each draw go; all have one shape."""
+        """The placement of each draw's examples; all placements have one shape."""
         return self.placing.place(*(sizes(self.splits, draw) for draw in draws))
 
     def _batch(self, draw: Draw, placement: Placement) -> Batch:
@@ -85,7 +85,7 @@ class TrainBatches:
         return batch.replace(slot_tasks=np.tile(self._may_move(draw), (self.shards.local, 1)))
 
     def _may_move(self, draw: Draw) -> np.ndarray:
-        """int32 [U]: the tasks drawn, and others where they are fewer than the groups."""
+        """int32 [U]: the drawn tasks, filled up with others if they are fewer than the groups."""
         every = np.arange(self.num_tasks, dtype=np.int32)
         is_drawn = np.isin(every, draw.trained_ids + self.first_task)
         return np.concatenate([every[is_drawn], every[~is_drawn]])[: len(draw.trained_ids)]
@@ -101,11 +101,11 @@ def sizes(splits: Sequence[TokenizedSplit], draw: Draw) -> Sizes:
 def eval_batches(
     split: TokenizedSplit, task_id: int, layout: Layout, placing: Padded | Packed, shards: Shards
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Every example of a split once, in no certain order.
+    """Every example of a split once, in unspecified order.
 
     Yields:
-        This host's part of a batch, as `step.make_eval_step` takes it, and of every place in the
-        rows of all shards the index of its example, int64 [S * r, M]; -1 where there is none.
+        This host's part of a batch, for `inference.steps.make_eval_step`, and the index of the
+        example in every slot of the rows of all shards, int64 [S * r, M]; -1 in empty slots.
     """
     for indices, placement in placing.batches(split.lengths):
         task_ids = np.full((shards.local, 1), task_id, np.int32)

@@ -1,10 +1,10 @@
-"""Where the examples of a batch go: several to a row, in arrays of few static shapes.
+"""Places the examples of a batch: several in a row, in arrays of few static shapes.
 
-Most sentences are short: padded to the maximal length, only 28% of the positions of a batch of
-GLUE are real. Examples that share a row do not see each other (`pals_jax.models.segments`), so that
-a packed step computes what the padded one does, in less than a third of the positions.
+Most sentences are short: in a GLUE batch padded to the maximal length, only 28% of the positions
+hold tokens. Examples that share a row do not see each other (`pals_jax.models.segments`), so that a
+packed step computes the same as a padded one, in less than a third of the positions.
 
-Every shape is one compilation. They are chosen from the data, before the run.
+Every shape costs one compilation. The shapes are chosen from the data, before the run.
 """
 
 import bisect
@@ -15,32 +15,32 @@ from typing import NamedTuple
 
 import numpy as np
 
-_PARTS = 4  # lengths of rows are multiples of this part of the maximal length
+_PARTS = 4  # row lengths are multiples of the maximal length divided by this
 _MOST_SHAPES = 8
-_WORTH = 0.01  # the share of all work that a further shape must save
-_COMPILATION = 20  # steps that must be saved by it at least, for which it is compiled
-_LEAST = 8  # positions that every example is given at least, which bounds the examples of a row
-_TOGETHER = 4096  # examples in any order that are packed at a time: more would fill rows no better
+_WORTH = 0.01  # the share of all work that another shape must save
+_COMPILATION = 20  # the steps that another shape must save, to be worth its compilation
+_LEAST = 8  # the least positions that an example takes, which bounds the examples in a row
+_TOGETHER = 4096  # examples that are packed at a time; more would not fill rows better
 
-Sizes = tuple[np.ndarray, np.ndarray]  # of a batch of n examples: int [n] tasks, int [n] lengths
+Sizes = tuple[np.ndarray, np.ndarray]  # int [n] tasks, int [n] lengths of a batch of n examples
 
 
 class Shape(NamedTuple):
-    """Rows of all devices, and their length."""
+    """The number of rows on all devices together, and their length."""
 
     rows: int
     length: int
 
 
 class Placement(NamedTuple):
-    """Where the n examples of a batch go.
+    """The places of the n examples of a batch.
 
     Attributes:
-        shape: of the batch.
-        slots: M, the examples that a row has room for.
-        row: int64 [n].
-        slot: int64 [n], from 0, within the row.
-        start: int64 [n]; the position of the first token.
+        shape: the shape of the batch.
+        slots: M, the number of examples that a row has room for.
+        row: int64 [n]; the row of each example.
+        slot: int64 [n]; the slot of each example in its row, from 0.
+        start: int64 [n]; the position of each example's first token.
     """
 
     shape: Shape
@@ -52,12 +52,12 @@ class Placement(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Padded:
-    """One example a row, in order, at the next of four lengths: the reference.
+    """One example per row, in order, padded to the next of four lengths: the reference.
 
     Attributes:
-        batch_size: examples of a batch, or more than there are.
+        batch_size: the largest number of examples in a batch.
         max_length: the largest number of tokens of an example.
-        shards: S, which divide the rows equally.
+        shards: S, the number of shards that divide the rows equally.
     """
 
     batch_size: int
@@ -68,7 +68,7 @@ class Padded:
         return f"padded to one of {_PARTS} lengths of at most {self.max_length}"
 
     def batches(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, Placement]]:
-        """As `Packed.batches`; short ones first, so that they can be padded to a short row."""
+        """As `Packed.batches`; sorted by length, so that short examples get short rows."""
         order = np.argsort(lengths, kind="stable")
         for start in range(0, len(order), self.batch_size):
             examples = order[start : start + self.batch_size]
@@ -85,11 +85,11 @@ class Padded:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Rows of one task's examples each, as full as may be, in the cheapest shape that holds them.
+    """Rows with examples of one task each, in the cheapest shape that holds the batch.
 
     Attributes:
-        shapes: cheapest first; the last one holds any batch.
-        least: positions that an example is given at least.
+        shapes: the shapes, cheapest first; the last one holds any batch.
+        least: the least positions that an example takes.
     """
 
     shapes: tuple[Shape, ...]
@@ -97,7 +97,7 @@ class Packed:
 
     @classmethod
     def into(cls, rows: int, max_length: int, shards: int = 1, prompts: int = 0) -> "Packed":
-        """Into this one shape; arguments as for `choose`."""
+        """Packs into this one shape; arguments as for `choose`."""
         return cls((Shape(_up(rows, shards), max_length),), _least(max_length, prompts))
 
     @classmethod
@@ -111,21 +111,21 @@ class Packed:
         shards: int = 1,
         prompts: int = 0,
     ) -> "Packed":
-        """The shapes that make the least work of a run.
+        """The shapes that minimise the work of a run.
 
         Args:
-            samples: batches of the run.
-            steps: of the run.
-            batch_size: examples of a batch.
+            samples: the sizes of sample batches of the run.
+            steps: the number of steps of the run.
+            batch_size: the number of examples in a batch.
             max_length: the largest number of tokens of an example.
-            hidden_size: D of the encoder, by which attention weighs against all else.
-            shards: S, which divide the rows equally.
-            prompts: positions that the model adds to each example.
+            hidden_size: D of the encoder, which sets the cost of attention relative to the rest.
+            shards: S, the number of shards that divide the rows equally.
+            prompts: the number of positions that the model adds to each example.
         """
         least = _least(max_length, prompts)
         step = -(-max_length // _PARTS)
         rest = Shape(_up(batch_size, shards), step * _PARTS)  # holds any batch
-        fits: dict[Shape, np.ndarray] = {}  # which of the samples a shape holds
+        fits: dict[Shape, np.ndarray] = {}  # for each shape, which samples it holds
         samples = list(samples)
         for length in range(step, 2 * step * _PARTS + 1, step):
             if length < least:  # there would be room for no example
@@ -163,13 +163,14 @@ class Packed:
         raise ValueError(f"{count} examples are more than a batch of {self.shapes[-1].rows}.")
 
     def batches(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, Placement]]:
-        """Divides examples of one task, in any order, into as few batches as may be.
+        """Divides the examples of one task, in any order, into as few batches as possible.
 
         Args:
-            lengths: int64 [n], of all.
+            lengths: int64 [n], the lengths of all examples.
 
         Yields:
-            Which of them a batch holds, int64 [m], and where; together they hold each once.
+            The indices of a batch's examples, int64 [m], and their placement. Each example is in
+            one batch.
         """
         shape = self.shapes[-1]
         row, start, rows = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64), 0
@@ -185,7 +186,7 @@ class Packed:
             yield here, Placement(shape, slots, row[here] % shape.rows, slot[here], start[here])
 
     def _placed(self, shape: Shape, tasks: np.ndarray, lengths: np.ndarray) -> Placement | None:
-        """Where the examples go in this shape, if it holds them."""
+        """The placement of the examples in this shape; None if it does not hold them."""
         if _rows_at_least(lengths, shape.length, self.least) > shape.rows:
             return None
         row, start = _best_fit(tasks, lengths, shape.length, self.least)
@@ -195,18 +196,18 @@ class Packed:
 
 
 def _least(max_length: int, prompts: int) -> int:
-    """Positions that an example is given at least; a row has room for one."""
+    """The least positions that an example takes; a row has room for at least one example."""
     return min(max(_LEAST, prompts), max_length)
 
 
 def _best_fit(
     tasks: np.ndarray, lengths: np.ndarray, room: int, least: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and starts, int64 [n] each: the longest first, each into the row that it fills most."""
+    """Rows and starts, int64 [n] each, by best fit: longest first, into the fullest that fits."""
     row, start = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
     needs, rows = np.maximum(lengths, least), 0
     for task in np.unique(tasks):
-        free: list[tuple[int, int]] = []  # what is left of the task's rows, in order
+        free: list[tuple[int, int]] = []  # free positions and number of the task's rows, sorted
         mine = np.flatnonzero(tasks == task)
         for i in mine[np.argsort(-needs[mine], kind="stable")].tolist():
             need = int(needs[i])
@@ -221,19 +222,19 @@ def _best_fit(
 
 
 def _rows_at_least(lengths: np.ndarray, room: int, least: int) -> float:
-    """A bound from below on the rows of `room` positions that examples take."""
+    """A lower bound on the rows of `room` positions that the examples need."""
     return np.inf if lengths.max() > room else np.maximum(lengths, least).sum() / room
 
 
 def _rows_needed(tasks: np.ndarray, lengths: np.ndarray, room: int, least: int) -> int:
-    """How many rows of `room` positions a batch takes; 0 where an example does not fit."""
+    """The number of rows of `room` positions that a batch needs; 0 if an example does not fit."""
     if lengths.max() > room:
         return 0
     return int(_best_fit(tasks, lengths, room, least)[0].max()) + 1
 
 
 def _ranks(row: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """int64 [n]: for each example how many of its row start before it."""
+    """int64 [n]: for each example, the number of examples that start before it in its row."""
     order = np.lexsort((start, row))
     begins = np.searchsorted(row[order], row[order])
     ranks = np.empty(len(row), np.int64)

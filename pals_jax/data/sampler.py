@@ -1,7 +1,7 @@
 """The host-side task sampler: which task and which examples a step sees.
 
 Everything is a pure function of the seed and the step number, so that a checkpoint needs no
-iterator state and every host of a pod computes the same plan without talking.
+iterator state and every host of a pod computes the same plan without communication.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from pals_jax.runtime.errors import UserError
 
 SAMPLING_SCHEDULES = ("round_robin", "proportional", "sqrt", "annealed")
 
-# What a random stream is for; part of its key.
+# The purpose of a random stream, which is part of its key.
 _TASKS, _EXAMPLES = 0, 1
 
 
@@ -53,7 +53,7 @@ def task_probabilities(sizes: Sequence[int], schedule: str, epoch: int, epochs: 
 
 
 class Draw(NamedTuple):
-    """What one step sees.
+    """The tasks and examples of one step.
 
     Attributes:
         trained_ids: int32 [G]; the task of each group, as an index among the trained tasks.
@@ -68,17 +68,16 @@ class Draw(NamedTuple):
 class Sampler:
     """The plan of a run.
 
-    Each task passes through the whole of its data, reshuffled for each pass, before an example
-    comes again.
+    Each task passes through all of its data, reshuffled for each pass, before an example repeats.
 
     Attributes:
-        sizes: number of training examples of each of the T tasks.
+        sizes: the number of training examples of each of the T tasks.
         schedule: one of `SAMPLING_SCHEDULES`.
-        seed: of everything random here.
-        epochs: number of epochs; the annealed schedule moves once an epoch.
-        steps_per_epoch: number of steps in each.
-        groups: G, task groups in a batch; 1 is the papers' single-task step.
-        group_size: b, examples in each group.
+        seed: the seed of tasks and examples.
+        epochs: the number of epochs; the annealed schedule changes once per epoch.
+        steps_per_epoch: the number of steps in each epoch.
+        groups: G, the task groups in a batch; 1 gives the papers' single-task step.
+        group_size: b, the examples in each group.
     """
 
     sizes: tuple[int, ...]
@@ -90,19 +89,19 @@ class Sampler:
     group_size: int
 
     def __post_init__(self) -> None:
-        task_probabilities(self.sizes, self.schedule, 1, self.epochs)  # refuses what is wrong now
+        task_probabilities(self.sizes, self.schedule, 1, self.epochs)  # reports errors early
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """The number of steps of the whole run."""
         return self.epochs * self.steps_per_epoch
 
     def spread(self, count: int = 256) -> list[int]:
-        """Steps that are spread evenly over the run, to know all of it by."""
+        """Steps spread evenly over the run, as a sample of it."""
         return np.unique(np.linspace(0, self.steps - 1, count, dtype=int)).tolist()
 
     def draw(self, step: int) -> Draw:
-        """Tasks and examples of a step, which may be asked for without the ones before it.
+        """Tasks and examples of a step; any step can be drawn without the ones before it.
 
         Raises:
             ValueError: a step outside the run.
@@ -125,13 +124,13 @@ class Sampler:
         tasks = np.empty(uniform.shape, np.int32)
         for epoch in range(self.epochs):
             p = task_probabilities(self.sizes, self.schedule, epoch + 1, self.epochs)
-            # The last bound is 1 but for rounding; no draw may fall beyond it.
+            # The last bound is 1 up to rounding; dropping it keeps every draw within range.
             tasks[epoch] = np.searchsorted(np.cumsum(p)[:-1], uniform[epoch], side="right")
         return tasks.reshape(-1)
 
     @functools.cached_property
     def _earlier_draws(self) -> np.ndarray:
-        """int64 [draws]: how often the same task was drawn before."""
+        """int64 [draws]: how often the task of each draw was drawn before."""
         earlier = np.empty(len(self._tasks), np.int64)
         for task in range(len(self.sizes)):
             mine = self._tasks == task
@@ -153,5 +152,5 @@ def _order(seed: int, task: int, pass_: int, size: int) -> np.ndarray:
 
 
 def _generator(*key: int) -> np.random.Generator:
-    """A counter-based generator of its own for each key."""
+    """A separate counter-based generator for each key."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))

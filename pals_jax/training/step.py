@@ -1,4 +1,7 @@
-"""One training step for any set of tasks: loss, gradients, update."""
+"""The training step for any set of tasks: loss, gradients, update.
+
+For evaluation, see `inference.steps`.
+"""
 
 import re
 from collections.abc import Callable, Sequence
@@ -22,13 +25,13 @@ from pals_jax.runtime.errors import UserError
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a run is made of besides its config.
+    """The complete state of a run, except its config.
 
     Attributes:
         step: int32 scalar; the number of steps taken.
-        trainable: the part of `variables` that is trained; alone has optimiser state.
-        frozen: the rest.
-        opt_state: the optimiser's.
+        trainable: the part of `variables` that is trained; only this part has optimiser state.
+        frozen: the rest of `variables`.
+        opt_state: the state of the optimiser.
     """
 
     step: Array
@@ -38,17 +41,17 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def variables(self) -> optax.Params:
-        """{"params", "adapters"}, whole again."""
+        """{"params", "adapters"}: the trainable and the frozen part together."""
         return overlay(self.frozen, self.trainable)
 
 
 def partition(variables: optax.Params, rules: Sequence[str]) -> tuple[optax.Params, optax.Params]:
-    """Divides `variables` into what is trained and what is frozen.
+    """Divides `variables` into the trained and the frozen part.
 
     Args:
         variables: {"params", "adapters"}.
-        rules: patterns; a leaf is trained where one of them matches the beginning of its path,
-            for example "adapters/" or "params/encoder/pooler".
+        rules: regular expressions; a leaf is trained if one of them matches the beginning of its
+            path, for example "adapters/" or "params/encoder/pooler".
 
     Raises:
         UserError: a rule that matches no leaf, or rules that train nothing.
@@ -76,7 +79,7 @@ def example_losses(logits: Array, targets: Array, is_regression: Array) -> Array
     """Each example's loss: cross-entropy, or the squared error of the first logit.
 
     Args:
-        logits: float32 [B, C]; lowest finite value beyond a task's own outputs.
+        logits: float32 [B, C]; the lowest finite value beyond a task's own outputs.
         targets: float32 [B]; a class id, or a regression target.
         is_regression: bool [B].
 
@@ -105,14 +108,15 @@ def make_train_step(
     """The pure training step.
 
     It returns the next state and the scalars loss (mean over the weighted examples) and grad_norm
-    (before clipping). Its dropout masks are a function of seed, step and an example's id.
+    (before clipping). Dropout masks are a function of seed, step and an example's id.
 
     Args:
         model: the model.
-        optimizer: whose update takes `drawn` (see `experiment.optim.per_task`).
-        seed: of the dropout masks.
-        axis_name: of the devices that have a part of the batch each. Loss and gradients are sums
-            over the examples of all of them, divided once: any division gives the same step.
+        optimizer: an optimiser whose update takes `drawn` (see `experiment.optim.per_task`).
+        seed: the seed of the dropout masks.
+        axis_name: the axis of the devices, each of which has a part of the batch. Loss and
+            gradients are summed over all devices and divided once, so that every division of the
+            batch gives the same step.
     """
     is_regression = np.asarray(model.num_outputs) == 1
 
@@ -122,9 +126,9 @@ def make_train_step(
         if slot_tasks is not None:
             found = batch.task_ids[:, None] == slot_tasks[None]
             num_slots = len(slot_tasks)
-            # A task that has no slot gets an id out of range, for which the model returns NaN.
+            # A task without a slot gets an id out of range, for which the model returns NaN.
             slot_ids = jnp.where(found.any(axis=1), found.argmax(axis=1), num_slots)
-        # Read what belongs to the tasks of the slots alone, and write it back at the end.
+        # Gather only the parameters of the slots' tasks, and scatter them back at the end.
         every = state.trainable.get(TASKS, {}), task_trees(state.opt_state)
         of_tasks, opt_trees = gather(every, slot_tasks)
         before = state.trainable | ({TASKS: of_tasks} if of_tasks else {})
@@ -145,7 +149,7 @@ def make_train_step(
             return jnp.sum(losses * batch.weights.reshape(-1))
 
         loss, grads = jax.value_and_grad(loss_fn)(before)
-        # A task whose examples are all left out does not count as drawn.
+        # A task whose examples all have weight 0 does not count as drawn.
         of_groups = batch.weights.reshape(len(slot_ids), -1).sum(axis=1)
         weights = jnp.zeros(num_slots).at[slot_ids].add(of_groups)
         if axis_name is not None:

@@ -41,26 +41,26 @@ _LOG_EVERY = 10  # steps between two lines of metrics
 
 
 def train(config: ConfigDict, workdir: epath.Path, base: epath.Path | None = None) -> Results:
-    """Trains an experiment to its end, going on from where its workdir stands.
+    """Trains an experiment to its end, resuming from its workdir's newest checkpoint.
 
-    Running it again after it was stopped anywhere gives the same parameters, bit for bit, as a run
+    A run that was stopped anywhere and run again gets the same parameters, bit for bit, as a run
     that was never stopped.
 
     Args:
         config: see `pals_jax.config.default`.
         workdir: receives experiment.json, tokenizer/, checkpoints/, best/, metrics.jsonl and
             tensorboard/; see `pals_jax.runtime.storage.workdir`.
-        base: the workdir of a run to whose tasks those of `config` are added; they stay as they
-            are, bit for bit.
+        base: the workdir of an earlier run; the tasks of `config` are added to its tasks, which
+            stay unchanged, bit for bit.
 
     Returns:
         The dev results of the best checkpoint.
 
     Raises:
-        Preempted: the run was told to stop, and has saved where it stands.
+        Preempted: the run was told to stop, and has saved its state.
         UserError: something in the configuration, the data or the workdir is wrong.
     """
-    # ---------------------------------------------------------------- what is to be done
+    # ---------------------------------------------------------------- the experiment
     earlier = None if base is None else Run.load(base)
     experiment = Experiment.from_config(config, earlier.experiment if earlier else None)
     refuse_another_experiment(experiment, workdir)
@@ -102,7 +102,7 @@ def train(config: ConfigDict, workdir: epath.Path, base: epath.Path | None = Non
 
 
 class Writer(Protocol):
-    """What `take_steps` tells of a run, or of several runs in one step: see `RunWriter`."""
+    """The outputs of `take_steps`, for a run or several runs in one step: see `RunWriter`."""
 
     def log(self, done: int, scalars: dict[str, np.ndarray], rate: float) -> None:
         """Writes the figures of the last steps."""
@@ -129,10 +129,10 @@ def take_steps(
     """The training loop, from the step of `state` to the end of the run.
 
     Args:
-        experiment: says how many steps there are, and when to save and to evaluate.
+        experiment: gives the number of steps, and when to save and evaluate.
         step: the compiled training step; it donates the state.
-        state: the state to go on from.
-        make_batch: the batch of a step, by its number; called ahead on another thread.
+        state: the state to start from.
+        make_batch: makes the batch of a step, given its number; called ahead on another thread.
         writer: receives figures and checkpoints.
         evaluate: called with the number of steps taken and the state at the end of each epoch.
 
@@ -140,7 +140,7 @@ def take_steps(
         The last state.
 
     Raises:
-        Preempted: the run was told to stop, and has saved where it stands.
+        Preempted: the run was told to stop, and has saved its state.
         UserError: the training has diverged, or the workdir cannot be written.
     """
     config, total_steps, start = experiment.config, experiment.steps, int(state.step)
@@ -168,7 +168,7 @@ def take_steps(
                 if end_of_epoch:
                     evaluate(done, state)
                 writer.save(done, state)
-                window = Window()  # the time that saving takes is not the steps'
+                window = Window()  # the time of saving must not count in the steps' rate
             if stop and done < total_steps:
                 writer.wait()
                 raise Preempted(
@@ -180,15 +180,15 @@ def take_steps(
 
 
 def train_separately(config: ConfigDict, workdir: epath.Path) -> Results:
-    """Trains one model for each task alone, in `workdir/TASK`; one table and file for all.
+    """Trains a separate model for each task, in `workdir/TASK`; writes one table and one file.
 
-    The rival of sharing (Stickland & Murray, table 1: "separate", 8 times the parameters). Each
-    task takes all the configuration's steps.
+    This is the baseline without sharing (Stickland & Murray, table 1: "separate", 8 times the
+    parameters). Each task gets all the configuration's steps.
 
     Returns:
         The dev results of every task's best checkpoint.
     """
-    tasks = Experiment.from_config(config).tasks  # refuses what is wrong before any is trained
+    tasks = Experiment.from_config(config).tasks  # reports errors before any task is trained
     results: Results = {}
     for name in config.tasks:
         alone = ConfigDict(config.to_dict())
@@ -203,7 +203,7 @@ def train_separately(config: ConfigDict, workdir: epath.Path) -> Results:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run reads.
+    """The data of a run.
 
     Attributes:
         tokenizer: the tokenizer of the encoder.
@@ -229,7 +229,7 @@ class Data:
 
 
 def read_data(experiment: Experiment, earlier: Run | None = None) -> Data:
-    """Reads and tokenises what the experiment trains and evaluates on.
+    """Reads and tokenises the experiment's training and evaluation data.
 
     Raises:
         UserError: the data are missing or wrong, or the tokenizer does not fit the encoder.
@@ -257,7 +257,7 @@ def first_state(experiment: Experiment, earlier: Run | None = None) -> TrainStat
 
 
 def describe(experiment: Experiment, batches: TrainBatches) -> None:
-    """Says what is about to be trained: the shapes of batches and the numbers of parameters."""
+    """Prints the shapes of batches and the numbers of parameters."""
     say(f"batches are {batches.placing}")
     names = tuple(task.name for task in experiment.tasks)
     counted = counts.count(experiment.model())
@@ -271,7 +271,7 @@ def report(
     evaluator: Evaluator,
     data: Data,
 ) -> Results:
-    """Evaluates the best checkpoint of a finished run, and says how to use it."""
+    """Evaluates the best checkpoint of a finished run, and prints how to use it."""
     tasks = experiment.trained
     step, variables = restore_best(workdir, shapes, evaluator.parallel)
     results = evaluator.evaluate(variables, data.evals)
@@ -282,12 +282,13 @@ def report(
 
 
 def _check_fit(experiment: Experiment, tokenizer: "PreTrainedTokenizerFast") -> None:
-    """Refuses a tokenizer or a length that the encoder has no embeddings for."""
+    """Refuses a tokenizer or a length for which the encoder has no embeddings."""
     architecture, max_length = experiment.architecture, experiment.config.data.max_length
     if len(tokenizer) > architecture.vocab_size:
         raise UserError(
-            f"the tokenizer of {experiment.config.encoder} has {len(tokenizer)} tokens, but its"
-            f" embedding has only {architecture.vocab_size}; use the tokenizer of the weights."
+            f"the tokenizer of {experiment.config.encoder} has {len(tokenizer)} tokens, but the"
+            f" encoder's embedding has only {architecture.vocab_size}; use the tokenizer of the"
+            " weights."
         )
     if max_length > architecture.max_length:
         raise UserError(
@@ -297,7 +298,7 @@ def _check_fit(experiment: Experiment, tokenizer: "PreTrainedTokenizerFast") -> 
 
 
 def _baselines(tasks: Sequence[Task], train: Sequence[TokenizedSplit], evals: Splits) -> Results:
-    """What always answering with the most frequent class, or the mean, of the train set gives."""
+    """The scores of always predicting the most frequent class, or the mean, of the train set."""
     return {
         task.name: {
             name: metrics.majority_baseline(
