@@ -78,6 +78,24 @@ def read(function: Callable[..., Any], *arguments: Any) -> hlo.Program:
     return hlo.read(jax.jit(function).lower(*arguments).compile().as_text())
 
 
+def test_what_a_new_jaxlib_changed():
+    """`hlo` reads private functions and the text of programs; each failure names what is gone."""
+    for module, name in (
+        (hlo._hlo, "hlo_module_from_text"),
+        (hlo._jax, "hlo_module_cost_analysis"),
+    ):
+        assert hasattr(module, name), f"jaxlib has no {module.__name__}.{name} any more"
+    x = jnp.ones((32, 32))
+    loop = jax.jit(lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=3)[0])
+    text = loop.lower(x).compile().as_text()
+    entries = [name for entry, name, _ in hlo._COMPUTATION.findall(text) if entry]
+    assert len(entries) == 1, "the text of a program marks its computations in another way"
+    assert hlo._LOOP.search(text), "the text of a program writes loops in another way"
+    assert "known_trip_count" in text, "loops are no longer annotated with their trip count"
+    costs = hlo._cost(text, entries[0])
+    assert all(costs), "the cost analysis has other names for operations and bytes"
+
+
 def test_loops_within_loops_are_counted_as_often_as_they_run():
     x, product = jnp.ones((32, 32)), 2 * 32**3
 

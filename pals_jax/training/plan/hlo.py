@@ -3,6 +3,9 @@
 XLA's cost analysis counts the body of a loop once, however often it runs, and the encoder's layers
 are a loop. This module runs the same analysis on each loop body as a separate program, and
 multiplies the result by the trip count.
+
+Everything that depends on private parts of jaxlib or on the text of HLO is here; a test in
+tests/test_plan.py names the part that a new version changed.
 """
 
 import dataclasses
