@@ -2,8 +2,9 @@
 
     python benchmarks/small_glue.py --glue=DIR --out=DIR
 
-Trains every method with every seed (same data order and steps for the same seed), and prints the rows
-of the table in docs/results.md, but for its last column. Finished runs are only evaluated; interrupted ones are resumed.
+Trains every method with every seed (same data order and steps for the same seed), and prints the
+rows of the table in docs/results.md, but for its last column. Finished runs are only evaluated;
+interrupted ones are resumed.
 """
 
 import argparse
