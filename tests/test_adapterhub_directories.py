@@ -50,7 +50,8 @@ def edit_json(path: Path, changes: dict[str, Any]) -> None:
 # Many
 
 
-@pytest.mark.parametrize("method", tiny.mostly_slow(SOME, "prefix"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SOME)
 def test_many_adapters_on_one_base(method: str, copy: Callable[..., SimpleNamespace]) -> None:
     golden = copy(method, lambda tensors: {name: 0.5 * x for name, x in tensors.items()})
     paths = {"half": golden.adapter, "whole": golden.source / "adapter", "again": golden.adapter}

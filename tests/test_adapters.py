@@ -350,6 +350,7 @@ def test_training_on_one_task_moves_its_rows_and_the_encoder_only() -> None:
     assert all(tiny.moved(before["params"], after["params"]))
 
 
+@pytest.mark.slow
 def test_padded_outputs_get_no_gradient() -> None:
     step, state = tiny.pals_training()
     _, gradients = step(state, tiny.batch([0, 1, 2, 0]))[0].opt_state

@@ -150,6 +150,7 @@ def test_dropout_is_on_exactly_where_a_key_is_passed(rate: str) -> None:
     assert not np.allclose(one, off, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_every_dropout_of_every_layer_has_a_mask_of_its_own() -> None:
     probe = tiny.Probe()
     sites = ("attention.output", "ffn.output")

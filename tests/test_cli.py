@@ -240,6 +240,7 @@ def test_checkpoints_that_are_missing_damaged_or_of_another_config(small, capsys
         refused(capsys, command_, "experiment.json is damaged")
 
 
+@pytest.mark.slow
 def test_stdin_that_does_not_fit(small, capsys, monkeypatch):
     workdir = small / "run"
     overrides = ["--config.epochs=1", "--config.steps_per_epoch=2"]

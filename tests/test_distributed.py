@@ -86,6 +86,7 @@ def whole(small_of_module: Path) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_before_the_processes_have_met() -> None:
     """JAX has not looked for devices when all is imported; it refuses to be joined after that."""
     code = (

@@ -150,6 +150,7 @@ def test_task_files_that_do_not_fit(small, run, capsys):
     assert "holds a run already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_for_transformers_with_lora_merged(small, run, capsys):
     out = small / "out"
     assert convert(run, "same", out, "huggingface") == 0
@@ -177,6 +178,7 @@ def test_for_other_libraries(small, run):
     assert (small / "hub" / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_convert_refuses(small, run, capsys):
     workdir, out = f"--workdir={run}", f"--out={small / 'out'}"
     for arguments, message in (

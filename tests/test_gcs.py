@@ -98,6 +98,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert_same_run(whole, run)
 
 
+@pytest.mark.slow
 def test_what_is_refused(
     small: Path, bucket: epath.Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,7 +147,10 @@ exit 143
 """
 
 
-@pytest.mark.parametrize(("times", "options"), [(3, ["--spot"]), (1, ["--spot", "--queued"])])
+@pytest.mark.parametrize(
+    ("times", "options"),
+    [pytest.param(3, ["--spot"], marks=pytest.mark.slow), (1, ["--spot", "--queued"])],
+)
 def test_babysit_brings_a_run_through_preemptions(cloud, times, options):
     cloud.trainer(PREEMPTED)
     (cloud.root / "preemptions").write_text(str(times))

@@ -82,6 +82,7 @@ def test_positions_of_roberta(pad_id: int) -> None:
     assert_same_step(model, without_pad_id(padded), without_pad_id(packed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_evaluation_of_every_method_is_that_of_padded_rows(name: str) -> None:
     """Logits to 1e-5: of one task, with the adapters of some layers alone, and of every task."""

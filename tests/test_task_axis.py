@@ -100,7 +100,8 @@ def check_kept(
         assert all(tiny.moved(*(of_task(old, x, task)[:2] for x in (before, last))))
 
 
-@pytest.mark.parametrize("name", ["adamw", pytest.param("bert_n_pals", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "bert_n_pals"])
 def test_tasks_are_appended(name: str) -> None:
     two, five = training(name, TWO), training(name, FIVE)
     state = two.run(two.start(), (0, 1), (1, 1), (0, 0))

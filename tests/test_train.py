@@ -43,14 +43,15 @@ def lines(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-LONGER = "--config.steps_per_epoch=60"  # in which a task is learnt
+# In 120 steps a task is learnt.
+LONGER = ("--config.steps_per_epoch=60", "--config.checkpoint_every=30")
 
 
 @pytest.fixture(scope="module")
 def run(small_of_module: Path) -> Path:
     """The workdir of a finished run, for all tests that leave it as it is."""
     workdir = small_of_module / "run"
-    assert main(arguments(small_of_module, workdir, LONGER)) == 0
+    assert main(arguments(small_of_module, workdir, *LONGER)) == 0
     return workdir
 
 
@@ -127,7 +128,7 @@ def test_predict_every_task_that_a_text_fits(run, capsys, monkeypatch):
 
 def test_running_it_again_changes_nothing(run):
     before, log = checkpoint(run), lines(run)
-    assert main(arguments(run.parent, run, LONGER)) == 0
+    assert main(arguments(run.parent, run, *LONGER)) == 0
     after = checkpoint(run)
     assert before[0] == after[0]
     assert all(np.array_equal(before[1][key], after[1][key]) for key in before[1])
@@ -173,7 +174,7 @@ def test_an_encoder_from_the_hub_in_the_old_names(small, tiny_encoder, monkeypat
 @pytest.mark.slow
 def test_a_roberta(small, tiny_roberta, capsys):
     def run(length: int) -> int:
-        overrides = ("--config.method=shared", "--config.tasks=('colour',)", LONGER)
+        overrides = ("--config.method=shared", "--config.tasks=('colour',)", *LONGER)
         length_override = f"--config.data.max_length={length}"
         encoder = f"--config.encoder={tiny_roberta}"
         return main(arguments(small, small / "run", encoder, length_override, *overrides))
@@ -280,6 +281,7 @@ def test_a_run_goes_on_with_the_examples_it_began_with(run):
         workdir.refuse_other_sizes(experiment, run, [sizes[0], sizes[1] + 1, sizes[2]])
 
 
+@pytest.mark.slow
 def test_what_a_base_refuses(small, capsys):
     old = small / "old"
     assert main(arguments(small, old, "--config.tasks=('colour',)", *FROZEN)) == 0
@@ -334,7 +336,7 @@ def test_each_task_alone(small, capsys):
 def test_ablation(small, capsys):
     """The heat map: nothing below the diagonal, and the sum of all layers at its far corner."""
     run = small / "run"
-    assert main(arguments(small, run, "--config.method=houlsby(size=6)", LONGER)) == 0
+    assert main(arguments(small, run, "--config.method=houlsby(size=6)", *LONGER)) == 0
     capsys.readouterr()
     assert main(["evaluate", f"--workdir={run}", "--ablate", "--json"]) == 0
     changes = {k: np.array(v, float) for k, v in json.loads(capsys.readouterr().out).items()}
