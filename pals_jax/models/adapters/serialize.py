@@ -9,30 +9,15 @@ import dataclasses
 import json
 from typing import Any
 
-from pals_jax.models.adapters.blocks import Blocks
-from pals_jax.models.adapters.forms import (
-    Bottleneck,
-    Dense,
-    Prefix,
-    ProjectedAttention,
-    ProjectedFeedForward,
-    Prompt,
-    Scale,
-)
+from pals_jax.models.adapters import blocks, forms
 from pals_jax.models.adapters.spec import Adapter, Method, TaskCopy
 from pals_jax.runtime.errors import UserError
 
 _FORMS = (
-    Blocks,
-    Bottleneck,
-    Dense,
-    Prefix,
-    ProjectedAttention,
-    ProjectedFeedForward,
-    Prompt,
-    Scale,
+    *(blocks.Blocks, forms.Bottleneck, forms.Dense, forms.Prefix, forms.ProjectedAttention),
+    *(forms.ProjectedFeedForward, forms.Prompt, forms.Scale),
 )
-_TYPES = {kind.__name__: kind for kind in (Adapter, TaskCopy, *_FORMS)}
+_TYPES = {each.__name__: each for each in (Adapter, TaskCopy, *_FORMS)}
 
 
 def dumps(method: Method) -> str:
