@@ -4,6 +4,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from test_submission import assert_the_server_accepts
 
 from pals_jax.cli import main
 from pals_jax.inference import submission
@@ -33,7 +34,7 @@ def test_submission_from_a_run(small, shared, capsys):
     assert stdout.strip() == str(out / submission.ZIP)
     assert "RTE.tsv has no predictions" in stderr
     assert "CoLA.tsv" not in stderr
-    submission.check(out / submission.ZIP)
+    assert_the_server_accepts(out / submission.ZIP)
     with zipfile.ZipFile(out / submission.ZIP) as archive:
         assert len(archive.namelist()) == 11
         rows = archive.read("CoLA.tsv").decode().splitlines()

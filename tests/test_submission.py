@@ -54,15 +54,25 @@ def read(good: Path, name: str) -> str:
     return zipfile.ZipFile(good).read(name).decode()
 
 
-def test_writes_what_the_server_expects(good: Path) -> None:
-    with zipfile.ZipFile(good) as archive:
+def assert_the_server_accepts(path: Path) -> None:
+    """The zip has every file with its header, each index once, and labels of the task."""
+    with zipfile.ZipFile(path) as archive:
         assert sorted(archive.namelist()) == sorted(f"{name}.tsv" for name in COUNTS)
         for name, count in COUNTS.items():
             text = archive.read(f"{name}.tsv").decode()
             header, *rows = text.splitlines()
             assert header == "index\tprediction"
-            assert [row.split("\t")[0] for row in rows] == [str(i) for i in range(count)]
-            assert (good.parent / f"{name}.tsv").read_text() == text
+            indices, labels = zip(*(row.split("\t") for row in rows), strict=True)
+            assert indices == tuple(str(i) for i in range(count))
+            if known := GLUE[SPLITS[name][0]].labels:
+                assert set(labels) <= set(known)
+            else:
+                assert all(0 <= float(label) <= 5 for label in labels)
+            assert (path.parent / f"{name}.tsv").read_text() == text
+
+
+def test_writes_what_the_server_expects(good: Path) -> None:
+    assert_the_server_accepts(good)
     assert sorted(path.name for path in good.parent.iterdir()) == sorted(
         [submission.ZIP, *(f"{name}.tsv" for name in COUNTS)]
     )
@@ -126,6 +136,7 @@ def test_missing_test_sets_are_filled_on_request(small: None, tmp_path: Path) ->
         "AX.tsv": "entailment",
     }
     path = submission.write(some, tmp_path, fill_missing=True)
+    assert_the_server_accepts(path)
     assert {line.split("\t")[1] for line in read(path, "WNLI.tsv").splitlines()[1:]} == {"0"}
     assert {line.split("\t")[1] for line in read(path, "CoLA.tsv").splitlines()[1:]} == {"0", "1"}
 
