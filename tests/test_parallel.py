@@ -80,6 +80,7 @@ def trained(
     ("groups", "size", "rate", "counts"),
     [
         (3, 2, 0.2, (2,)),
+        pytest.param(3, 2, 0.2, (1,), marks=pytest.mark.nightly),
         pytest.param(1, 8, 0.2, (8,), marks=pytest.mark.slow),
         *(
             pytest.param(*case, 0.0, (1, 2, 4, 8), marks=pytest.mark.nightly)

@@ -28,7 +28,7 @@ def test_a_workdir_still_predicts(capsys, monkeypatch) -> None:
     for row in predict(WRITTEN, "colour", "\n".join(COLOUR), capsys, monkeypatch):
         label, probability = COLOUR[row["sentence"]]
         assert row["prediction"] == label
-        assert row["p(red)"] == pytest.approx(probability, abs=1e-5)
+        assert row["p(red)"] == pytest.approx(probability, abs=1e-6)
 
 
 def test_a_task_file_still_goes_onto_its_base(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -36,4 +36,4 @@ def test_a_task_file_still_goes_onto_its_base(tmp_path: Path, capsys, monkeypatc
     assert main(["convert", f"--workdir={tmp_path / 'new'}", base, "--files", str(file)]) == 0
     text = "\n".join("\t".join(pair) for pair in SAME)
     for row in predict(tmp_path / "new", "same", text, capsys, monkeypatch):
-        assert row["p(yes)"] == pytest.approx(SAME[row["a"], row["b"]], abs=1e-5)
+        assert row["p(yes)"] == pytest.approx(SAME[row["a"], row["b"]], abs=1e-6)
