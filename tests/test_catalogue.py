@@ -19,10 +19,6 @@ from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime.errors import UserError
 
 ARRAYS = tuple(tiny.inputs().values())
-EVERY = tiny.METHODS | tiny.TOGETHER
-# Compiling takes seconds; by default one method of each kind.
-QUICK = ("pals",)
-SLOW = tuple(pytest.param(names, marks=pytest.mark.slow) for names in tiny.TOGETHER)
 
 
 def test_the_tiny_methods_are_all() -> None:
@@ -35,14 +31,13 @@ def test_the_tiny_methods_are_all() -> None:
 
 @cache
 def compiled(name: str) -> tuple[MultiTaskModel, Any, Any]:
-    model = tiny.model(EVERY[name])
+    model = tiny.model(tiny.METHODS[name])
     return model, tiny.variables(model), jax.jit(model.apply)
 
 
-@pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_mixed_batches_equal_single_tasks(name: str) -> None:
-    """A scalar, one id for each row, and one for each group of rows."""
-    _, variables, apply = compiled(name)
+def test_mixed_batches_equal_single_tasks() -> None:
+    """A scalar, one id for each row, and one for each group; every method: test_packing.py."""
+    _, variables, apply = compiled("pals")
     single = [apply(variables, *ARRAYS, task) for task in range(3)]
     assert apply._cache_size() == 1  # One compilation serves all tasks.
     assert not np.allclose(single[0][:, :1], single[1][:, :1], atol=1e-2)
@@ -54,10 +49,12 @@ def test_mixed_batches_equal_single_tasks(name: str) -> None:
         tiny.assert_rounded_alike(mixed, expected)
 
 
-@pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_training_a_task_moves_its_own_rows_only(name: str) -> None:
-    """With a frozen encoder: every parameter of the task, and nothing else, bit for bit."""
-    step, state = tiny.training(tiny.model(EVERY[name]), ("adapters/",))
+def test_training_a_task_moves_its_own_rows_only() -> None:
+    """With a frozen encoder: every parameter of the task, and nothing else, bit for bit.
+
+    The rows of every method: test_packing.py.
+    """
+    step, state = tiny.training(tiny.model(tiny.METHODS["pals"]), ("adapters/",))
     state, _ = step(state, tiny.batch([1] * 4))  # At step 0 the learning rate is 0.
     after, _ = step(state, tiny.batch([1] * 4))
     tiny.assert_same(after.variables["params"], state.variables["params"])
@@ -68,10 +65,13 @@ def test_training_a_task_moves_its_own_rows_only(name: str) -> None:
         assert (leaf[1] != before[1]).any(), path
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny.TOGETHER)
 def test_other_sizes(name: str) -> None:
     """Two heads, two layers, one task, and thirty: the task axis is no part of the arithmetic."""
-    one = MultiTaskModel(tiny.config(num_attention_heads=2, num_hidden_layers=2), (3,), EVERY[name])
+    one = MultiTaskModel(
+        tiny.config(num_attention_heads=2, num_hidden_layers=2), (3,), tiny.TOGETHER[name]
+    )
     many = one.clone(num_outputs=(3,) * 30)
     variables = tiny.variables(many)
     row = jax.tree.map(lambda x: x[17:18], variables["adapters"])

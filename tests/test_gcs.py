@@ -193,7 +193,7 @@ def test_tasks_are_added_and_trained_alone(
     assert set(json.loads((alone / "results.json").read_text())) == {"colour", "share"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sweep_an_ablation_and_task_files(
     small: Path, bucket: epath.Path, capsys: pytest.CaptureFixture
 ) -> None:

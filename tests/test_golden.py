@@ -72,7 +72,7 @@ def test_checkpoint_files(shared: Path, tmp_path: Path) -> None:
         )
 
 
-@pytest.fixture(scope="module", params=tiny.mostly_slow(VARIANTS, "pals", "low_rank"))
+@pytest.fixture(scope="module", params=tiny.mostly_slow(VARIANTS, "pals"))
 def golden(request: pytest.FixtureRequest, shared: Path) -> SimpleNamespace:
     """The converted model with its training step, compiled once for every test of a variant."""
     golden = load(shared, request.param)

@@ -122,7 +122,7 @@ def trained(it: Experiment, splits: Any, tasks: list[int], devices: int, packing
     ("method", "tasks", "where"),
     [
         pytest.param(FINAL, MIXED, [(2, True)], marks=pytest.mark.slow),
-        pytest.param(FINAL, SINGLE, [(1, True), (2, False)], marks=pytest.mark.slow),
+        pytest.param(FINAL, SINGLE, [(1, True), (2, False)], marks=pytest.mark.nightly),
         *(pytest.param(name, MIXED, [(1, True)], marks=pytest.mark.nightly) for name in METHODS),
     ],
 )
@@ -311,13 +311,8 @@ def test_a_run_that_begins_above_is_the_whole_run(
     assert_same_run(small / "above", small / "whole")
 
 
-@pytest.mark.parametrize(
-    "seeds",
-    [
-        pytest.param((0, 0), marks=pytest.mark.slow, id="one seed"),
-        pytest.param((1, 2), marks=pytest.mark.nightly, id="two seeds"),
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("seeds", [(0, 0), (1, 2)], ids=["one seed", "two seeds"])
 def test_runs_of_one_step(seeds: tuple[int, int], small: Path) -> None:
     """Those of a sweep are what each is alone."""
     pairs = zip(seeds, (1e-3, 1e-2), strict=True)
@@ -348,7 +343,7 @@ def test_tasks_that_are_added_to_a_run(small: Path, capsys: pytest.CaptureFixtur
     assert out[: len(out) // 2] == out[len(out) // 2 :]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_several_hosts(small: Path) -> None:
     """Each keeps what it needs, and the run is that of one."""
     assert main(arguments(small, small / "whole", *ABOVE)) == 0

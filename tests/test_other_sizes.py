@@ -133,7 +133,8 @@ CASES: dict[str, tuple[Method, Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", tiny.mostly_slow(CASES, "pals, serial"))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_against_pytorch(case: str, encoder: tuple[Any, MultiTaskModel, Any]) -> None:
     method, reference = CASES[case]
     theirs, model, params = encoder

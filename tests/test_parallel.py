@@ -81,7 +81,7 @@ def trained(
     [
         (3, 2, 0.2, (2,)),
         pytest.param(3, 2, 0.2, (1,), marks=pytest.mark.nightly),
-        pytest.param(1, 8, 0.2, (8,), marks=pytest.mark.slow),
+        pytest.param(1, 8, 0.2, (8,), marks=pytest.mark.nightly),
         *(
             pytest.param(*case, 0.0, (1, 2, 4, 8), marks=pytest.mark.nightly)
             for case in ((1, 8), (8, 1), (3, 2))

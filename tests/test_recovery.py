@@ -65,7 +65,7 @@ def newest(workdir: Path) -> int:
 )
 def test_killed_and_run_again_is_an_unbroken_run_bit_for_bit(small: Path, kills: int) -> None:
     """Killed at random moments, most of them while a checkpoint is being written."""
-    every = ("--config.checkpoint_every=1", "--config.steps_per_epoch=50")
+    every = ("--config.checkpoint_every=1", f"--config.steps_per_epoch={5 * kills // 2}")
     whole, broken = small / "whole", small / "broken"
     assert start(small, whole, *every).wait(timeout=600) == 0, whole.with_suffix(".log").read_text()
 
@@ -87,7 +87,7 @@ def test_killed_and_run_again_is_an_unbroken_run_bit_for_bit(small: Path, kills:
 @pytest.mark.slow
 def test_told_to_stop_it_saves_and_says_so(small: Path, capsys: pytest.CaptureFixture) -> None:
     """SIGTERM: exit status 143; run again, it is an unbroken run."""
-    every = ("--config.steps_per_epoch=20",)
+    every = ("--config.steps_per_epoch=10",)
     whole, broken = small / "whole", small / "broken"
     assert main(arguments(small, whole, *every)) == 0
 
@@ -103,9 +103,9 @@ def test_told_to_stop_it_saves_and_says_so(small: Path, capsys: pytest.CaptureFi
     assert signal.getsignal(signal.SIGTERM) is before
     step, _ = checkpoint(broken)
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith(f"pals-jax: told to stop; step {step} of 40 is saved in {broken}.")
+    assert message.startswith(f"pals-jax: told to stop; step {step} of 20 is saved in {broken}.")
     assert main(arguments(small, broken, *every)) == 0
-    assert f"going on from step {step} of 40" in capsys.readouterr().err
+    assert f"going on from step {step} of 20" in capsys.readouterr().err
     assert_same_run(whole, broken)
 
 
@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert len(list(run.glob("checkpoints/damaged-*"))) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.all_devices
 def test_it_goes_on_with_other_devices(small: Path) -> None:
     """Two devices begin, eight go on: the same tasks, examples and masks, so the same losses."""
@@ -217,9 +217,9 @@ def test_a_workdir_that_vanishes(small: Path, capsys: pytest.CaptureFixture) -> 
 
     remover = threading.Thread(target=remove)
     remover.start()
-    assert main(arguments(small, run, "--config.steps_per_epoch=40")) == 2
+    assert main(arguments(small, run, "--config.steps_per_epoch=15")) == 2
     remover.join()
     assert f"{run} has vanished" in capsys.readouterr().err.splitlines()[-1]
     shutil.rmtree(run, ignore_errors=True)  # what the last save left behind
     (small / "elsewhere").rename(run)
-    assert main(arguments(small, run, "--config.steps_per_epoch=40")) == 0
+    assert main(arguments(small, run, "--config.steps_per_epoch=15")) == 0

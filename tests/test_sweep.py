@@ -134,9 +134,10 @@ def test_what_is_frozen_alike_is_in_memory_once() -> None:
 def test_a_run_that_diverges_holds_up_no_other(small: Path, capsys: pytest.CaptureFixture) -> None:
     """Neither those that are trained with it in one step, nor those behind it."""
     rates = [{"optimizer.learning_rate": rate} for rate in (1e-3, 1e30)]
-    rates.append({"optimizer.learning_rate": 1e30, "method": "shared"})
+    rates.append({"optimizer.learning_rate": 1e30, "method": "lhuc()"})
     command = ["train", f"--config={CONFIG}:{small}", f"--workdir={small / 'sweep'}", "--sweep"]
     command += [f"--config.sweep={tuple(rates)}", "--config.trainable=('adapters/',)"]
+    command.append("--config.method=shared")
     assert main([*command, "--config.epochs=1"]) == 0
     assert "diverged: in step" in (said := capsys.readouterr().err)
     good, *bad = json.loads((small / "sweep" / "sweep.json").read_text())

@@ -118,7 +118,8 @@ def test_tasks_are_appended(name: str) -> None:
     assert all(tiny.moved(*(of_task(five, x, 4)[:2] for x in (more, taught))))
 
 
-@pytest.mark.parametrize("name", tiny.mostly_slow(["bert_n_pals", "adamw"], "adamw"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert_n_pals", "adamw"])
 def test_tasks_are_removed_and_reordered(name: str) -> None:
     five, left = training(name, FIVE), training(name, (1, 3))
     state = five.run(five.start(), (0, 4), (3, 2), (1, 4), (3, 3))

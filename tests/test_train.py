@@ -300,6 +300,7 @@ def test_what_a_base_refuses(small, capsys):
     assert not (small / "new").exists()
 
 
+@pytest.mark.slow
 def test_tasks_can_be_removed_and_reordered(run):
     """Each keeps its logits, from another program with a narrower head, so but for rounding."""
     loaded = Run.load(run)
@@ -319,24 +320,25 @@ def test_tasks_can_be_removed_and_reordered(run):
 
 @pytest.mark.slow
 def test_each_task_alone(small, capsys):
-    assert main(arguments(small, small / "alone", "--separate", *FROZEN[1:])) == 0
-    for name in ("colour", "same", "share"):
+    two = "--config.tasks=('colour','share')"
+    assert main(arguments(small, small / "alone", "--separate", two, *FROZEN[1:])) == 0
+    for name in ("colour", "share"):
         alone = Run.load(small / "alone" / name)
         assert [task.name for task in alone.experiment.tasks] == [name]
-    assert set(json.loads((small / "alone" / "results.json").read_text())) == {
-        *("colour", "same", "share")
-    }
+    results = json.loads((small / "alone" / "results.json").read_text())
+    assert results.keys() == {"colour", "share"}
     assert main(arguments(small, small / "x", "--separate", "--config.tasks=('same','nope')")) == 2
     assert not (small / "x").exists()
-    table = capsys.readouterr().err.split("dev scores")[4]
-    assert all(name in table for name in ("colour", "same", "share"))
+    table = capsys.readouterr().err.split("dev scores")[3]
+    assert all(name in table for name in ("colour", "share"))
 
 
 @pytest.mark.slow
 def test_ablation(small, capsys):
     """The heat map: nothing below the diagonal, and the sum of all layers at its far corner."""
     run = small / "run"
-    assert main(arguments(small, run, "--config.method=houlsby(size=6)", *LONGER)) == 0
+    changes = ("--config.method=houlsby(size=6)", "--config.optimizer.learning_rate=0.03")
+    assert main(arguments(small, run, *changes)) == 0
     capsys.readouterr()
     assert main(["evaluate", f"--workdir={run}", "--ablate", "--json"]) == 0
     changes = {k: np.array(v, float) for k, v in json.loads(capsys.readouterr().out).items()}
