@@ -50,7 +50,7 @@ def test_divergence_names_the_step_the_task_and_the_examples() -> None:
     check_finite(5, fine, draw.__getitem__, tasks)
     for bad, message in (
         ({"loss": np.array([0.1, np.nan])}, "in step 7 the loss is nan.*rte: 3; cola: 4"),
-        ({"grad_norm": np.array([np.inf, 1.0])}, "in step 6 .* norm inf.*from 0: cola: 7, 8[.]"),
+        ({"grad_norm": np.array([np.inf, 1.0])}, "in step 6 .* norm inf.*from 0: cola: 7, 8[)]"),
         ({"loss": np.array([3e4, 0.1])}, "in step 6 the loss is 3e[+]04"),
     ):
         with pytest.raises(UserError, match=message):

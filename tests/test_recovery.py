@@ -103,7 +103,7 @@ def test_told_to_stop_it_saves_and_says_so(small: Path, capsys: pytest.CaptureFi
     assert signal.getsignal(signal.SIGTERM) is before
     step, _ = checkpoint(broken)
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith(f"pals-jax: told to stop; step {step} of 20 is saved in {broken}.")
+    assert message.startswith(f"pals-jax: told to stop; step {step} of 20 is saved in {broken};")
     assert main(arguments(small, broken, *every)) == 0
     assert f"going on from step {step} of 20" in capsys.readouterr().err
     assert_same_run(whole, broken)

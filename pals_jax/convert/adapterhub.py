@@ -17,11 +17,10 @@ from pals_jax.convert import stacking, tables, tensor_files
 from pals_jax.convert.adapterhub_config import read_method, write_method
 from pals_jax.convert.stacking import Part
 from pals_jax.convert.tables import Slot, Tensors
-from pals_jax.models import task_axis
 from pals_jax.models.adapters.forms import Bottleneck, Prefix, Scale
 from pals_jax.models.adapters.spec import Adapter, Method
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.multitask import MultiTaskModel, check_task_ids
 from pals_jax.runtime.errors import UserError
 
 _VERSION = "adapters.1.3.0"  # the version whose format is written
@@ -76,7 +75,7 @@ def to_adapterhub(
     Raises:
         UserError: if there is no such task, or the library does not have the method.
     """
-    task_axis.check(len(model.num_outputs), task_index)
+    check_task_ids(len(model.num_outputs), task_index)
     path = Path(directory).resolve()
     name = path.name.replace(".", "_")  # PyTorch module names must not contain dots
     config = {

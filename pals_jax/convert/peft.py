@@ -13,11 +13,10 @@ from typing import Any
 from pals_jax.convert import stacking, tables, tensor_files
 from pals_jax.convert.stacking import Part
 from pals_jax.convert.tables import Slot, Tensors
-from pals_jax.models import task_axis
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.spec import Adapter, Method
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.multitask import MultiTaskModel, check_task_ids
 from pals_jax.runtime.errors import UserError
 
 _SAFETENSORS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -78,7 +77,7 @@ def to_peft(
     Raises:
         UserError: if there is no such task, or PEFT's LoRA cannot express the method.
     """
-    task_axis.check(len(model.num_outputs), task)
+    check_task_ids(len(model.num_outputs), task)
     loras, depth = _loras(model), model.config.num_hidden_layers
     form, scale = loras[0].form, loras[0].scale
     config = {

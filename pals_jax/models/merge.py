@@ -8,11 +8,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from pals_jax.models import task_axis
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Prefix, Scale
 from pals_jax.models.adapters.spec import Adapter, Method, TaskCopy
-from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.multitask import MultiTaskModel, check_task_ids
 
 _Path = tuple[str, ...]
 
@@ -52,7 +51,7 @@ def merged(
     Raises:
         UserError: there is no such task.
     """
-    task_axis.check(len(model.num_outputs), task)
+    check_task_ids(len(model.num_outputs), task)
     depth = model.config.num_hidden_layers
     encoder = flatten_dict(jax.tree.map(np.array, dict(variables["params"]["encoder"])))
     rows = jax.tree.map(lambda x: np.array(x[task]), dict(variables["adapters"]))

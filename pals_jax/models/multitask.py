@@ -251,13 +251,7 @@ class MultiTaskModel(nn.Module):
         if groups.ndim != 1 or rows % groups.shape[0]:
             raise ValueError(f"task_ids of shape {groups.shape} cannot be dealt to {rows} rows.")
         if not isinstance(groups, jax.core.Tracer):
-            num_tasks = len(self.num_outputs)
-            wrong = [int(task) for task in groups if not 0 <= task < num_tasks]
-            if wrong:
-                raise UserError(
-                    f"task id {wrong[0]} is out of range; the model's {num_tasks} tasks are"
-                    f" 0 to {num_tasks - 1}."
-                )
+            check_task_ids(len(self.num_outputs), *map(int, groups))
         return groups
 
     def _check_length(self, length: int) -> None:
@@ -266,6 +260,18 @@ class MultiTaskModel(nn.Module):
                 f"sequence length {length} is above the encoder's position table of"
                 f" {self.config.max_length}; shorten max_length."
             )
+
+
+def check_task_ids(count: int, *tasks: int) -> None:
+    """Refuses task ids that are not among the `count` tasks of a model.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    if wrong := [task for task in tasks if not 0 <= task < count]:
+        raise UserError(
+            f"task id {wrong[0]} is out of range; the {count} tasks are 0 to {count - 1}."
+        )
 
 
 def init_variables(model: MultiTaskModel, key: Array) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from jax import Array
 
 from pals_jax.models.adapters.spec import Method
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel
-from pals_jax.runtime.errors import UserError
+from pals_jax.models.multitask import MultiTaskModel, check_task_ids
 
 Tree = TypeVar("Tree")
 
@@ -31,7 +30,7 @@ def take(tree: Tree, num_outputs: Sequence[int], tasks: Sequence[int]) -> Tree:
     Raises:
         UserError: there is no such task.
     """
-    check(len(num_outputs), *tasks)
+    check_task_ids(len(num_outputs), *tasks)
     width = max(num_outputs[task] for task in tasks)
 
     def rows(path: Any, x: Array) -> Array:
@@ -81,18 +80,6 @@ def scatter(tree: Tree, tasks: Array | None, rows: Tree) -> Tree:
         )
 
     return jax.lax.fori_loop(0, max(count, 2), write, tree)
-
-
-def check(count: int, *tasks: int) -> None:
-    """Refuses task ids that are not among the `count` tasks of a model.
-
-    Raises:
-        UserError: there is no such task.
-    """
-    if wrong := [task for task in tasks if not 0 <= task < count]:
-        raise UserError(
-            f"task id {wrong[0]} is out of range; the {count} tasks are 0 to {count - 1}."
-        )
 
 
 def fresh(

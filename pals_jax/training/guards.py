@@ -97,7 +97,7 @@ def check_finite(
     )
     raise Diverged(
         f"the training has diverged: in step {first_step + at + 1} the loss is"
-        f" {scalars['loss'][at]:.4g} and the gradient's norm {scalars['grad_norm'][at]:.4g}. The"
-        f" step's examples, as rows of the train data from 0: {what}. Check them, or lower"
-        " optimizer.learning_rate; earlier checkpoints are unaffected."
+        f" {scalars['loss'][at]:.4g} and the gradient's norm {scalars['grad_norm'][at]:.4g};"
+        " lower optimizer.learning_rate, or check the step's examples (as rows of the train data"
+        f" from 0: {what}); earlier checkpoints are unaffected."
     )

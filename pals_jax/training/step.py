@@ -91,6 +91,25 @@ def example_losses(logits: Array, targets: Array, is_regression: Array) -> Array
     return jnp.where(is_regression, jnp.square(logits[:, 0] - targets), cross_entropy)
 
 
+def _weighted_loss(logits: Array, batch: Batch, is_regression: np.ndarray) -> Array:
+    """The weighted sum of the losses of all examples; `is_regression`, bool [T], of the tasks."""
+    per_group = batch.targets.size // len(batch.task_ids)
+    regression = jnp.repeat(jnp.asarray(is_regression)[batch.task_ids], per_group)
+    outputs = logits.reshape(-1, logits.shape[-1])
+    losses = example_losses(outputs, batch.targets.reshape(-1), regression)
+    return jnp.sum(losses * batch.weights.reshape(-1))
+
+
+def _slots(batch: Batch, num_tasks: int) -> tuple[Array, int]:
+    """The slot of each group's task, int [G], and the number of slots."""
+    if batch.slot_tasks is None:
+        return batch.task_ids, num_tasks
+    found = batch.task_ids[:, None] == batch.slot_tasks[None]
+    num_slots = len(batch.slot_tasks)
+    # A task without a slot gets an id out of range, for which the model returns NaN.
+    return jnp.where(found.any(axis=1), found.argmax(axis=1), num_slots), num_slots
+
+
 def create_state(
     variables: optax.Params, rules: Sequence[str], optimizer: optax.GradientTransformation
 ) -> TrainState:
@@ -122,12 +141,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key, slot_tasks = mask_key(seed, state.step), batch.slot_tasks
-        num_slots, slot_ids = len(is_regression), batch.task_ids
-        if slot_tasks is not None:
-            found = batch.task_ids[:, None] == slot_tasks[None]
-            num_slots = len(slot_tasks)
-            # A task without a slot gets an id out of range, for which the model returns NaN.
-            slot_ids = jnp.where(found.any(axis=1), found.argmax(axis=1), num_slots)
+        slot_ids, num_slots = _slots(batch, len(is_regression))
         # Gather only the parameters of the slots' tasks, and scatter them back at the end.
         every = state.trainable.get(TASKS, {}), task_trees(state.opt_state)
         of_tasks, opt_trees = gather(every, slot_tasks)
@@ -142,11 +156,7 @@ def make_train_step(
                 slot_tasks=slot_tasks,
                 rngs={"dropout": key},
             )
-            per_group = batch.targets.size // len(batch.task_ids)
-            regression = jnp.repeat(jnp.asarray(is_regression)[batch.task_ids], per_group)
-            outputs = logits.reshape(-1, logits.shape[-1])
-            losses = example_losses(outputs, batch.targets.reshape(-1), regression)
-            return jnp.sum(losses * batch.weights.reshape(-1))
+            return _weighted_loss(logits, batch, is_regression)
 
         loss, grads = jax.value_and_grad(loss_fn)(before)
         # A task whose examples all have weight 0 does not count as drawn.

@@ -172,8 +172,8 @@ def take_steps(
             if stop and done < total_steps:
                 writer.wait()
                 raise Preempted(
-                    f"told to stop; step {done} of {total_steps} is saved in {writer.where}."
-                    " Run the same command to go on."
+                    f"told to stop; step {done} of {total_steps} is saved in {writer.where}; to go"
+                    " on, run the same command again."
                 )
     say(f"the training step was compiled {train_step.count} times")
     return state

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from pals_jax.models.adapters.forms import Context, Params
-from pals_jax.models.adapters.spec import _OUTSIDE, Adapter, Method, TaskCopy
+from pals_jax.models.adapters.spec import OUTSIDE_LAYERS, Adapter, Method, TaskCopy
 from pals_jax.models.bert import BertConfig, Sites
 from pals_jax.models.segments import Segments
 
@@ -123,7 +123,7 @@ class TaskAdapters:
             active: bool scalar; whether the layer's adapters are active. None: they are.
         """
         if layer is None:
-            layer = {a.name: {} for a in self.adapters if a.site in _OUTSIDE}
+            layer = {a.name: {} for a in self.adapters if a.site in OUTSIDE_LAYERS}
 
         def at(
             site: str,

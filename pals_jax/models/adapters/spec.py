@@ -36,7 +36,7 @@ Layers = Literal["all", "first_half", "final_half"] | tuple[int, ...]
 
 READS = ("block_input", "state", "normalised")
 COMPOSITIONS = ("add", "gate", "multiply", "replace", "concat")
-_OUTSIDE = ("embeddings", "top")  # the sites that are not in the layers
+OUTSIDE_LAYERS = ("embeddings", "top")  # the sites that are not in the layers
 
 
 def layer_indices(layers: Layers, depth: int) -> tuple[int, ...]:
@@ -113,7 +113,7 @@ class Adapter:
 
     def layer_indices(self, depth: int) -> tuple[int, ...]:
         """The layers that carry it; none where the site is below or above the layers."""
-        return () if self.site in _OUTSIDE else layer_indices(self.layers, depth)
+        return () if self.site in OUTSIDE_LAYERS else layer_indices(self.layers, depth)
 
     def parameters(self, config: BertConfig) -> dict[str, Any]:
         """The parameters of one task: {"shared": ..., "layers": ...} with leaves `Stack`."""
@@ -132,7 +132,7 @@ class Adapter:
         count = (len(self.layer_indices(depth)),)
         tree: dict[str, Any] = {}
         for name, param in params.items():
-            everywhere = name in self.shared or self.site in _OUTSIDE
+            everywhere = name in self.shared or self.site in OUTSIDE_LAYERS
             lead, part = ((), "shared") if everywhere else (count, "layers")
             stack = partial(Stack, sizes=lead)
             tree.setdefault(part, {})[name] = jax.tree.map(

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 _LINKS = 2  # links per chip that a ring of all chips uses
 
 ASSUMPTIONS = (
-    "The training batch has the shape that most have, as the training data call for it, and the"
-    " length of the run follows the mean of all; where the data, or the tokenizer, are not on this"
-    " machine, every batch is padded to the full length, and takes more than it will.",
+    "The step is that of the commonest batch shape of the training data, and the length of the run"
+    " is that of the mean shape; without the data or the tokenizer on this machine, every batch is"
+    " padded to the full length, which overestimates both.",
     "Each chip reaches the peak FLOP/s of bfloat16, in which JAX multiplies float32 too, or the"
     " peak bandwidth of its memory, whichever takes longer; what XLA counts as moved may in part"
     " stay on the chip.",
