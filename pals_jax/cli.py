@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,8 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # Orbax logs tracebacks of errors that it also raises and that we report.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    return status_of(lambda: args.run(args))
+
+
+def status_of(run: Callable[[], None]) -> int:
+    """Runs something and returns its exit status, as in `main`; an error is one line on stderr."""
     try:
-        args.run(args)
+        run()
     except UserError as error:
         print(f"pals-jax: {error}", file=sys.stderr)
         return error.status

@@ -108,22 +108,24 @@ def test_evaluation_of_every_method_is_that_of_padded_rows(name: str) -> None:
     evaluate, every = jax.jit(make_eval_step(model)), jax.jit(make_every_task_step(model))
     found, shapes = [], set()
     for placing in (Padded(4, 9), Packed.into(2, 24)):
-        logits = np.full((6, 11, 3), np.nan)
+        logits = np.full((7, 11, 3), np.nan)
         for shards, places in eval_batches(held_out, 1, Layout(), placing, Shards()):
             there, batch = places >= 0, jax.tree.map(lambda x: x[0], shards)
-            shapes.add((*batch.input_ids.shape, *places.shape))
             rows = np.arange(len(places))
-            ones, mixed = (batch.replace(task_ids=ids) for ids in (np.full_like(rows, 1), rows % 3))
-            logits[0, places[there]] = evaluate((variables, all_layers), ones)[there]
-            logits[1, places[there]] = evaluate((variables, some), ones)[there]
-            logits[2, places[there]] = evaluate((variables, all_layers), mixed)[there]
-            single = np.asarray(every(variables, batch))
-            logits[3:, places[there]] = single[:, there]
-            expected = single[rows % 3, rows][there]
-            tiny.assert_rounded_alike(logits[2, places[there]], expected)
-        tiny.assert_rounded_alike(logits[0], logits[4])
+            shapes.add((*batch.input_ids.shape, *places.shape))
+
+            def evaluated(task_ids: Any, active: Any = all_layers, batch: Batch = batch) -> Any:
+                ids = np.broadcast_to(task_ids, len(batch.input_ids)).astype(np.int32)
+                return np.asarray(evaluate((variables, active), batch.replace(task_ids=ids)))
+
+            single = np.stack([evaluated(task) for task in range(3)])
+            tiny.assert_rounded_alike(evaluated(rows % 3)[there], single[rows % 3, rows][there])
+            logits[:3, places[there]] = single[:, there]
+            logits[3, places[there]] = evaluated(1, some)[there]
+            logits[4:, places[there]] = np.asarray(every(variables, batch))[:, there]
         found.append(logits)
     padded, packed = found
-    np.testing.assert_allclose(packed[[0, 1, 3, 4, 5]], padded[[0, 1, 3, 4, 5]], rtol=0, atol=1e-5)
-    assert abs(padded[3] - padded[4])[:, 0].max() > 0.1  # tasks have parameters of their own
+    np.testing.assert_allclose(packed, padded, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(padded[4:], padded[:3], rtol=0, atol=1e-5)
+    assert abs(padded[0] - padded[1])[:, 0].max() > 0.1  # tasks have parameters of their own
     assert evaluate._cache_size() == every._cache_size() == len(shapes)

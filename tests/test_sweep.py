@@ -156,8 +156,8 @@ def test_a_run_that_diverges_holds_up_no_other(small: Path, capsys: pytest.Captu
         ("({'seed': 0})", "sweep has 'seed', which is not a {key: value}"),  # no comma after it
         (({}, {"seed": 1}), "sweep has {}, which is no"),
         (({0: 1},), "sweep has {0: 1}, which is no"),
-        (({"sede": 1},), "sweep entry {'sede': 1}"),
-        (({"seed": "one"},), "sweep entry {'seed': 'one'}"),
+        (({"sede": 1},), "the overrides {'sede': 1}"),
+        (({"seed": "one"},), "the overrides {'seed': 'one'}"),
         (({"seed": 1}, {"method": "nope"}), "nope"),
         (({"seed": 1}, {"optimizer.name": "sgd"}), "sgd"),
         (({"seed": 1}, {"sampling": "some"}), "some"),

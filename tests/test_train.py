@@ -300,7 +300,6 @@ def test_what_a_base_refuses(small, capsys):
     assert not (small / "new").exists()
 
 
-@pytest.mark.slow
 def test_tasks_can_be_removed_and_reordered(run):
     """Each keeps its logits, from another program with a narrower head, so but for rounding."""
     loaded = Run.load(run)

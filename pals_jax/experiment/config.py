@@ -93,6 +93,24 @@ def load(arguments: Sequence[str]) -> ConfigDict:
     return config
 
 
+def override(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+    """A copy without a sweep, with {dotted key: value} changed.
+
+    Raises:
+        UserError: a key is unknown, or a value has the wrong type or is out of range.
+    """
+    changed = ConfigDict(config.to_dict())
+    changed.sweep = ()
+    changed.lock()  # makes unknown keys an error
+    try:
+        changed.update_from_flattened_dict(dict(overrides))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error.args[0]).split())
+        raise UserError(f"configuration: the overrides {dict(overrides)}: {reason}.") from error
+    check(changed)
+    return changed
+
+
 def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
     """The dotted keys, except those of own tasks, which `own_task` checks."""
     for key, value in config.items():

@@ -55,7 +55,7 @@ def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
                 " with one entry needs a trailing comma, ({'seed': 0},)."
             )
     overrides = {_name(each): dict(each) for each in config.sweep}
-    runs = {name: _under(config, each) for name, each in overrides.items()}
+    runs = {name: config_lib.override(config, each) for name, each in overrides.items()}
     if not runs or len(runs) < len(config.sweep):
         raise UserError(
             "configuration: sweep is empty or names a run twice; give a list of overrides such as"
@@ -65,7 +65,7 @@ def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
         Experiment.from_config(one)  # reports errors before any run is trained
     rows: list[dict[str, Any]] = []
     for names in _in_one_step(runs, workdir):
-        of_all = _train({name: runs[name] for name in names}, workdir)
+        of_all = train_all({name: runs[name] for name in names}, workdir)
         rows += [_row(runs[name], name, overrides[name], of_all[name]) for name in names]
         rows.sort(key=lambda row: -np.inf if row["score"] is None else row["score"], reverse=True)
         if distributed.is_main():
@@ -74,8 +74,16 @@ def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _train(runs: dict[str, ConfigDict], workdir: epath.Path) -> dict[str, Results | None]:
-    """Trains runs together; if one diverges, each alone. Diverged runs have the result None."""
+def train_all(runs: dict[str, ConfigDict], workdir: epath.Path) -> dict[str, Results | None]:
+    """Trains runs in one step; if one diverges, each alone.
+
+    Args:
+        runs: name -> configuration, any two of which `can_be_vmapped`.
+        workdir: the parent of the runs' directories, which are called by their names.
+
+    Returns:
+        name -> the dev results of the best checkpoint, or None if the run diverged.
+    """
     say(f"training {', '.join(runs)}")
     try:
         if len(runs) == 1:
@@ -88,7 +96,7 @@ def _train(runs: dict[str, ConfigDict], workdir: epath.Path) -> dict[str, Result
             return dict.fromkeys(runs)
     finally:
         forget_compiled()
-    return {name: _train({name: config}, workdir)[name] for name, config in runs.items()}
+    return {name: train_all({name: config}, workdir)[name] for name, config in runs.items()}
 
 
 def _in_one_step(runs: dict[str, ConfigDict], workdir: epath.Path) -> list[list[str]]:
@@ -136,19 +144,6 @@ def sweep_table(rows: list[dict[str, Any]]) -> "Table":
         mean = "diverged" if row["score"] is None else f"{100 * row['score']:.1f}"
         columns.add_row(*given, *cells, mean)
     return columns
-
-
-def _under(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
-    one = ConfigDict(config.to_dict())
-    one.sweep = ()
-    one.lock()  # makes unknown keys an error
-    try:
-        one.update_from_flattened_dict(dict(overrides))
-    except (KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error.args[0]).split())
-        raise UserError(f"configuration: sweep entry {dict(overrides)}: {reason}.") from error
-    config_lib.check(one)
-    return one
 
 
 def _name(overrides: dict[str, Any]) -> str:

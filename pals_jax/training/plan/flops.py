@@ -25,9 +25,7 @@ def forward(model: MultiTaskModel, length: int, kept: bool = False) -> int:
         length: L, the positions of the row.
         kept: whether the model starts from cached hidden states below the first adapter.
     """
-    return _products(
-        jax.make_jaxpr(_sum_of_logits(model, length, kept))(variable_shapes(model)).jaxpr
-    )
+    return of_products(_sum_of_logits(model, length, kept), variable_shapes(model))
 
 
 def training(
@@ -44,7 +42,12 @@ def training(
     loss = _sum_of_logits(model.clone(remat=False), length, kept)
     trained, frozen = partition(variable_shapes(model), trainable)
     gradient = jax.grad(lambda trained, frozen: loss(overlay(frozen, trained)))
-    return _products(jax.make_jaxpr(gradient)(trained, frozen).jaxpr)
+    return of_products(gradient, trained, frozen)
+
+
+def of_products(function: Callable[..., Any], *arguments: Any) -> int:
+    """FLOPs of the matrix products of any function; arguments may be shapes."""
+    return _products(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def _sum_of_logits(model: MultiTaskModel, length: int, kept: bool) -> Any:
