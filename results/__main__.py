@@ -1,0 +1,63 @@
+"""The commands `run` and `report`."""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+from pals_jax.cli import status_of
+from results import claims
+
+
+def main() -> int:
+    """Runs one command and returns its exit status, as `pals_jax.cli.main` does."""
+    parser = argparse.ArgumentParser(prog="python -m results", description="Claims, on data.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="run what is missing, the cheapest decision first")
+    run.set_defaults(run=_run)
+    run.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="see configs/claims.py"
+    )
+    run.add_argument("--only", default="", metavar="H1,U1", help="these claims only")
+    run.add_argument(
+        "--hours",
+        type=float,
+        default=math.inf,
+        metavar="H",
+        help="stop after so long; it can go on",
+    )
+    run.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    run.add_argument(
+        "--workdirs", type=Path, default=Path("runs/claims"), help="where unfinished runs live"
+    )
+    run.add_argument("--plan", action="store_true", help="print what is missing; run nothing")
+    report = commands.add_parser("report", help="make docs/results from the records of the runs")
+    report.set_defaults(run=_report)
+    args = parser.parse_args()
+    return status_of(lambda: args.run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu" if args.device == "cpu" else "cuda"
+    from pals_jax.runtime import distributed
+    from results import runs
+
+    listed = claims.read()
+    runner = runs.Runner(listed, args.device, args.data, args.workdirs)
+    with distributed.ended_by_sigterm():
+        if args.plan:
+            runs.plan(runner, listed.only(args.only))
+        else:
+            runs.run(runner, listed.only(args.only), args.hours)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from results import report
+
+    del args
+    report.write(claims.read())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What a person would try first: the majority class, and logistic regression on frozen vectors."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from pals_jax.convert import huggingface
+from pals_jax.data.batch import Batch
+from pals_jax.data.tasks import Task
+from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
+from pals_jax.experiment.experiment import Experiment
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.segments import Packing
+from pals_jax.runtime.console import progress
+from pals_jax.runtime.shards import Shards
+from results.records import Answers
+
+
+def answers(experiment: Experiment) -> dict[str, Answers]:
+    """What each baseline answers on the dev sets of an experiment's tasks.
+
+    Args:
+        experiment: its encoder, tasks and data; method and optimiser do not matter.
+
+    Returns:
+        "majority"; and "logistic-cls" and "logistic-mean", a logistic regression (a ridge
+        regression for values) on the standardised last hidden states of the frozen encoder, at the
+        first position or averaged over all.
+    """
+    directory = huggingface.resolve(experiment.config.encoder)
+    tokenizer = load_tokenizer(directory)
+    encode = _encoder(experiment)
+    found: dict[str, Answers] = {"majority": {}, "logistic-cls": {}, "logistic-mean": {}}
+    for task in experiment.tasks:
+        train = experiment.read(task, "train", tokenizer)
+        held_out = experiment.read_eval(task, tokenizer)
+        most = _most_frequent(task, train.targets)
+        found["majority"][task.name] = {s: np.full(len(x), most) for s, x in held_out.items()}
+        known, asked = encode(train), {split: encode(x) for split, x in held_out.items()}
+        for at, kind in enumerate(("logistic-cls", "logistic-mean")):
+            model = _fitted(task, known[:, at], train.targets)
+            found[kind][task.name] = {s: _answer(task, model, x[:, at]) for s, x in asked.items()}
+    return found
+
+
+def _most_frequent(task: Task, targets: np.ndarray) -> float:
+    if task.is_regression:
+        return float(np.mean(targets))
+    classes, counts = np.unique(targets, return_counts=True)
+    return float(classes[counts.argmax()])
+
+
+def _fitted(task: Task, vectors: np.ndarray, targets: np.ndarray) -> Any:
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = Ridge() if task.is_regression else LogisticRegression(max_iter=1000, C=0.1)
+    return make_pipeline(StandardScaler(), model).fit(vectors, targets)
+
+
+def _answer(task: Task, model: Any, vectors: np.ndarray) -> np.ndarray:
+    predicted = model.predict(vectors)
+    return np.clip(predicted, 0.0, 1.0) if task.is_regression else predicted
+
+
+def _encoder(experiment: Experiment) -> Callable[[TokenizedSplit], np.ndarray]:
+    """The frozen encoder: from a split to [CLS] and mean vectors, float32 [N, 2, D]."""
+    model = MultiTaskModel(experiment.architecture, (1,))
+    directory = huggingface.resolve(experiment.config.encoder)
+    variables = huggingface.load_variables(model, directory, seed=0)
+
+    @jax.jit
+    def vectors(variables: Any, batch: Batch) -> Array:
+        """[B, M, 2, D], the vectors of each example of each row."""
+        packing = Packing(batch.first, batch.example_ids)
+        tokens = batch.tokens
+        hidden = cast(Array, model.apply(variables, *tokens, 0, packing=packing, method="encode"))
+        numbers = jnp.arange(1, batch.first.shape[1] + 1)[None, :, None]
+        mine = (batch.attention_mask[:, None] == numbers).astype(hidden.dtype)
+        mean = mine @ hidden / jnp.maximum(mine.sum(-1, keepdims=True), 1.0)
+        first = jnp.take_along_axis(hidden, batch.first[..., None], axis=1)
+        return jnp.stack([first, mean], axis=2)
+
+    def encode(split: TokenizedSplit) -> np.ndarray:
+        found = np.empty((len(split), 2, experiment.architecture.hidden_size), np.float32)
+        with progress(len(split), 0, "text") as bar:
+            for shards, examples in experiment.eval_batches(split, 0, Shards()):
+                here = examples >= 0
+                batch = jax.tree.map(lambda x: x[0], shards)
+                found[examples[here]] = np.asarray(vectors(variables, batch))[here]
+                bar.update(int(here.sum()))
+        return found
+
+    return encode

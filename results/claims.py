@@ -1,0 +1,156 @@
+"""Reading `claims.toml`: the claims, and the arms that they compare."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pals_jax.runtime.errors import UserError
+
+FORMAT = 1
+FILE = Path(__file__).with_name("claims.toml")
+PAPERS = {
+    "baselines": "Baselines",
+    "houlsby": "Parameter-efficient transfer learning (Houlsby et al. 2019)",
+    "unified": "Towards a unified view (He et al. 2022)",
+    "pals": "BERT and PALs (Stickland & Murray 2019)",
+}
+BASELINES = ("majority", "logistic-cls", "logistic-mean")  # kinds of arms that are not trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One side of a comparison.
+
+    Attributes:
+        name: its key in the file, and the folder of its runs.
+        title: how the tables call it.
+        kind: "train", or one of `BASELINES`.
+        together: whether one run trains all tasks of a claim in one model.
+        overrides: {dotted key: value} of the configuration.
+    """
+
+    name: str
+    title: str
+    kind: str
+    together: bool
+    overrides: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What a paper says, and what is compared to decide it.
+
+    Attributes:
+        name: for example "H1".
+        paper: a key of `PAPERS`.
+        sentence: the claim.
+        source: the section, table or figure.
+        published: the paper's figures.
+        pairs: (one, other), names of arms; `one` is claimed to be above `other` - margin.
+        margin: in points of the mean score x 100.
+        shown: names of further arms of the table.
+        tasks: the tasks whose mean score is compared.
+        seeds: the seeds of every trained arm.
+        picture: "size and score", or "scores".
+    """
+
+    name: str
+    paper: str
+    sentence: str
+    source: str
+    published: str
+    pairs: tuple[tuple[str, str], ...]
+    tasks: tuple[str, ...]
+    margin: float = 0.0
+    shown: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    picture: str = "scores"
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """All arms of the claim's table, each once: those compared, then those shown."""
+        return tuple(dict.fromkeys([arm for pair in self.pairs for arm in pair] + [*self.shown]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Claims:
+    """The content of the file.
+
+    Attributes:
+        config: the configuration file of all trained arms.
+        devices: device -> "alone" or "together" -> overrides of the configuration.
+        arms: by name.
+        claims: by name, in the order of the file.
+    """
+
+    config: str
+    devices: dict[str, dict[str, dict[str, Any]]]
+    arms: dict[str, Arm]
+    claims: dict[str, Claim]
+
+    def only(self, names: str) -> list[Claim]:
+        """The claims of a comma-separated list of names; all of them if it is empty.
+
+        Raises:
+            UserError: there is no such claim.
+        """
+        for name in (wanted := [name for name in names.split(",") if name]):
+            if name not in self.claims:
+                raise UserError(
+                    f"there is no claim {name!r} in {FILE.name}; its claims are"
+                    f" {', '.join(self.claims)}."
+                )
+        return [claim for name, claim in self.claims.items() if not wanted or name in wanted]
+
+
+def read(file: Path = FILE) -> Claims:
+    """The claims of a file.
+
+    Raises:
+        UserError: the file is not TOML, of another format, or a claim is not complete.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{file} cannot be read as a list of claims: {error}.") from error
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"{file} has the format {content.get('format')!r}, not {FORMAT}; use the commit that"
+            " wrote it."
+        )
+    if not isinstance(content.get("config"), str):
+        raise UserError(f"{file} names no config; add config = 'configs/FILE.py'.")
+    arms = {name: _arm(name, dict(given), file) for name, given in content.get("arm", {}).items()}
+    claims = [_claim(given, arms, file) for given in content.get("claim", ())]
+    by_name = {claim.name: claim for claim in claims}
+    return Claims(content["config"], content.get("device", {}), arms, by_name)
+
+
+def _arm(name: str, given: dict[str, Any], file: Path) -> Arm:
+    kind, together = given.pop("kind", "train"), given.pop("together", False)
+    title = given.pop("title", given.get("method", name))
+    if kind not in ("train", *BASELINES):
+        raise UserError(f"{file}: arm {name} is of an unknown kind, {kind!r}.")
+    if "learning_rate" in given:
+        given["optimizer.learning_rate"] = given.pop("learning_rate")
+    overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return Arm(name, title, kind, together, overrides)
+
+
+def _claim(given: dict[str, Any], arms: dict[str, Arm], file: Path) -> Claim:
+    where = f"{file}: claim {given.get('name', '?')}"
+    known = {field.name: field for field in dataclasses.fields(Claim)}
+    if wrong := given.keys() - known.keys():
+        raise UserError(f"{where} has {', '.join(sorted(wrong))}, which no claim has.")
+    needed = [n for n, field in known.items() if field.default is dataclasses.MISSING]
+    if missing := [name for name in needed if not given.get(name)]:
+        raise UserError(f"{where} has no {', '.join(missing)}; add it.")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    claim = Claim(**values | {"pairs": tuple(tuple(pair) for pair in given["pairs"])})
+    if claim.paper not in PAPERS:
+        raise UserError(f"{where} is of an unknown paper, {claim.paper!r}.")
+    for arm in claim.arms:
+        if arm not in arms:
+            raise UserError(f"{where} compares {arm!r}, which is no arm of the file.")
+    return claim

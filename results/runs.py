@@ -1,0 +1,312 @@
+"""Running what is missing: the cheapest decision first, resumable at any step."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from rich.table import Table
+
+from pals_jax.convert import huggingface
+from pals_jax.data.tokenize import load_tokenizer
+from pals_jax.experiment.config import encoder_is_frozen, load, override
+from pals_jax.experiment.experiment import Experiment
+from pals_jax.inference.evaluator import decide
+from pals_jax.inference.run import Run
+from pals_jax.models import counts
+from pals_jax.runtime.console import print_table, say
+from pals_jax.runtime.errors import Preempted
+from pals_jax.training.plan import flops
+from pals_jax.training.sweep import train_all
+from pals_jax.training.train import train
+from results import baselines, records
+from results.claims import BASELINES, Arm, Claim, Claims
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An arm on one task, or on all tasks of a claim together, with the seeds that are missing."""
+
+    arm: Arm
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """What the log calls it, and the folder of its workdirs."""
+        return f"{self.arm.name}/{'+'.join(self.tasks)}"
+
+    def missing(self, device: str, pages: Path) -> tuple[int, ...]:
+        """The seeds without a record."""
+        name, tasks = self.arm.name, self.tasks
+        files = {seed: records.run_file(device, name, tasks, seed, pages) for seed in self.seeds}
+        return tuple(seed for seed, file in files.items() if not file.exists())
+
+
+def jobs_of(claims: Claims, claim: Claim, device: str, pages: Path) -> list[Job]:
+    """The jobs that a claim still needs on a device."""
+    jobs = []
+    for name in claim.arms:
+        arm = claims.arms[name]
+        seeds = (0,) if arm.kind in BASELINES else claim.seeds
+        for tasks in [claim.tasks] if arm.together else [(task,) for task in claim.tasks]:
+            if missing := Job(arm, tasks, seeds).missing(device, pages):
+                jobs.append(Job(arm, tasks, missing))
+    return jobs
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """Runs jobs on one device.
+
+    Attributes:
+        claims: the claims file.
+        device: "cpu" or "gpu"; its settings are in the claims file.
+        data: the directory that configs/claims.py reads.
+        workdirs: where unfinished runs live.
+        pages: docs/results.
+    """
+
+    claims: Claims
+    device: str
+    data: Path
+    workdirs: Path
+    pages: Path = records.PAGES
+    _costs: dict[str, float] = dataclasses.field(default_factory=dict)
+    _counted: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+    def config(self, job: Job, seed: int) -> ConfigDict:
+        """The configuration of one run."""
+        settings = self.claims.devices[self.device]
+        config = load([f"--config={REPOSITORY / self.claims.config}:{self.data}"])
+        chosen = settings["together" if job.arm.together else "alone"]
+        return override(config, {**chosen, **job.arm.overrides, "tasks": job.tasks, "seed": seed})
+
+    def cost(self, job: Job) -> float:
+        """FLOPs of the matrix products of a job: training and three evaluations of each run."""
+        if job.name not in self._costs:
+            self._costs[job.name] = self._cost(job)
+        return self._costs[job.name]
+
+    def _cost(self, job: Job) -> float:
+        experiment = Experiment.from_config(self.config(job, job.seeds[0]))
+        config, length = experiment.config, experiment.config.data.max_length
+        forward = flops.forward(experiment.model(), length) / length
+        dev = forward * sum(self._tokens(experiment, task)["dev"] for task in job.tasks)
+        if job.arm.kind in BASELINES:
+            whole = sum(self._tokens(experiment, task)["train"] for task in job.tasks)
+            return (forward * whole + dev) / len(BASELINES)
+        steps = experiment.steps * config.batch_size * self.training_flops(job)
+        return len(job.seeds) * (steps + 3 * dev)
+
+    def training_flops(self, job: Job) -> float:
+        """FLOPs of the matrix products of one example's training."""
+        experiment = Experiment.from_config(self.config(job, job.seeds[0]))
+        length = experiment.config.data.max_length
+        whole = flops.training(experiment.model(), experiment.config.trainable, length)
+        mean = np.mean([self._tokens(experiment, task)["mean"] for task in job.tasks])
+        return float(whole / length * mean)
+
+    def _tokens(self, experiment: Experiment, name: str) -> dict[str, float]:
+        """Tokens of a task's train and dev sets, and of its mean training example."""
+        if name not in self._counted:
+            (task,) = (task for task in experiment.tasks if task.name == name)
+            tokenizer = load_tokenizer(huggingface.resolve(experiment.config.encoder))
+            train = experiment.read(task, "train", tokenizer)
+            held_out = experiment.read_eval(task, tokenizer).values()
+            self._counted[name] = {
+                "train": float(train.offsets[-1]),
+                "dev": float(sum(split.offsets[-1] for split in held_out)),
+                "mean": float(train.lengths.mean()),
+            }
+        return self._counted[name]
+
+    def run(self, job: Job) -> None:
+        """Runs a job to its end and writes its records.
+
+        Raises:
+            Preempted: it was told to stop; run again, it goes on.
+        """
+        if job.arm.kind in BASELINES:
+            self._run_baselines(job)
+            return
+        parent = epath.Path(self.workdirs / self.device / job.name)
+        configs = {str(seed): self.config(job, seed) for seed in job.seeds}
+        frozen = encoder_is_frozen(configs[str(job.seeds[0])])
+        for names in [list(configs)] if frozen else [[name] for name in configs]:
+            with _Stopwatch(Path(parent) / f"{'+'.join(names)}.seconds") as watch:
+                found = train_all({name: configs[name] for name in names}, parent)
+            for name in names:
+                answers = None if found[name] is None else self._answers(parent / name)
+                experiment = Experiment.from_config(configs[name])
+                seconds = watch.seconds / len(names)
+                self._write(job, int(name), experiment, answers, seconds)
+        shutil.rmtree(parent)
+
+    def _run_baselines(self, job: Job) -> None:
+        """All baselines of a task, because they share the encoder's vectors."""
+        began = time.monotonic()
+        experiment = Experiment.from_config(self.config(job, 0))
+        found = baselines.answers(experiment)
+        seconds = (time.monotonic() - began) / len(found)
+        for arm in self.claims.arms.values():
+            if arm.kind in found:
+                done = dataclasses.replace(job, arm=arm)
+                self._write(done, 0, experiment, found[arm.kind], seconds)
+
+    def _answers(self, workdir: epath.Path) -> records.Answers:
+        run, found = Run.load(workdir), {}
+        for task in run.experiment.tasks:
+            splits = run.experiment.read_eval(task, run.tokenizer)
+            logits = {s: run.evaluator.logits(run.variables, task, x) for s, x in splits.items()}
+            found[task.name] = {s: decide(task, x) for s, x in logits.items()}
+        return found
+
+    def _write(
+        self,
+        job: Job,
+        seed: int,
+        experiment: Experiment,
+        answers: records.Answers | None,
+        seconds: float,
+    ) -> None:
+        self._write_dev(experiment)
+        counted = counts.count(experiment.model())
+        trains_encoder = not encoder_is_frozen(experiment.config)
+        content: dict[str, Any] = {
+            "arm": job.arm.name,
+            "tasks": job.tasks,
+            "seed": seed,
+            "overrides": job.arm.overrides,
+            "steps": 0 if job.arm.kind in BASELINES else experiment.steps,
+            "seconds": round(seconds, 1),
+            "parameters": {
+                "encoder": counted.encoder,
+                "per_task": 0 if job.arm.kind in BASELINES else counted.per_task,
+                "encoder_is_trained": trains_encoder and job.arm.kind not in BASELINES,
+            },
+            **records.provenance(),
+            "answers": None if answers is None else records.encode_all(answers),
+        }
+        records.write(
+            records.run_file(self.device, job.arm.name, job.tasks, seed, self.pages), content
+        )
+
+    def _write_dev(self, experiment: Experiment) -> None:
+        """The right answers of the tasks' dev sets, unless they are there."""
+        for task in experiment.tasks:
+            path = records.dev_file(task.name, self.pages)
+            if not path.exists():
+                tokenizer = load_tokenizer(huggingface.resolve(experiment.config.encoder))
+                splits = experiment.read_eval(task, tokenizer)
+                targets = {split: x.targets for split, x in splits.items()}
+                train = experiment.read(task, "train", tokenizer)
+                records.write(
+                    path,
+                    {
+                        "task": task.name,
+                        "metric": task.metrics[0],
+                        "train_examples": len(train),
+                        "answers": records.encode_all({task.name: targets})[task.name],
+                    },
+                )
+
+
+class _Stopwatch:
+    """Adds the time inside to a file, so that it counts over all starts of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.seconds = path, 0.0
+
+    def __enter__(self) -> "_Stopwatch":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self.seconds = json.loads(self.path.read_text())
+        self.began = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.monotonic() - self.began
+        self.path.write_text(json.dumps(self.seconds))
+
+
+def cheapest_first(runner: Runner, chosen: Sequence[Claim]) -> Iterator[tuple[Claim, list[Job]]]:
+    """The claims that still need runs, the one that needs the least first, with their jobs.
+
+    A job that several claims need counts for the first of them.
+    """
+    planned: set[str] = set()
+    waiting = list(chosen)
+
+    def needed(claim: Claim) -> list[Job]:
+        jobs = jobs_of(runner.claims, claim, runner.device, runner.pages)
+        return [job for job in jobs if job.name not in planned]
+
+    while waiting:
+        claim = min(waiting, key=lambda claim: sum(map(runner.cost, needed(claim))))
+        waiting.remove(claim)
+        if jobs := sorted(needed(claim), key=runner.cost):
+            planned.update(job.name for job in jobs)
+            yield claim, jobs
+
+
+def measured_speed(runner: Runner, job: Job) -> float:
+    """FLOP/s of this device in training: the last steps of the first 40 of one of a job's runs."""
+    config = override(runner.config(job, job.seeds[0]), {"epochs": 1, "steps_per_epoch": 40})
+    with tempfile.TemporaryDirectory() as scratch:
+        train(config, epath.Path(scratch))
+        lines = (Path(scratch) / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line).get("examples_per_second") for line in lines]
+    return runner.training_flops(job) * [rate for rate in rates if rate][-1]
+
+
+def plan(runner: Runner, chosen: Sequence[Claim]) -> None:
+    """Prints what is missing and how long it takes, at the measured speed of this device."""
+    listed = [(claim, jobs) for claim, jobs in cheapest_first(runner, chosen)]
+    trained = [job for _, jobs in listed for job in jobs if job.arm.kind not in BASELINES]
+    if not trained:
+        say("nothing is missing that has to be trained")
+        return
+    speed = measured_speed(runner, min(trained, key=runner.cost))
+    table = Table(title=f"what is missing, at {speed / 1e9:.0f} GFLOP/s", title_justify="left")
+    for column in ("claim", "jobs", "runs", "hours"):
+        table.add_column(column, justify="right" if column != "claim" else "left")
+    for claim, jobs in listed:
+        hours = sum(map(runner.cost, jobs)) / speed / 3600
+        runs = sum(len(job.seeds) for job in jobs)
+        table.add_row(claim.name, str(len(jobs)), str(runs), f"{hours:.1f}")
+    print_table(table)
+
+
+def run(runner: Runner, chosen: Sequence[Claim], hours: float) -> None:
+    """Runs what is missing for the claims, until the time is up.
+
+    Raises:
+        Preempted: the time is up, or it was told to stop; run again, it goes on where it was.
+    """
+    end = time.monotonic() + 3600 * hours
+    if math.isfinite(hours):  # as a preempted machine is told
+        timer = threading.Timer(3600 * hours, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+    for claim, jobs in cheapest_first(runner, chosen):
+        say(f"{claim.name} needs {len(jobs)} jobs: {claim.sentence}")
+        for number, job in enumerate(jobs, 1):
+            if time.monotonic() > end:
+                raise Preempted(f"the {hours} hours are over; run it again to go on.")
+            if job.missing(runner.device, runner.pages):  # unless another baseline brought it along
+                say(f"{claim.name}, job {number} of {len(jobs)}: {job.name}, seeds {job.seeds}")
+                runner.run(job)

@@ -1,0 +1,100 @@
+"""Differences between two arms, with 95% intervals over seeds and dev examples, and verdicts."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import stats
+
+from pals_jax.data import metrics
+from results.claims import Claim
+
+RESAMPLES = 1000
+VERDICTS = ("holds", "does not hold", "not decided here")
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """What an arm answers on a dev set.
+
+    Attributes:
+        answers: [S, N], of each seed and example: class ids, or values in [0, 1]. An arm that is
+            not trained has one row.
+        truth: [N].
+        metric: the metric of the task.
+    """
+
+    answers: np.ndarray
+    truth: np.ndarray
+    metric: str
+
+    def score(self, seeds: np.ndarray | None = None, examples: np.ndarray | None = None) -> float:
+        """The mean over seeds of the metric x 100, over all of them or those of a resample."""
+        chosen = self.answers if seeds is None else self.answers[seeds % len(self.answers)]
+        truth = self.truth
+        if examples is not None:
+            chosen, truth = chosen[:, examples], truth[examples]
+        if self.metric == "accuracy":
+            return 100.0 * float((chosen == truth).mean())
+        return 100.0 * float(np.mean([_score(self.metric, row, truth) for row in chosen]))
+
+    def scores(self) -> np.ndarray:
+        """The metric x 100 of each seed, [S]."""
+        rows = np.arange(len(self.answers))
+        return np.array([self.score(seeds=rows[i : i + 1]) for i in rows])
+
+
+def _score(metric: str, answers: np.ndarray, truth: np.ndarray) -> float:
+    return metrics.compute([metric], answers, truth)[metric]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The mean over tasks of one arm's score minus another's, in points, and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def difference(ones: Sequence[Side], others: Sequence[Side], seeds: int) -> Difference:
+    """Compares two arms, task by task on the same seeds and examples.
+
+    The interval is the percentile bootstrap's. Each resample draws, for each task, dev examples and
+    seeds with replacement, the same ones for both arms.
+
+    Args:
+        ones: the first arm on each task.
+        others: the second arm on the same tasks.
+        seeds: the number of seeds.
+    """
+    rng = np.random.default_rng(0)
+
+    def mean_difference(*examples: np.ndarray) -> float:
+        points = []
+        for one, other, drawn in zip(ones, others, examples, strict=True):
+            chosen = rng.integers(0, seeds, seeds)
+            points.append(one.score(chosen, drawn) - other.score(chosen, drawn))
+        return float(np.mean(points))
+
+    pairs = zip(ones, others, strict=True)
+    value = float(np.mean([one.score() - other.score() for one, other in pairs]))
+    interval = stats.bootstrap(
+        [np.arange(len(one.truth)) for one in ones],
+        mean_difference,
+        n_resamples=RESAMPLES,
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    return Difference(value, float(interval.low), float(interval.high))
+
+
+def verdict(claim: Claim, found: Sequence[Difference | None]) -> str:
+    """The rule of `claims.toml`: one of `VERDICTS`; None stands for a pair without all its runs."""
+    above: Callable[[float], bool] = lambda bound: bound > -claim.margin  # noqa: E731
+    if any(each is not None and not above(each.high) for each in found):
+        return VERDICTS[1]
+    if all(each is not None and above(each.low) for each in found):
+        return VERDICTS[0]
+    return VERDICTS[2]
