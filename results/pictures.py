@@ -1,0 +1,89 @@
+"""One picture for each claim."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from results.claims import Claim
+
+if TYPE_CHECKING:
+    from results.report import Evidence
+
+COLOURS = ("#1f6f8b", "#d1495b", "#66a182")
+
+
+def draw(evidence: "Evidence", claim: Claim, path: Path) -> bool:
+    """Draws a claim's picture; returns whether there was anything to draw."""
+    make = _size_and_score if claim.picture == "size and score" else _differences
+    figure = make(evidence, claim)
+    if figure is None:
+        return False
+    figure.savefig(path, dpi=110, metadata={"Software": None})  # the same bytes each time
+    return True
+
+
+def _differences(evidence: "Evidence", claim: Claim) -> Figure | None:
+    """For each pair: the difference on each task and on their mean, with its 95% interval."""
+    figure = Figure(figsize=(7, 1.2 + 0.32 * (len(claim.tasks) + 1)), layout="constrained")
+    axes = figure.subplots()
+    drawn = False
+    for at, pair in enumerate(claim.pairs):
+        colour, shift = COLOURS[at % len(COLOURS)], 0.18 * (at - (len(claim.pairs) - 1) / 2)
+        one, other = (evidence.claims.arms[name].title for name in pair)
+        label = f"{one} minus {other}"
+        for row, tasks in enumerate([*((task,) for task in claim.tasks), claim.tasks]):
+            found = evidence.on(claim, pair, tasks)
+            if found is None:
+                continue
+            drawn = True
+            bold = len(tasks) > 1
+            axes.plot(
+                [found.low, found.high], [row + shift] * 2, color=colour, lw=3 if bold else 1.5
+            )
+            axes.plot(found.value, row + shift, "o", color=colour, ms=7 if bold else 5, label=label)
+            label = "_nolegend_"
+    if not drawn:
+        return None
+    axes.axvline(-claim.margin, color="black", lw=1, ls=":")
+    axes.set_yticks(range(len(claim.tasks) + 1), [*claim.tasks, "mean"])
+    axes.invert_yaxis()
+    axes.set_xlabel("difference in points, with its 95% interval")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _size_and_score(evidence: "Evidence", claim: Claim) -> Figure | None:
+    """Each arm's score minus full fine-tuning's, over the parameters that it trains for a task."""
+    from results.report import trained_share
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    drawn = False
+    for colour, family in zip(COLOURS, ("houlsby", "top_layers", "layer_norms"), strict=True):
+        points = []
+        for arm in (evidence.claims.arms[name] for name in claim.arms):
+            if arm.overrides.get("method", "").partition("(")[0] != family:
+                continue
+            tasks = [t for t in claim.tasks if evidence.on(claim, (arm.name, "full"), (t,))]
+            share = trained_share(evidence, claim, arm)
+            if tasks and share is not None:
+                changes = [evidence.on(claim, (arm.name, "full"), (t,)) for t in tasks]
+                values = [change.value for change in changes if change is not None]
+                points.append((100 * share, *np.percentile(values, [20, 50, 80])))
+        if points:
+            drawn = True
+            x, low, middle, high = np.array(sorted(points)).T
+            axes.plot(x, middle, "o-", color=colour, label=family)
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    if not drawn:
+        return None
+    axes.axhline(0, color="black", lw=1, ls=":")
+    axes.set_xscale("log")
+    axes.set_xlabel("parameters that a task trains besides its head, % of the encoder")
+    axes.set_ylabel("score minus full fine-tuning's\n(median and 20th to 80th percentile of tasks)")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

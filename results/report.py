@@ -1,0 +1,184 @@
+"""The pages of docs/results, made from the records of the runs alone."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from results import pictures, records
+from results.claims import BASELINES, PAPERS, Arm, Claim, Claims
+from results.statistics import Difference, Side, difference, verdict
+
+TEXTS = Path(__file__).with_name("pages")  # what people have written; {{NAME}} marks a place
+
+
+class Evidence:
+    """The records of the runs of one device, read as they are asked for."""
+
+    def __init__(self, claims: Claims, pages: Path, device: str = "cpu") -> None:
+        self.claims, self.pages, self.device = claims, pages, device
+        self._read: dict[Path, dict[str, Any]] = {}
+
+    def record(self, path: Path) -> dict[str, Any] | None:
+        """A record, or None if there is none."""
+        if not path.exists():
+            return None
+        if path not in self._read:
+            self._read[path] = records.read(path)
+        return self._read[path]
+
+    def runs(self, claim: Claim, arm: Arm, task: str) -> list[dict[str, Any]]:
+        """The records of an arm's runs of a task, one for each seed that has one."""
+        tasks = claim.tasks if arm.together else (task,)
+        seeds = (0,) if arm.kind in BASELINES else claim.seeds
+        paths = [records.run_file(self.device, arm.name, tasks, s, self.pages) for s in seeds]
+        return [found for path in paths if (found := self.record(path)) is not None]
+
+    def side(self, claim: Claim, arm: Arm, task: str) -> Side | None:
+        """What an arm answers on a task with all its seeds, or None if a run is missing."""
+        runs, dev = self.runs(claim, arm, task), self.record(records.dev_file(task, self.pages))
+        complete = len(runs) == (1 if arm.kind in BASELINES else len(claim.seeds))
+        if dev is None or not complete or any(run["answers"] is None for run in runs):
+            return None
+        truth = records.decode_all({task: dev["answers"]})[task]
+        answers = [records.decode_all(run["answers"])[task] for run in runs]
+        rows = [np.concatenate([each[split] for split in truth]) for each in answers]
+        return Side(np.stack(rows), np.concatenate([*truth.values()]), dev["metric"])
+
+    def compare(self, claim: Claim, pair: tuple[str, str]) -> Difference | None:
+        """The difference of a pair over all tasks of a claim, or None if a run is missing."""
+        return self.on(claim, pair, claim.tasks)
+
+    def on(self, claim: Claim, pair: tuple[str, str], tasks: tuple[str, ...]) -> Difference | None:
+        """The same over some of the tasks."""
+        arms = [self.claims.arms[name] for name in pair]
+        ones, others = ([self.side(claim, arm, task) for task in tasks] for arm in arms)
+        if any(side is None for side in (*ones, *others)):
+            return None
+        return difference(ones, others, len(claim.seeds))  # type: ignore[arg-type]
+
+    def all_runs(self, claim: Claim) -> list[dict[str, Any]]:
+        """Every record of a claim's arms, each once."""
+        found = {}
+        for arm in (self.claims.arms[name] for name in claim.arms):
+            for task in claim.tasks:
+                for run in self.runs(claim, arm, task):
+                    found[arm.name, tuple(run["tasks"]), run["seed"]] = run
+        return list(found.values())
+
+
+def write(claims: Claims, pages: Path = records.PAGES) -> None:
+    """Writes all pages and pictures; a failure on the way leaves the old ones as they are."""
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch)
+        evidence = Evidence(claims, pages)
+        rows: list[str] = []
+        sections: dict[str, list[str]] = {paper: [] for paper in PAPERS}
+        for claim in claims.claims.values():
+            found = [evidence.compare(claim, pair) for pair in claim.pairs]
+            said = verdict(claim, found)
+            rows.append(_row(evidence, claim, found, said))
+            drawn = pictures.draw(evidence, claim, made / f"{claim.name}.png")
+            sections[claim.paper].append(_section(evidence, claim, found, said, drawn))
+        _page(made / "README.md", {"claims": "\n".join([*_HEAD, *rows])})
+        for paper in PAPERS:
+            _page(made / f"{paper}.md", {"claims": "\n\n".join(sections[paper])})
+        pages.mkdir(parents=True, exist_ok=True)
+        for file in made.iterdir():
+            shutil.copyfile(file, pages / file.name)
+
+
+def _page(path: Path, places: dict[str, str]) -> None:
+    text = (TEXTS / path.name).read_text(encoding="utf-8")
+    for name, value in places.items():
+        text = text.replace("{{" + name + "}}", value)
+    path.write_text(text, encoding="utf-8")
+
+
+_HEAD = (
+    "| claim | published | here, in points (95% interval) | verdict | runs | hours |",
+    "| --- | --- | --- | --- | ---: | ---: |",
+)
+
+
+def _row(evidence: Evidence, claim: Claim, found: list[Difference | None], said: str) -> str:
+    runs = evidence.all_runs(claim)
+    hours = sum(run["seconds"] for run in runs) / 3600
+    here = "<br>".join(_signed(each) for each in found)
+    name = f"[{claim.name}]({claim.paper}.md#{claim.name.lower()})"
+    return (
+        f"| {name} {claim.sentence} | {claim.published} | {here} | **{said}** | {len(runs)} |"
+        f" {hours:.1f} |"
+    )
+
+
+def _signed(found: Difference | None) -> str:
+    if found is None:
+        return "runs are missing"
+    return f"{found.value:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+
+
+def _section(
+    evidence: Evidence, claim: Claim, found: list[Difference | None], said: str, drawn: bool
+) -> str:
+    lines = [
+        f"## {claim.name}",
+        "",
+        f"**{claim.sentence}** {claim.source}; published: {claim.published}.",
+        "",
+        f"Verdict: **{said}**.",
+        "",
+    ]
+    for pair, each in zip(claim.pairs, found, strict=True):
+        one, other = (evidence.claims.arms[name].title for name in pair)
+        lines.append(f"- {_code(one)} minus {_code(other)}: {_signed(each)}")
+    lines += ["", *_table(evidence, claim)]
+    if drawn:
+        lines += ["", f"![{claim.name}]({claim.name}.png)"]
+    return "\n".join(lines)
+
+
+def _table(evidence: Evidence, claim: Claim) -> list[str]:
+    """Each arm's mean score of each task x 100, and the standard deviation over seeds."""
+    lines = [
+        "| | parameters of a task | " + " | ".join(claim.tasks) + " | mean |",
+        "| --- | ---: |" + " ---: |" * (len(claim.tasks) + 1),
+    ]
+    for arm in (evidence.claims.arms[name] for name in claim.arms):
+        sides = [evidence.side(claim, arm, task) for task in claim.tasks]
+        cells = [_cell(side) for side in sides]
+        scores = [side.score() for side in sides if side is not None]
+        mean = f"{np.mean(scores):.1f}" if len(scores) == len(sides) else ""
+        size = parameters(evidence, claim, arm)
+        lines.append(f"| {_code(arm.title)} | {size} | {' | '.join(cells)} | {mean} |")
+    return lines
+
+
+def _cell(side: Side | None) -> str:
+    if side is None:
+        return ""
+    scores = side.scores()
+    spread = f" ± {scores.std(ddof=1):.1f}" if len(scores) > 1 else ""
+    return f"{scores.mean():.1f}{spread}"
+
+
+def parameters(evidence: Evidence, claim: Claim, arm: Arm) -> str:
+    """What a task trains besides its head, as a percentage of the encoder."""
+    share = trained_share(evidence, claim, arm)
+    return "" if share is None else f"{100 * share:.2f}%"
+
+
+def trained_share(evidence: Evidence, claim: Claim, arm: Arm) -> float | None:
+    """The parameters that a task trains besides its head, over the encoder's."""
+    for task in claim.tasks:
+        for run in evidence.runs(claim, arm, task):
+            counted = run["parameters"]
+            whole = 1.0 if counted["encoder_is_trained"] else 0.0
+            return float(whole + counted["per_task"] / counted["encoder"])
+    return None
+
+
+def _code(title: str) -> str:
+    return f"`{title}`" if "(" in title or "_" in title else title

@@ -1,0 +1,223 @@
+"""The claims file, the runner of what decides them, the statistics and the pages."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_train import CONFIG
+
+from pals_jax.data import metrics
+from pals_jax.experiment.experiment import Experiment
+from pals_jax.runtime.errors import UserError
+from results import claims, records, report, runs
+from results.statistics import Difference, Side, difference, verdict
+
+SMALL = """
+format = 1
+config = "CONFIG"
+
+[device.cpu]
+alone = { epochs = 1, steps_per_epoch = 4, "optimizer.learning_rate" = 0.01 }
+together = { epochs = 2, steps_per_epoch = 2 }
+
+[arm.majority]
+kind = "majority"
+
+[arm.logistic-mean]
+kind = "logistic-mean"
+title = "logistic regression"
+
+[arm.lhuc]
+method = "lhuc"
+trainable = ["adapters/"]
+
+[arm.together]
+method = "shared"
+together = true
+
+[[claim]]
+name = "X1"
+paper = "houlsby"
+sentence = "One thing is above another."
+source = "section 1"
+published = "2 against 1"
+pairs = [["lhuc", "majority"]]
+shown = ["logistic-mean"]
+tasks = ["colour", "share"]
+seeds = [0, 1]
+
+[[claim]]
+name = "X2"
+paper = "pals"
+sentence = "Together is better."
+source = "section 2"
+published = "no figure"
+pairs = [["together", "majority"]]
+tasks = ["colour", "share"]
+seeds = [0]
+"""
+
+
+@pytest.fixture(scope="module")
+def small_claims(small_of_module: Path) -> claims.Claims:
+    file = small_of_module / "claims.toml"
+    file.write_text(SMALL.replace("CONFIG", str(CONFIG)))
+    return claims.read(file)
+
+
+def runner_of(small: Path, small_claims: claims.Claims, pages: str = "pages") -> runs.Runner:
+    return runs.Runner(small_claims, "cpu", small, small / "work", small / pages)
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_run_and_reported(
+    small_of_module: Path, small_claims: claims.Claims, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once; a record that is lost is run again, and gives the same answers and pages."""
+    runner = runner_of(small_of_module, small_claims)
+    chosen = small_claims.only("")
+    runs.run(runner, chosen, hours=1.0)
+    files = sorted((small_of_module / "pages" / "runs").rglob("*.json"))
+    assert len(files) == 2 * 2 + 2 + 2 + 1  # two seeds of two tasks; baselines; one of both tasks
+    assert not list((small_of_module / "work").rglob("checkpoints"))
+    report.write(small_claims, runner.pages)
+    page = (runner.pages / "houlsby.md").read_text()
+    assert "logistic regression" in page
+    assert "runs are missing" not in page
+    assert "![X1](X1.png)" in page
+    assert (runner.pages / "X1.png").read_bytes().startswith(b"\x89PNG")
+
+    lost = runner.pages / "runs" / "cpu" / "lhuc" / "colour" / "1.json"
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    assert [job.seeds for job in runs.jobs_of(small_claims, chosen[0], "cpu", runner.pages)] == [
+        (1,)
+    ]
+    report.write(small_claims, runner.pages)
+    assert "runs are missing" in (runner.pages / "houlsby.md").read_text()
+    runs.run(runner, chosen, hours=1.0)
+    again = json.loads(lost.read_text())
+    assert again["answers"] == before["answers"]
+    report.write(small_claims, runner.pages)
+    assert (runner.pages / "houlsby.md").read_text() == page
+    capsys.readouterr()
+    runs.run(runner, chosen, hours=1.0)
+    assert not capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the claims themselves
+
+
+def test_every_arm_is_a_configuration(shared: Path) -> None:
+    """Of every claim's tasks, on every device."""
+    listed = claims.read()
+    assert {claim.paper for claim in listed.claims.values()} == set(claims.PAPERS)
+    for device in listed.devices:
+        runner = runs.Runner(listed, device, shared, Path("work"))
+        for name, arm in listed.arms.items():
+            users = [claim for claim in listed.claims.values() if name in claim.arms]
+            assert users, f"no claim uses {name}"
+            tasks = users[0].tasks if arm.together else users[0].tasks[:1]
+            Experiment.from_config(runner.config(runs.Job(arm, tasks, (0,)), 0))
+
+
+@pytest.mark.slow
+def test_the_pages_are_those_of_the_records(tmp_path: Path) -> None:
+    """And of nothing else."""
+    for folder in ("runs", "dev"):
+        if (records.PAGES / folder).exists():
+            shutil.copytree(records.PAGES / folder, tmp_path / folder)
+    report.write(claims.read(), tmp_path)
+    made = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert made == {path.name for path in records.PAGES.iterdir() if path.is_file()}
+    for page in sorted(name for name in made if name.endswith(".md")):
+        assert (tmp_path / page).read_text() == (records.PAGES / page).read_text(), page
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('config = "CONFIG"', "", "names no config"),
+        ("format = 1", "format = 2", "has the format 2, not 1"),
+        ("format = 1", "format =", "cannot be read as a list of claims"),
+        ('["lhuc", "majority"]', '["lhuc", "nothing"]', "compares 'nothing', which is no arm"),
+        ('source = "section 1"', "", "X1 has no source"),
+        ('source = "section 1"', 'sauce = "1"', "X1 has sauce, which no claim has"),
+        ('paper = "houlsby"', 'paper = "mine"', "an unknown paper, 'mine'"),
+        ('kind = "majority"', 'kind = "minority"', "an unknown kind, 'minority'"),
+    ],
+)
+def test_claims_that_are_wrong(tmp_path: Path, old: str, new: str, message: str) -> None:
+    file = tmp_path / "claims.toml"
+    file.write_text(SMALL.replace(old, new))
+    with pytest.raises(UserError, match=message):
+        claims.read(file)
+
+
+def test_a_claim_that_does_not_exist(small_claims: claims.Claims) -> None:
+    with pytest.raises(UserError, match=r"no claim 'X3' .* its claims are X1, X2"):
+        small_claims.only("X1,X3")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "cannot be read"), ('{"format": 0}', "has the format 0, not 1")]
+)
+def test_records_that_are_wrong(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "0.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        records.read(file)
+
+
+# ---------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("values", [np.array([0, 2, 1]), np.array([0.25, 0.5], np.float32)])
+def test_answers_as_text(values: np.ndarray) -> None:
+    np.testing.assert_array_equal(records.decode(records.encode(values)), values)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews", "pearson"])
+def test_scores_are_those_of_the_metrics(metric: str) -> None:
+    rng = np.random.default_rng(0)
+    answers, truth = rng.integers(0, 2, (2, 3, 50)).astype(np.float32)
+    if metric == "pearson":
+        answers = answers + rng.random(answers.shape)
+    expected = [100 * metrics.compute([metric], row, truth[0])[metric] for row in answers]
+    np.testing.assert_allclose(Side(answers, truth[0], metric).scores(), expected, rtol=1e-6)
+
+
+def test_an_interval_covers_and_is_the_same_each_time() -> None:
+    """Right on 80% and on 70% of the examples: in 19 of 20 draws the interval has 10 in it."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(20):
+        truth = np.zeros(400)
+        better, worse = ((rng.random((3, 400)) > p).astype(float) for p in (0.8, 0.7))
+        sides = [Side(1 - x, truth + 1, "accuracy") for x in (better, worse)]
+        found = difference(sides[:1], sides[1:], 3)
+        covered += found.low <= 10.0 <= found.high
+    assert covered >= 17
+    assert difference(sides[:1], sides[1:], 3) == found
+
+
+@pytest.mark.parametrize(
+    ("margin", "intervals", "expected"),
+    [
+        (0.0, [(1, 3)], "holds"),
+        (0.0, [(-1, 3)], "not decided here"),
+        (0.0, [(-3, -1)], "does not hold"),
+        (1.0, [(-0.5, 3)], "holds"),
+        (0.0, [(1, 3), None], "not decided here"),
+        (0.0, [None, (-3, -1)], "does not hold"),
+        (0.0, [(1, 3), (-1, 2)], "not decided here"),
+    ],
+)
+def test_verdicts(
+    small_claims: claims.Claims, margin: float, intervals: list[Any], expected: str
+) -> None:
+    fields = vars(small_claims.claims["X1"]) | {"margin": margin}
+    found = [each and Difference(0.0, *map(float, each)) for each in intervals]
+    assert verdict(claims.Claim(**fields), found) == expected
