@@ -1,20 +1,17 @@
 """One picture for each claim."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from results.claims import Claim
-
-if TYPE_CHECKING:
-    from results.report import Evidence
+from results.evidence import Evidence
 
 COLOURS = ("#1f6f8b", "#d1495b", "#66a182")
 
 
-def draw(evidence: "Evidence", claim: Claim, path: Path) -> bool:
+def draw(evidence: Evidence, claim: Claim, path: Path) -> bool:
     """Draws a claim's picture; returns whether there was anything to draw."""
     make = _size_and_score if claim.picture == "size and score" else _differences
     figure = make(evidence, claim)
@@ -24,7 +21,7 @@ def draw(evidence: "Evidence", claim: Claim, path: Path) -> bool:
     return True
 
 
-def _differences(evidence: "Evidence", claim: Claim) -> Figure | None:
+def _differences(evidence: Evidence, claim: Claim) -> Figure | None:
     """For each pair: the difference on each task and on their mean, with its 95% interval."""
     figure = Figure(figsize=(7, 1.2 + 0.32 * (len(claim.tasks) + 1)), layout="constrained")
     axes = figure.subplots()
@@ -55,10 +52,8 @@ def _differences(evidence: "Evidence", claim: Claim) -> Figure | None:
     return figure
 
 
-def _size_and_score(evidence: "Evidence", claim: Claim) -> Figure | None:
+def _size_and_score(evidence: Evidence, claim: Claim) -> Figure | None:
     """Each arm's score minus full fine-tuning's, over the parameters that it trains for a task."""
-    from results.report import trained_share
-
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     drawn = False
@@ -68,7 +63,7 @@ def _size_and_score(evidence: "Evidence", claim: Claim) -> Figure | None:
             if arm.overrides.get("method", "").partition("(")[0] != family:
                 continue
             tasks = [t for t in claim.tasks if evidence.on(claim, (arm.name, "full"), (t,))]
-            share = trained_share(evidence, claim, arm)
+            share = evidence.trained_share(claim, arm)
             if tasks and share is not None:
                 changes = [evidence.on(claim, (arm.name, "full"), (t,)) for t in tasks]
                 values = [change.value for change in changes if change is not None]

@@ -3,70 +3,15 @@
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from results import pictures, records
-from results.claims import BASELINES, PAPERS, Arm, Claim, Claims
-from results.statistics import Difference, Side, difference, verdict
+from results.claims import PAPERS, Arm, Claim, Claims
+from results.evidence import Evidence
+from results.statistics import Difference, Side, verdict
 
 TEXTS = Path(__file__).with_name("pages")  # what people have written; {{NAME}} marks a place
-
-
-class Evidence:
-    """The records of the runs of one device, read as they are asked for."""
-
-    def __init__(self, claims: Claims, pages: Path, device: str = "cpu") -> None:
-        self.claims, self.pages, self.device = claims, pages, device
-        self._read: dict[Path, dict[str, Any]] = {}
-
-    def record(self, path: Path) -> dict[str, Any] | None:
-        """A record, or None if there is none."""
-        if not path.exists():
-            return None
-        if path not in self._read:
-            self._read[path] = records.read(path)
-        return self._read[path]
-
-    def runs(self, claim: Claim, arm: Arm, task: str) -> list[dict[str, Any]]:
-        """The records of an arm's runs of a task, one for each seed that has one."""
-        tasks = claim.tasks if arm.together else (task,)
-        seeds = (0,) if arm.kind in BASELINES else claim.seeds
-        paths = [records.run_file(self.device, arm.name, tasks, s, self.pages) for s in seeds]
-        return [found for path in paths if (found := self.record(path)) is not None]
-
-    def side(self, claim: Claim, arm: Arm, task: str) -> Side | None:
-        """What an arm answers on a task with all its seeds, or None if a run is missing."""
-        runs, dev = self.runs(claim, arm, task), self.record(records.dev_file(task, self.pages))
-        complete = len(runs) == (1 if arm.kind in BASELINES else len(claim.seeds))
-        if dev is None or not complete or any(run["answers"] is None for run in runs):
-            return None
-        truth = records.decode_all({task: dev["answers"]})[task]
-        answers = [records.decode_all(run["answers"])[task] for run in runs]
-        rows = [np.concatenate([each[split] for split in truth]) for each in answers]
-        return Side(np.stack(rows), np.concatenate([*truth.values()]), dev["metric"])
-
-    def compare(self, claim: Claim, pair: tuple[str, str]) -> Difference | None:
-        """The difference of a pair over all tasks of a claim, or None if a run is missing."""
-        return self.on(claim, pair, claim.tasks)
-
-    def on(self, claim: Claim, pair: tuple[str, str], tasks: tuple[str, ...]) -> Difference | None:
-        """The same over some of the tasks."""
-        arms = [self.claims.arms[name] for name in pair]
-        ones, others = ([self.side(claim, arm, task) for task in tasks] for arm in arms)
-        if any(side is None for side in (*ones, *others)):
-            return None
-        return difference(ones, others, len(claim.seeds))  # type: ignore[arg-type]
-
-    def all_runs(self, claim: Claim) -> list[dict[str, Any]]:
-        """Every record of a claim's arms, each once."""
-        found = {}
-        for arm in (self.claims.arms[name] for name in claim.arms):
-            for task in claim.tasks:
-                for run in self.runs(claim, arm, task):
-                    found[arm.name, tuple(run["tasks"]), run["seed"]] = run
-        return list(found.values())
 
 
 def write(claims: Claims, pages: Path = records.PAGES) -> None:
@@ -166,18 +111,8 @@ def _cell(side: Side | None) -> str:
 
 def parameters(evidence: Evidence, claim: Claim, arm: Arm) -> str:
     """What a task trains besides its head, as a percentage of the encoder."""
-    share = trained_share(evidence, claim, arm)
+    share = evidence.trained_share(claim, arm)
     return "" if share is None else f"{100 * share:.2f}%"
-
-
-def trained_share(evidence: Evidence, claim: Claim, arm: Arm) -> float | None:
-    """The parameters that a task trains besides its head, over the encoder's."""
-    for task in claim.tasks:
-        for run in evidence.runs(claim, arm, task):
-            counted = run["parameters"]
-            whole = 1.0 if counted["encoder_is_trained"] else 0.0
-            return float(whole + counted["per_task"] / counted["encoder"])
-    return None
 
 
 def _code(title: str) -> str:
