@@ -17,7 +17,7 @@ def main() -> int:
     run = commands.add_parser("run", help="run what is missing, the cheapest decision first")
     run.set_defaults(run=_run)
     run.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="see configs/claims.py"
+        "--data", type=Path, required=True, metavar="DIR", help="see results/config.py"
     )
     run.add_argument("--only", default="", metavar="H1,U1", help="these claims only")
     run.add_argument(
@@ -53,10 +53,10 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from results import report
+    from results.report import write
 
     del args
-    report.write(claims.read())
+    write(claims.read())
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class Runner:
     Attributes:
         claims: the claims file.
         device: "cpu" or "gpu"; its settings are in the claims file.
-        data: the directory that configs/claims.py reads.
+        data: the directory that results/config.py reads.
         workdirs: where unfinished runs live.
         pages: docs/results.
     """

@@ -1,9 +1,9 @@
 """What the claims of the papers are tested with: see `results/claims.toml`.
 
-    pals-jax train --config=configs/claims.py:DATA --config.tasks="('sst2',)" --workdir=DIR
+    pals-jax train --config=results/config.py:DATA --config.tasks="('sst2',)" --workdir=DIR
 
 DATA is a directory with GLUE's official files in `glue/`, and in `extra_tasks/` a folder for each
-task of your own, as in `configs/houlsby_extra.py`. The results are in docs/results.
+task of your own, as in `configs/houlsby_extra.py`.
 """
 
 from pathlib import Path
