@@ -25,8 +25,11 @@ class Arm:
     Attributes:
         name: its key in the file, and the folder of its runs.
         title: how the tables call it.
-        kind: "train", or one of `BASELINES`.
+        kind: "train"; "without", trained as another arm and evaluated without the adapters of some
+            layers; or one of `BASELINES`.
         together: whether one run trains all tasks of a claim in one model.
+        of: with the kind "without", the arm whose runs are evaluated again.
+        layers: with the kind "without", the layers whose adapters are removed, from 0.
         overrides: {dotted key: value} of the configuration.
     """
 
@@ -34,6 +37,8 @@ class Arm:
     title: str
     kind: str
     together: bool
+    of: str
+    layers: tuple[int, ...]
     overrides: dict[str, Any]
 
 
@@ -122,6 +127,16 @@ def read(file: Path = FILE) -> Claims:
     if not isinstance(content.get("config"), str):
         raise UserError(f"{file} names no config; add config = 'configs/FILE.py'.")
     arms = {name: _arm(name, dict(given), file) for name, given in content.get("arm", {}).items()}
+    for name, arm in arms.items():
+        if arm.kind == "without":
+            if arm.of not in arms:
+                raise UserError(
+                    f"{file}: arm {name} is of {arm.of!r}, which is no arm of the file."
+                )
+            trained = arms[arm.of]
+            arms[name] = dataclasses.replace(
+                arm, together=trained.together, overrides=trained.overrides
+            )
     claims = [_claim(given, arms, file) for given in content.get("claim", ())]
     by_name = {claim.name: claim for claim in claims}
     return Claims(content["config"], content.get("device", {}), arms, by_name)
@@ -130,12 +145,13 @@ def read(file: Path = FILE) -> Claims:
 def _arm(name: str, given: dict[str, Any], file: Path) -> Arm:
     kind, together = given.pop("kind", "train"), given.pop("together", False)
     title = given.pop("title", given.get("method", name))
-    if kind not in ("train", *BASELINES):
+    of, layers = given.pop("of", ""), tuple(given.pop("layers", ()))
+    if kind not in ("train", "without", *BASELINES):
         raise UserError(f"{file}: arm {name} is of an unknown kind, {kind!r}.")
     if "learning_rate" in given:
         given["optimizer.learning_rate"] = given.pop("learning_rate")
     overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    return Arm(name, title, kind, together, overrides)
+    return Arm(name, title, kind, together, of, layers, overrides)
 
 
 def _claim(given: dict[str, Any], arms: dict[str, Arm], file: Path) -> Claim:

@@ -116,4 +116,4 @@ def parameters(evidence: Evidence, claim: Claim, arm: Arm) -> str:
 
 
 def _code(title: str) -> str:
-    return f"`{title}`" if "(" in title or "_" in title else title
+    return f"`{title}`" if title[-1] == ")" else title

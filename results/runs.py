@@ -64,8 +64,8 @@ def jobs_of(claims: Claims, claim: Claim, device: str, pages: Path) -> list[Job]
         seeds = (0,) if arm.kind in BASELINES else claim.seeds
         for tasks in [claim.tasks] if arm.together else [(task,) for task in claim.tasks]:
             if missing := Job(arm, tasks, seeds).missing(device, pages):
-                jobs.append(Job(arm, tasks, missing))
-    return jobs
+                jobs.append(Job(claims.arms.get(arm.of, arm), tasks, missing))
+    return list({(job.name, job.seeds): job for job in jobs}.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +150,26 @@ class Runner:
             with _Stopwatch(Path(parent) / f"{'+'.join(names)}.seconds") as watch:
                 found = train_all({name: configs[name] for name in names}, parent)
             for name in names:
-                answers = None if found[name] is None else self._answers(parent / name)
-                experiment = Experiment.from_config(configs[name])
                 seconds = watch.seconds / len(names)
-                self._write(job, int(name), experiment, answers, seconds)
+                self._write_trained(job, configs[name], parent / name, found[name], seconds)
         shutil.rmtree(parent)
+
+    def _write_trained(
+        self, job: Job, config: ConfigDict, workdir: epath.Path, found: Any, seconds: float
+    ) -> None:
+        """The record of a run, and of each arm that is this one without some adapters."""
+        experiment = Experiment.from_config(config)
+        run = None if found is None else Run.load(workdir)
+        for arm in self.claims.arms.values():
+            if job.arm.name in (arm.name, arm.of):
+                active = None
+                if arm.layers:
+                    depth = np.arange(experiment.architecture.num_hidden_layers)
+                    active = ~np.isin(depth, arm.layers)
+                answers = None if run is None else _answers(run, active)
+                done = dataclasses.replace(job, arm=arm)
+                cost = seconds if arm.name == job.arm.name else 0.0
+                self._write(done, config.seed, experiment, answers, cost)
 
     def _run_baselines(self, job: Job) -> None:
         """All baselines of a task, because they share the encoder's vectors."""
@@ -166,14 +181,6 @@ class Runner:
             if arm.kind in found:
                 done = dataclasses.replace(job, arm=arm)
                 self._write(done, 0, experiment, found[arm.kind], seconds)
-
-    def _answers(self, workdir: epath.Path) -> records.Answers:
-        run, found = Run.load(workdir), {}
-        for task in run.experiment.tasks:
-            splits = run.experiment.read_eval(task, run.tokenizer)
-            logits = {s: run.evaluator.logits(run.variables, task, x) for s, x in splits.items()}
-            found[task.name] = {s: decide(task, x) for s, x in logits.items()}
-        return found
 
     def _write(
         self,
@@ -223,6 +230,18 @@ class Runner:
                         "answers": records.encode_all({task.name: targets})[task.name],
                     },
                 )
+
+
+def _answers(run: Run, active: np.ndarray | None) -> records.Answers:
+    """What a run answers on the dev sets, with the adapters of the `active` layers."""
+    found: records.Answers = {}
+    for task in run.experiment.tasks:
+        splits = run.experiment.read_eval(task, run.tokenizer)
+        found[task.name] = {
+            name: decide(task, run.evaluator.logits(run.variables, task, split, active))
+            for name, split in splits.items()
+        }
+    return found
 
 
 class _Stopwatch:
@@ -307,6 +326,7 @@ def run(runner: Runner, chosen: Sequence[Claim], hours: float) -> None:
         for number, job in enumerate(jobs, 1):
             if time.monotonic() > end:
                 raise Preempted(f"the {hours} hours are over; run it again to go on.")
-            if job.missing(runner.device, runner.pages):  # unless another baseline brought it along
+            if job in jobs_of(runner.claims, claim, runner.device, runner.pages):
+                # unless another baseline brought it along
                 say(f"{claim.name}, job {number} of {len(jobs)}: {job.name}, seeds {job.seeds}")
                 runner.run(job)

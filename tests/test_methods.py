@@ -253,3 +253,13 @@ def test_the_command_lists_every_method(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out.strip() == method_table.markdown()
     assert main(["methods"]) == 0
     assert "houlsby" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("init", "bound"), [("near_identity", 2e-3), (0.1, 0.2)])
+def test_the_initial_scale_of_adapters(init: str | float, bound: float) -> None:
+    """Truncated at two standard deviations; the biases are 0."""
+    model = tiny.model(methods.houlsby(size=5, norms=False, init=init))
+    adapters = init_variables(model, jax.random.key(0))["adapters"]["ffn_adapter"]["layers"]
+    kernel = adapters["down"]["kernel"]
+    assert bound / 2 < abs(kernel).max() < 1.15 * bound  # of the truncated normal, rescaled
+    assert not adapters["up"]["bias"].any()

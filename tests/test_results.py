@@ -34,6 +34,11 @@ title = "logistic regression"
 method = "lhuc"
 trainable = ["adapters/"]
 
+[arm.lhuc-upper]
+kind = "without"
+of = "lhuc"
+layers = [0]
+
 [arm.together]
 method = "shared"
 together = true
@@ -45,7 +50,7 @@ sentence = "One thing is above another."
 source = "section 1"
 published = "2 against 1"
 pairs = [["lhuc", "majority"]]
-shown = ["logistic-mean"]
+shown = ["logistic-mean", "lhuc-upper"]
 tasks = ["colour", "share"]
 seeds = [0, 1]
 
@@ -81,7 +86,7 @@ def test_what_is_missing_is_run_and_reported(
     chosen = small_claims.only("")
     runs.run(runner, chosen, hours=1.0)
     files = sorted((small_of_module / "pages" / "runs").rglob("*.json"))
-    assert len(files) == 2 * 2 + 2 + 2 + 1  # two seeds of two tasks; baselines; one of both tasks
+    assert len(files) == 2 * 4 + 2 + 2 + 1  # two seeds of two tasks; baselines; one of both tasks
     assert not list((small_of_module / "work").rglob("checkpoints"))
     report.write(small_claims, runner.pages)
     page = (runner.pages / "houlsby.md").read_text()
@@ -148,6 +153,7 @@ def test_the_pages_are_those_of_the_records(tmp_path: Path) -> None:
         ('source = "section 1"', 'sauce = "1"', "X1 has sauce, which no claim has"),
         ('paper = "houlsby"', 'paper = "mine"', "an unknown paper, 'mine'"),
         ('kind = "majority"', 'kind = "minority"', "an unknown kind, 'minority'"),
+        ('of = "lhuc"', 'of = "lost"', "lhuc-upper is of 'lost', which is no arm"),
     ],
 )
 def test_claims_that_are_wrong(tmp_path: Path, old: str, new: str, message: str) -> None:

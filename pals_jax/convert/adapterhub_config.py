@@ -211,7 +211,7 @@ def _write_bottleneck(
         # They compute width // factor; size + 0.5 keeps the quotient away from rounding errors.
         "reduction_factor": width / (size + 0.5) if width % size else width // size,
         "non_linearity": _theirs(_ACTIVATIONS, form.activation) or form.activation,
-        "init_weights": _theirs(_INITS, form.init),
+        "init_weights": _theirs(_INITS, form.init) or "bert",  # of no effect on trained ones
         "is_parallel": reads == "block_input",
         "original_ln_before": reads == "normalised",
         "scaling": scale if scale == "learned" else float(scale),
@@ -264,7 +264,7 @@ _WRITERS: Mapping[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def _theirs(names: Mapping[str, str], ours: str) -> str | None:
+def _theirs(names: Mapping[str, str], ours: str | float) -> str | None:
     return next((theirs for theirs, name in names.items() if name == ours), None)
 
 

@@ -103,14 +103,18 @@ def _kaiming_uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def _truncated_normal(deviation: float) -> Initializer:
+    """Normal, truncated at two standard deviations (Houlsby et al., section 2.1)."""
+    return jax.nn.initializers.truncated_normal(deviation, lower=-2.0, upper=2.0)
+
+
 # Initialisers of a bottleneck's down and up projections.
 INITS: Mapping[str, tuple[Initializer, Initializer]] = {
     "bert": (BERT_INIT, BERT_INIT),
     # The delta is zero at first (LoRA; He et al., scaled parallel adapter).
     "lora": (_kaiming_uniform, _zeros),
-    # Nearly the identity: truncated at two standard deviations (Houlsby et al., code; 1e-2 in
-    # their paper).
-    "near_identity": (jax.nn.initializers.truncated_normal(1e-3, lower=-2.0, upper=2.0),) * 2,
+    # Nearly the identity (Houlsby et al., code; 1e-2 in their paper).
+    "near_identity": (_truncated_normal(1e-3),) * 2,
 }
 
 
@@ -121,7 +125,7 @@ class Bottleneck:
     Attributes:
         size: of the bottleneck.
         activation: between the projections.
-        init: a key of `INITS`.
+        init: a key of `INITS`, or the standard deviation of a truncated normal.
         bias: whether the projections have biases.
         norm: whether a layer norm of the task's own comes first (He et al., code).
         dropout: of the input.
@@ -129,7 +133,7 @@ class Bottleneck:
 
     size: int
     activation: str = "identity"
-    init: str = "bert"
+    init: str | float = "bert"
     bias: bool = True
     norm: bool = False
     dropout: float = 0.0
@@ -137,12 +141,14 @@ class Bottleneck:
     def __post_init__(self) -> None:
         check_size(self.size)
         _check_known("activation", self.activation, ACTIVATIONS)
-        _check_known("init", self.init, INITS)
+        if not (isinstance(self.init, float) and self.init > 0.0):
+            _check_known("init", self.init, INITS)
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"an adapter's dropout is a share from 0 to 1, not {self.dropout!r}.")
 
     def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
-        down, up = INITS[self.init]
+        init = self.init
+        down, up = INITS[init] if isinstance(init, str) else (_truncated_normal(init),) * 2
         norm = {"scale": Param((inputs,), _ones), "bias": Param((inputs,), _zeros)}
         return ({"norm": norm} if self.norm else {}) | {
             "down": dense(inputs, self.size, down, self.bias),
@@ -351,6 +357,6 @@ def check_size(size: int, least: int = 1) -> None:
         raise UserError(f"an adapter's size must be a whole number from {least}, not {size!r}.")
 
 
-def _check_known(what: str, name: str, known: Any) -> None:
+def _check_known(what: str, name: object, known: Any) -> None:
     if not isinstance(name, str) or name not in known:
         raise UserError(f"unknown {what} {name!r}; known are {', '.join(known)}.")

@@ -86,7 +86,11 @@ def pooler() -> Method:
 
 
 def houlsby(
-    size: int = 64, activation: str = "gelu", norms: bool = True, layers: Layers = "all"
+    size: int = 64,
+    activation: str = "gelu",
+    norms: bool = True,
+    layers: Layers = "all",
+    init: str | float = "near_identity",
 ) -> Method:
     """Serial bottleneck adapters behind attention and feed-forward, nearly the identity at first.
 
@@ -95,8 +99,9 @@ def houlsby(
         activation: "gelu_new", the tanh approximation, in the authors' code.
         norms: whether each task owns its layer norms, so that tasks cannot touch each other.
         layers: the layers that carry them.
+        init: "near_identity", or another standard deviation (their figure 6).
     """
-    form = Bottleneck(size, activation, init="near_identity")
+    form = Bottleneck(size, activation, init)
     adapters = (
         Adapter("attention_adapter", "attention.output", form, "state", layers),
         Adapter("ffn_adapter", "ffn.output", form, "state", layers),
