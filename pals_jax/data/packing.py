@@ -21,7 +21,7 @@ _MOST_SHAPES = 8
 _WORTH = 0.01  # the share of all work that another shape must save
 _COMPILATION = 20  # the steps that another shape must save, to be worth its compilation
 _LEAST = 8  # the least positions that an example takes, which bounds the examples in a row
-_SHORTEST, _SOME = 32, 4  # the shortest row, and the rows of a middle shape, of `Packed.few`
+_SHORTEST, _SOME = 16, 4  # the shortest row, and the rows of a middle shape, of `Packed.few`
 _TOGETHER = 4096  # examples that are packed at a time; more would not fill rows better
 
 Sizes = tuple[np.ndarray, np.ndarray]  # int [n] tasks, int [n] lengths of a batch of n examples
@@ -206,7 +206,7 @@ class Packed:
             yield here, smaller or whole
 
     def _in_smaller(self, lengths: np.ndarray) -> Placement | None:
-        """The placement of one task's examples in the cheapest shape but the last, if any holds them."""
+        """The placement of one task's examples in the cheapest shape but the last, or None."""
         alike = np.zeros_like(lengths)
         tried = (self._placed(shape, alike, lengths) for shape in self.shapes[:-1])
         return next((placement for placement in tried if placement is not None), None)
