@@ -47,7 +47,7 @@ class FastTokenizer(Protocol):
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """The number of special tokens around one text or two."""
 
-    def save_pretrained(self, directory: Path) -> Any:
+    def save_pretrained(self, directory: Path, /) -> Any:
         """Writes the files from which `load_tokenizer` makes it again."""
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ class SavedTokenizer:
         """See `FastTokenizer`."""
         return self.backend_tokenizer.num_special_tokens_to_add(pair)
 
-    def save_pretrained(self, directory: Path) -> None:
+    def save_pretrained(self, directory: Path, /) -> None:
         """See `FastTokenizer`."""
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
