@@ -429,7 +429,9 @@ def test_places_that_hold_nothing(tmp_path):
         (WRITTEN / "same.task", {}, r"\(task\) lacks the encoder; name .* with base="),
         (WRITTEN / "same.task", {"base": tmp_path}, "config.json"),
         (tmp_path, {"format": "run"}, "is not the workdir of a run"),
-        (tmp_path, {"format": "peft", "base": WRITTEN}, "config.json"),
+        (tmp_path, {"format": "peft", "base": WRITTEN}, "is a run; name the encoder itself"),
+        (tmp_path, {"format": "peft", "base": tmp_path}, "config.json"),
+        (WRITTEN, {"base": tmp_path}, "is a run, which has its own encoder"),
         (tmp_path, {"format": "bert_n_pals"}, "has no tensor file"),
         (tmp_path, {"format": "tf_bert"}, "cannot read the TensorFlow checkpoint"),
     ):

@@ -47,7 +47,7 @@ class Format:
 
     Attributes:
         holds: whether a path is of this format, judged by its files' names and configuration.
-        read: the checkpoint of a path, or a name, and the base that was named with it.
+        read: the checkpoint of a path or a hub id, and the base that was named with it or "".
     """
 
     holds: Callable[[Path], bool]
@@ -63,7 +63,7 @@ def _tasks(counts: Iterable[int], name: str | None = None) -> tuple[Task, ...]:
 
 def _name(place: str | Path) -> str:
     """What the task of a checkpoint is called: the last part of the checkpoint's place."""
-    return Path(place).expanduser().resolve().name
+    return Path(place).resolve().name
 
 
 def _labels(count: int) -> tuple[str, ...]:
@@ -80,14 +80,14 @@ def _is_adapter(path: Path, *weights: str) -> bool:
 
 
 def _adapterhub(place: str, base: str) -> Checkpoint:
-    directory = Path(place).expanduser()
+    directory = Path(place)
     model, variables = convert.from_adapterhub(base, {_name(place): directory})
     tasks = (Task(_name(place), ()),)
     return Checkpoint(model, variables, tasks, directory, has_heads=False)
 
 
 def _peft(place: str, base: str) -> Checkpoint:
-    directory = Path(place).expanduser()
+    directory = Path(place)
     model, variables = convert.from_peft(base, {_name(place): directory})
     has_heads = peft.has_head(directory)
     tasks = _tasks(model.num_outputs if has_heads else (1,), _name(place))
@@ -108,7 +108,7 @@ def _huggingface(place: str, base: str) -> Checkpoint:
 
 
 def _bert_n_pals(place: str, base: str) -> Checkpoint:
-    directory = Path(place).expanduser()
+    directory = Path(place)
     config, tensors = dict(_config_with(directory, _BERT_N_PALS)), _every_tensor(directory)
     heads = (tensors.get(f"classifier.{task}.weight") for task in range(len(tensors)))
     config.setdefault("labels", [len(head) for head in heads if head is not None])
@@ -117,7 +117,7 @@ def _bert_n_pals(place: str, base: str) -> Checkpoint:
 
 
 def _unified_view(place: str, base: str) -> Checkpoint:
-    directory = Path(place).expanduser()
+    directory = Path(place)
     tensors = _every_tensor(directory)
     encoder = {name: x for name, x in tensors.items() if name.startswith(_ENCODER)}
     prefix = {name: x for name, x in tensors.items() if name not in encoder}
@@ -128,7 +128,7 @@ def _unified_view(place: str, base: str) -> Checkpoint:
 
 
 def _tf_bert(place: str, base: str) -> Checkpoint:
-    path = Path(place).expanduser()
+    path = Path(place)
     directory, prefixes = (path, _tf_prefixes(path)) if path.is_dir() else (path.parent, [path])
     if len(prefixes) > 1:
         names = ", ".join(prefix.name for prefix in prefixes)
@@ -150,7 +150,7 @@ def _tf_prefixes(directory: Path) -> list[Path]:
 
 def _config_with(directory: Path, key: str) -> Mapping[str, Any]:
     """The first configuration in a directory that has a key; empty if there is none."""
-    for path in sorted(directory.glob("*.json")):
+    for path in sorted(directory.glob("*config.json")):
         try:
             config = json.loads(path.read_text())
         except (OSError, ValueError):

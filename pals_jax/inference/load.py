@@ -70,10 +70,18 @@ def load(
     if tasks is not None and name in ("run", "task"):
         raise UserError(f"{place} ({name}) says itself what its tasks are; leave tasks= out.")
     if name == "run":
+        if base is not None:
+            raise UserError(f"{place} is a run, which has its own encoder; leave base= out.")
         return Run.load(path)
+    origin = "" if base is None else str(storage.workdir(str(base)))
     if name == "task":
-        return from_task_files([Path(path)], str(base))
-    return _from_checkpoint(place, FOREIGN[name].read(str(place), str(base)), base, tasks)
+        return from_task_files([Path(path)], origin)
+    if name in _NEED_BASE and _is_run(origin):
+        raise UserError(
+            f"{base} is a run; name the encoder itself, as Hugging Face has it, as the base of"
+            f" {place} ({name})."
+        )
+    return _from_checkpoint(str(path), FOREIGN[name].read(str(path), origin), origin, tasks)
 
 
 def from_task_files(files: Sequence[Path], base: str) -> Run:
@@ -94,10 +102,14 @@ def from_task_files(files: Sequence[Path], base: str) -> Run:
     return Run.of(experiment, found.tokenizer, loaded.variables)
 
 
-def _base(name: str) -> Base:
+def _is_run(name: str) -> bool:
     workdir = epath.Path(name)
-    if storage.in_bucket(workdir) or (workdir / EXPERIMENT_FILE).exists():
-        return Run.load(workdir).base
+    return storage.in_bucket(workdir) or (workdir / EXPERIMENT_FILE).exists()
+
+
+def _base(name: str) -> Base:
+    if _is_run(name):
+        return Run.load(epath.Path(name)).base
     path = huggingface.resolve(name)
     model, variables = huggingface.from_huggingface(path)
     return Base(model.config, variables["params"], load_tokenizer(path))
@@ -110,25 +122,20 @@ def _experiment(encoder: str, architecture: Any, method: Any, tasks: Sequence[Ta
     return Experiment(config, tuple(tasks), architecture)
 
 
-def _from_checkpoint(
-    place: str | Path,
-    found: Checkpoint,
-    base: str | Path | None,
-    tasks: Sequence[Task] | None,
-) -> Run:
+def _from_checkpoint(place: str, found: Checkpoint, base: str, tasks: Sequence[Task] | None) -> Run:
     tasks = found.tasks if tasks is None else _checked(place, found, tasks)
     if not found.has_heads:
         tasks = [dataclasses.replace(task, has_head=False) for task in tasks]
     num_outputs = [task.num_outputs for task in tasks]
     adapters = task_axis.take(found.variables["adapters"], num_outputs, range(len(tasks)))
     architecture = found.model.config
-    experiment = _experiment(str(base or place), architecture, found.model.method, tasks)
+    experiment = _experiment(base or place, architecture, found.model.method, tasks)
     experiment.config.data.max_length = architecture.max_length
     tokenizer = _tokenizer(found.directory, base)
     return Run.of(experiment, tokenizer, {**found.variables, "adapters": adapters})
 
 
-def _checked(place: str | Path, found: Checkpoint, tasks: Sequence[Task]) -> Sequence[Task]:
+def _checked(place: str, found: Checkpoint, tasks: Sequence[Task]) -> Sequence[Task]:
     """The user's tasks, if they fit the heads of a checkpoint."""
     mine, theirs = [task.num_outputs for task in tasks], list(found.model.num_outputs)
     if len(mine) != len(theirs) or (found.has_heads and mine != theirs):
@@ -143,18 +150,17 @@ def _checked(place: str | Path, found: Checkpoint, tasks: Sequence[Task]) -> Seq
     return tasks
 
 
-def _tokenizer(directory: Path, base: str | Path | None) -> FastTokenizer:
+def _tokenizer(directory: Path, base: str) -> FastTokenizer:
     """The tokenizer in a directory, or else that of the base."""
     if has_tokenizer(directory):
         return load_tokenizer(directory)
-    if base is None:
+    if not base:
         raise UserError(
             f"{directory} has no tokenizer (tokenizer.json or vocab.txt); put it there, or name the"
             " encoder that has it with base=."
         )
-    workdir = storage.workdir(str(base))
-    if storage.in_bucket(workdir) or (workdir / EXPERIMENT_FILE).exists():
-        return saved_tokenizer(workdir)
+    if _is_run(base):
+        return saved_tokenizer(epath.Path(base))
     return load_tokenizer(huggingface.resolve(base))
 
 
