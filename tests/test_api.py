@@ -104,6 +104,17 @@ def test_many_texts_of_all_lengths_are_as_in_evaluation(run):
         tiny.assert_rounded_alike(answers, logits[:count])
 
 
+@pytest.mark.slow
+@pytest.mark.all_devices
+def test_all_devices_give_the_same(run):
+    spread = pals_jax.load(WRITTEN)
+    assert len(spread.evaluator.parallel.devices) == 8
+    assert_alike(spread.predict(PAIRS, task="all"), run.predict(PAIRS, task="all"))
+    np.testing.assert_allclose(
+        spread.encode(PAIRS, task="same"), run.encode(PAIRS, task="same"), atol=1e-5
+    )
+
+
 def test_vectors_are_what_the_head_reads(run):
     vectors = run.encode(PAIRS, task="same")
     assert vectors.shape == (2, 24)
