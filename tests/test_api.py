@@ -434,6 +434,8 @@ def test_places_that_hold_nothing(tmp_path):
         (tmp_path, {}, r"holds nothing to load; it needs the files of one of run, task, "),
         (tmp_path / "text", {}, "holds nothing to load"),
         (tmp_path / "none", {}, r'there is no .*none; .* format="huggingface"'),
+        ("x" * 300, {}, "cannot look into x"),
+        (".", {}, "holds nothing to load"),
         ("http://x", {}, "neither a directory nor gs://"),
         (WRITTEN, {"format": "keras"}, "no format 'keras'; formats are run, task, adapterhub"),
         (WRITTEN, {"tasks": [Task("x", ())]}, "says itself what its tasks are"),

@@ -187,7 +187,7 @@ FOREIGN: Mapping[str, Format] = {
     "bert_n_pals": Format(lambda path: bool(_config_with(path, _BERT_N_PALS)), _bert_n_pals),
     "unified_view": Format(lambda path: bool(_config_with(path, _UNIFIED_VIEW)), _unified_view),
     "tf_bert": Format(
-        lambda path: bool(_tf_prefixes(path)) or path.with_name(f"{path.name}.index").is_file(),
+        lambda path: bool(_tf_prefixes(path)) or Path(f"{path}.index").is_file(),
         _tf_bert,
     ),
 }

@@ -168,7 +168,10 @@ def _format_of(path: epath.Path) -> str:
     """The one format of what a place holds."""
     if storage.in_bucket(path):
         return "run"  # the only one that may be in a bucket; its reader says what is missing
-    found = [name for name, holds in _HOLDS.items() if holds(Path(path))]
+    try:
+        found = [name for name, holds in _HOLDS.items() if holds(Path(path))]
+    except OSError as error:  # such as a name that is too long, or a directory of somebody else
+        raise UserError(f"cannot look into {path}: {error.strerror}.") from error
     if len(found) == 1:
         return found[0]
     if found:
