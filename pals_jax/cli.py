@@ -1,6 +1,7 @@
 """The command line: parses and dispatches, nothing else."""
 
 import argparse
+import atexit
 import contextlib
 import gc
 import json
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from etils import epath
 
     from pals_jax.inference.run import Run
+
+# Before it ends, Python would go through millions of objects to free them: 0.7 s of every command.
+atexit.register(gc.freeze)
 
 _CONFIG_HELP = "a file of configs/, with its argument; override any key with --config.KEY=VALUE"
 
