@@ -69,6 +69,7 @@ def test_a_run_predicts_without_transformers() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert not set(done.stdout.split()) & (LIBRARIES - {"orbax"} | {"pandas"})
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(
