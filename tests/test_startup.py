@@ -54,6 +54,24 @@ def test_what_predicts_imports_nothing_that_only_training_needs(gte_small: Path)
     assert not set(done.stdout.split()) & (HEAVY - {"scipy"})
 
 
+def test_the_package_imports_nothing_before_it_is_asked_to() -> None:
+    code = "import sys, pals_jax; print(*{n.split('.')[0] for n in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & (LIBRARIES | {"jax", "flax", "numpy", "etils"})
+
+
+def test_a_run_predicts_without_transformers() -> None:
+    """Importing it takes a third of the time of the first answer."""
+    code = (
+        "import sys, pals_jax; run = pals_jax.load('tests/written_before');"
+        "run.predict('red box', task='colour'); print(*{n.split('.')[0] for n in sys.modules})"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert not set(done.stdout.split()) & (LIBRARIES - {"orbax"} | {"pandas"})
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("installed", "chips", "expected"),
     [

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 
 from pals_jax.convert import tables, tensor_files
 from pals_jax.models.adapters.methods import Method
@@ -173,6 +174,20 @@ def read_config(directory: Path) -> BertConfig:
     return BertConfig.from_mapping(
         {"pad_token_id": _PAD[architecture]} | given | {"model_type": architecture}
     )
+
+
+def is_encoder(directory: Path) -> bool:
+    """Whether a directory has the files of a model; they may be damaged."""
+    return all((directory / name).is_file() for name in ("config.json", "model.safetensors"))
+
+
+def has_classifier(directory: Path) -> bool:
+    """Whether the model in a directory has a classifier; unknown counts as yes, to be reported."""
+    try:
+        with safetensors.safe_open(directory / "model.safetensors", "numpy") as file:
+            return any(name.startswith("classifier.") for name in file.keys())  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError):
+        return True
 
 
 def read_tensors(directory: Path) -> Mapping[str, np.ndarray]:

@@ -103,6 +103,12 @@ def to_peft(
     tensor_files.write_adapter(Path(directory), config, _SAFETENSORS, tensors)
 
 
+def has_head(directory: Path) -> bool:
+    """Whether a classifier was saved with the LoRA."""
+    tensors = tensor_files.find_tensors(directory, _SAFETENSORS, _PICKLE)
+    return any(set(name.split(".")) & _HEADS for name in tensors)
+
+
 def _read_part(config: Mapping[str, Any], tensors: Tensors, encoder: BertConfig) -> Part:
     _check(config)
     method = _method(config, tensors, encoder)

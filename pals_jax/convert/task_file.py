@@ -6,11 +6,12 @@ of the base's weights and tokenizer. Any set of task files with one method makes
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pals_jax.convert.tensor_files import write_tensors
 from pals_jax.data.tasks import Task
+from pals_jax.data.tokenize import FastTokenizer
 from pals_jax.models.adapters import serialize
 from pals_jax.models.adapters.parse import parse_method
 from pals_jax.models.adapters.spec import Method
@@ -27,14 +29,12 @@ from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.shapes import variable_shapes
 from pals_jax.models.task_axis import append
-from pals_jax.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from pals_jax.runtime.errors import UserError, reason
 
 _FORMAT = "pals_jax task, version 2"
 _FORMATS = {_FORMAT, "pals_jax task, version 1"}  # version 1 has the method as an expression
-_KEYS = {"task", "method", "max_length", "architecture", "base", "tokenizer"}
+_FINGERPRINTS = ("base", "tokenizer")
+_KEYS = {"task", "method", "max_length", "architecture", *_FINGERPRINTS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,9 @@ class Base:
 
     architecture: BertConfig
     params: Any
-    tokenizer: "PreTrainedTokenizerFast"
+    tokenizer: FastTokenizer
 
+    @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of the weights (names, shapes, float32 bytes) and of the tokenizer."""
         weights = hashlib.sha256()
@@ -90,7 +91,7 @@ def save(
         "method": serialize.dumps(method),
         "max_length": str(max_length),
         "architecture": json.dumps(dataclasses.asdict(base.architecture)),
-        **base.fingerprints(),
+        **base.fingerprints,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, {name: np.asarray(x) for name, x in rows.items()}, metadata)
@@ -113,62 +114,101 @@ class Loaded:
     max_length: int
 
 
+def is_task_file(path: Path) -> bool:
+    """Whether a file says of itself that it is a task file, of any version; it may be damaged."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            return str((file.metadata() or {}).get("format")).startswith("pals_jax task")
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
 def load(paths: Sequence[Path], base: Base) -> Loaded:
     """The model of several task files on one base.
 
     Raises:
-        UserError: if a file is not a task file or is damaged, belongs to another base or tokenizer,
-            or has another method than the first, or if two tasks have the same name.
+        UserError: if a file is not a task file or is damaged, holds a value that is not finite,
+            belongs to another base or tokenizer, or has another method than the first, or if two
+            tasks have the same name.
     """
-    read = [_read(path) for path in paths]
-    method = parse_method(read[0][1]["method"])
-    for path, (_, metadata) in zip(paths, read, strict=True):
-        for what, mine in base.fingerprints().items():
-            if metadata[what] != mine:
+    files = [_read(path) for path in paths]
+    method = files[0].method
+    for file in files:
+        for what, mine in base.fingerprints.items():
+            if file.fingerprints[what] != mine:
                 raise UserError(
-                    f"{path} was trained on another {what}; use the one it was trained on."
+                    f"{file.path} was trained on another {what}; use the one it was trained on."
                 )
-        if (other := parse_method(metadata["method"])) != method:
-            theirs, ours = (" + ".join(part.name for part in each) for each in (other, method))
+        if file.method != method:
+            theirs, ours = (" + ".join(part.name for part in x) for x in (file.method, method))
             raise UserError(
-                f"{path} has another method ({theirs}) than {paths[0]} ({ours}), or the same in"
-                " other sizes; tasks of one model share a method."
+                f"{file.path} has another method ({theirs}) than {paths[0]} ({ours}), or the same"
+                " in other sizes; tasks of one model share a method."
             )
-    tasks = tuple(Task.from_json(json.loads(metadata["task"])) for _, metadata in read)
-    names = [task.name for task in tasks]
+    names = [file.task.name for file in files]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two files hold a task named {repeated[0]!r}; leave one out.")
-    model = MultiTaskModel(base.architecture, tuple(task.num_outputs for task in tasks), method)
     adapters: Any = None
-    for path, task, (tensors, _) in zip(paths, tasks, read, strict=True):
-        _check_tensors(path, model.clone(num_outputs=(task.num_outputs,)), tensors)
-        row = unflatten_dict({k: jnp.asarray(x)[None] for k, x in tensors.items()}, sep="/")
+    for file in files:
+        model = MultiTaskModel(base.architecture, (file.task.num_outputs,), method)
+        _check_tensors(file.path, model, file.tensors)
+        row = unflatten_dict({k: jnp.asarray(x)[None] for k, x in file.tensors.items()}, sep="/")
         adapters = row if adapters is None else append(adapters, row)
-    max_length = max(int(metadata["max_length"]) for _, metadata in read)
-    return Loaded({"params": base.params, "adapters": adapters}, tasks, method, max_length)
+    return Loaded(
+        {"params": base.params, "adapters": adapters},
+        tuple(file.task for file in files),
+        method,
+        max(file.max_length for file in files),
+    )
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """What one file holds; `fingerprints` are of its base, as `Base.fingerprints`."""
+
+    path: Path
+    tensors: dict[str, np.ndarray]
+    task: Task
+    method: Method
+    max_length: int
+    fingerprints: dict[str, str]
+
+
+def _read(path: Path) -> _File:
     try:
         with safetensors.safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, TypeError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read the task file {path}: {error}.") from error
     if metadata.get("format") not in _FORMATS or _KEYS - set(metadata):
         raise UserError(
             f"{path} is not a task file of this version; write it with pals-jax convert."
         )
-    return tensors, metadata
+    try:
+        task = Task.from_json(json.loads(metadata["task"]))
+        task.check()
+        length = int(metadata["max_length"])
+        method = parse_method(metadata["method"])
+    except (ValueError, TypeError, AttributeError, UserError) as error:
+        raise UserError(
+            f"the metadata of {path} are damaged ({reason(error)}); get the file again."
+        ) from error
+    return _File(path, tensors, task, method, length, {k: metadata[k] for k in _FINGERPRINTS})
 
 
 def _check_tensors(path: Path, model: MultiTaskModel, tensors: Mapping[str, np.ndarray]) -> None:
-    """Refuses tensors that are not exactly the rows of one task."""
+    """Refuses tensors that are not exactly the rows of one task, all finite."""
     shapes = variable_shapes(model)["adapters"]
-    wanted = {name: x.shape[1:] for name, x in flatten_dict(shapes, sep="/").items()}
-    found = {name: x.shape for name, x in tensors.items()}
+    wanted = {name: (x.shape[1:], x.dtype) for name, x in flatten_dict(shapes, sep="/").items()}
+    found = {name: (x.shape, x.dtype) for name, x in tensors.items()}
     if wrong := sorted(k for k in wanted | found if wanted.get(k) != found.get(k)):
         raise UserError(
             f"{path} does not fit its method; missing, unknown or of a wrong shape:"
             f" {', '.join(wrong)}. Write it again with pals-jax convert."
+        )
+    if wrong := sorted(name for name, x in tensors.items() if not np.isfinite(x).all()):
+        raise UserError(
+            f"{path} holds values that are not finite, in {', '.join(wrong)}; its training has"
+            " diverged, or the file is damaged."
         )

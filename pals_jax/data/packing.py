@@ -10,6 +10,7 @@ Every shape costs one compilation. The shapes are chosen from the data, before t
 import bisect
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ _MOST_SHAPES = 8
 _WORTH = 0.01  # the share of all work that another shape must save
 _COMPILATION = 20  # the steps that another shape must save, to be worth its compilation
 _LEAST = 8  # the least positions that an example takes, which bounds the examples in a row
+_SHORTEST, _SOME = 16, 4  # the shortest row, and the rows of a middle shape, of `Packed.few`
 _TOGETHER = 4096  # examples that are packed at a time; more would not fill rows better
 
 Sizes = tuple[np.ndarray, np.ndarray]  # int [n] tasks, int [n] lengths of a batch of n examples
@@ -101,6 +103,20 @@ class Packed:
         return cls((Shape(_up(rows, shards), max_length),), _least(max_length, prompts))
 
     @classmethod
+    def few(cls, rows: int, max_length: int, shards: int = 1, prompts: int = 0) -> "Packed":
+        """For any number of examples: one row of a few lengths, some rows, or `rows` rows.
+
+        One short text thus costs one short row. Arguments as for `choose`.
+        """
+        least, length = _least(max_length, prompts), _SHORTEST
+        shapes = {Shape(_up(min(some, rows), shards), max_length) for some in (1, _SOME, rows)}
+        while length < max_length:
+            if length >= least:
+                shapes.add(Shape(_up(1, shards), length))
+            length *= 2
+        return cls(tuple(sorted(shapes, key=math.prod)), least)
+
+    @classmethod
     def choose(
         cls,
         samples: Iterable[Sizes],
@@ -165,6 +181,8 @@ class Packed:
     def batches(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, Placement]]:
         """Divides the examples of one task, in any order, into as few batches as possible.
 
+        All have the last shape, except that the last batch has the cheapest that holds it.
+
         Args:
             lengths: int64 [n], the lengths of all examples.
 
@@ -183,7 +201,15 @@ class Packed:
         begins = np.searchsorted(row[order], np.arange(0, rows, shape.rows))
         for begin, end in itertools.pairwise([*begins, len(order)]):
             here = order[begin:end]
-            yield here, Placement(shape, slots, row[here] % shape.rows, slot[here], start[here])
+            smaller = self._in_smaller(lengths[here]) if end == len(order) else None
+            whole = Placement(shape, slots, row[here] % shape.rows, slot[here], start[here])
+            yield here, smaller or whole
+
+    def _in_smaller(self, lengths: np.ndarray) -> Placement | None:
+        """The placement of one task's examples in the cheapest shape but the last, or None."""
+        alike = np.zeros_like(lengths)
+        tried = (self._placed(shape, alike, lengths) for shape in self.shapes[:-1])
+        return next((placement for placement in tried if placement is not None), None)
 
     def _placed(self, shape: Shape, tasks: np.ndarray, lengths: np.ndarray) -> Placement | None:
         """The placement of the examples in this shape; None if it does not hold them."""

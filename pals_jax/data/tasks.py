@@ -17,14 +17,17 @@ class Task:
 
     Attributes:
         name: for example "mrpc".
-        text: the names of its one or two text columns.
+        text: the names of its one or two text columns; empty if a checkpoint of another code does
+            not tell: it then takes one text or two.
         label: the name of its label column.
         labels: the class names in the order of their ids; empty for regression.
-        label_range: regression only: the labels that become the targets 0 and 1.
+        label_range: regression only: the labels that become the targets 0 and 1. None: the model's
+            output is the label, as in checkpoints of other codes.
         metrics: names of metrics; the first is the task's score.
         eval_splits: the labelled splits on which it is evaluated.
         test_splits: the splits to predict; their labels are usually secret.
         head: for a diagnostic set without training data, the task whose head answers it.
+        has_head: False for adapters that came without a head: they give vectors and no labels.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Task:
     eval_splits: tuple[str, ...] = ("dev",)
     test_splits: tuple[str, ...] = ("test",)
     head: str | None = None
+    has_head: bool = True
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Task":
@@ -44,6 +48,22 @@ class Task:
             k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()
         }
         return cls(**fields)
+
+    def check(self) -> None:
+        """Checks the kinds of the fields, which may come from a file.
+
+        Raises:
+            TypeError: if a field is of another kind, or there are too many text columns.
+        """
+        words = (self.name, self.label, *self.text, *self.labels, *self.metrics)
+        if not self.name or not all(isinstance(word, str) for word in words):
+            raise TypeError("a name, column, label or metric of the task is not a text")
+        if len(self.text) > 2 or len(set(self.labels)) < len(self.labels):
+            raise TypeError("the task has more than two text columns, or repeats a label")
+        if self.label_range is not None:
+            low, high = map(to_number, self.label_range)
+            if self.labels or low >= high:
+                raise TypeError("the task has a label_range that does not fit it")
 
     @property
     def is_regression(self) -> bool:
@@ -54,6 +74,11 @@ class Task:
     def num_outputs(self) -> int:
         """The width of its head: the number of classes, or 1 for regression."""
         return len(self.labels) or 1
+
+    def columns(self, count: int) -> tuple[str, ...]:
+        """The names of `count` texts; empty if it takes another number of texts."""
+        names = self.text or _UNNAMED[:count]
+        return names if len(names) == count else ()
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -75,21 +100,19 @@ class Task:
             if str(label) not in self.labels:
                 raise ValueError(f"label {str(label)!r} is not one of {', '.join(self.labels)}")
             return float(self.labels.index(str(label)))
-        low, high = self._range
+        if self.label_range is None:
+            raise TypeError(f"the regression task {self.name} was declared without a label_range")
+        low, high = self.label_range
         return (float(np.float32(to_number(label))) - low) / (high - low)
 
     def target_to_label(self, target: float) -> str | float:
         """The label of a class id, or of a regression output after clipping to [0, 1]."""
         if not self.is_regression:
             return self.labels[int(target)]
-        low, high = self._range
-        return low + min(max(float(target), 0.0), 1.0) * (high - low)
-
-    @property
-    def _range(self) -> tuple[float, float]:
         if self.label_range is None:
-            raise TypeError(f"the regression task {self.name} was declared without a label_range")
-        return self.label_range
+            return float(target)
+        low, high = self.label_range
+        return low + min(max(float(target), 0.0), 1.0) * (high - low)
 
 
 def to_number(label: str | float) -> float:
@@ -107,6 +130,7 @@ def to_number(label: str | float) -> float:
     return number
 
 
+_UNNAMED = ("text", "text_pair")  # as transformers calls them
 _SENTENCES = ("sentence1", "sentence2")
 _BINARY = ("0", "1")
 _NLI = ("entailment", "neutral", "contradiction")

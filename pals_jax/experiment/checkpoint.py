@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -125,7 +126,8 @@ def restore_best(workdir: epath.Path, variables: Tree, parallel: DataParallel) -
         UserError: if there is no checkpoint yet, or it is damaged or belongs to another model.
     """
     directory = workdir / "best"
-    manager = _best_manager(workdir, read_only=True) if directory.is_dir() else None
+    with _without_warnings():
+        manager = _best_manager(workdir, read_only=True) if directory.is_dir() else None
     try:
         step = manager.best_step() if manager else None
     except ValueError as error:  # its metrics are not valid JSON
@@ -135,6 +137,18 @@ def restore_best(workdir: epath.Path, variables: Tree, parallel: DataParallel) -
     if damaged := _damage(manager, step):
         raise UserError(f"{damaged}; train again in another workdir.")
     return step, _restore(manager, step, variables, parallel)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keeps Orbax from warning of every option that has no meaning where nothing is written."""
+    log = logging.getLogger("absl")
+    before = log.level
+    log.setLevel(max(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _best_manager(workdir: epath.Path, read_only: bool = False) -> ocp.CheckpointManager:

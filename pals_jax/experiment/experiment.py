@@ -7,7 +7,7 @@ need only the workdir.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +23,7 @@ from pals_jax.data.packing import Packed, Padded
 from pals_jax.data.sampler import Sampler
 from pals_jax.data.sources import Source, glue_source
 from pals_jax.data.tasks import GLUE, Task, glue_task
-from pals_jax.data.tokenize import TokenizedSplit, tokenize_split
+from pals_jax.data.tokenize import FastTokenizer, TokenizedSplit, tokenize_split
 from pals_jax.experiment import config as config_lib
 from pals_jax.experiment.optim import make_optimizer, moves_idle_tasks
 from pals_jax.models.adapters.parse import parse_method, title
@@ -34,9 +34,6 @@ from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.shapes import adapter_shapes
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.shards import Shards
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,14 +173,22 @@ class Experiment:
             placing = Packed.into(rows, max_length, shards.total, self._prompts)
         return eval_batches(split, task_id, self.layout, placing, shards)
 
+    def answer_batches(
+        self, split: TokenizedSplit, task_id: int, shards: Shards
+    ) -> Iterator[tuple[Batch, np.ndarray]]:
+        """As `eval_batches`, for any number of texts, in few shapes: see `Packed.few`."""
+        rows, max_length = self.config.eval_batch_size, self.config.data.max_length
+        placing = Packed.few(rows, max_length, shards.total, self._prompts)
+        return eval_batches(split, task_id, self.layout, placing, shards)
+
     @property
     def _prompts(self) -> int:
         """The number of prompt positions that the model adds to each example."""
         return prompt_length(parse_method(self.config.method))
 
     def knows_data(self, task: Task) -> bool:
-        """Whether the task's data source is known; it is not for a task loaded from a task file."""
-        return task.name in self.config.data.own or task.name in GLUE
+        """Whether the task's data source is known; it is not for a task loaded from a file."""
+        return bool(task.text) and (task.name in self.config.data.own or task.name in GLUE)
 
     def source(self, task: Task) -> Source:
         """Where a task's examples come from."""
@@ -202,7 +207,7 @@ class Experiment:
         """The directory where tokens and hidden states are cached."""
         return Path(self.config.data.cache_dir).expanduser()
 
-    def read(self, task: Task, split: str, tokenizer: "PreTrainedTokenizerFast") -> TokenizedSplit:
+    def read(self, task: Task, split: str, tokenizer: FastTokenizer) -> TokenizedSplit:
         """The examples of a split, tokenised or from the cache.
 
         Raises:
@@ -211,9 +216,7 @@ class Experiment:
         examples = self.source(task).read(task, split)
         return tokenize_split(examples, tokenizer, self.config.data.max_length, self.cache_dir)
 
-    def read_eval(
-        self, task: Task, tokenizer: "PreTrainedTokenizerFast"
-    ) -> dict[str, TokenizedSplit]:
+    def read_eval(self, task: Task, tokenizer: FastTokenizer) -> dict[str, TokenizedSplit]:
         """The evaluation splits that the source has; there must be at least one."""
         present = self.source(task).splits(task)
         splits = [split for split in task.eval_splits if split in present]

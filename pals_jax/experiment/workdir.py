@@ -8,21 +8,18 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from etils import epath
 from flax.traverse_util import flatten_dict
 
 from pals_jax.data.tasks import Task
-from pals_jax.data.tokenize import load_tokenizer
+from pals_jax.data.tokenize import FastTokenizer, SavedTokenizer
 from pals_jax.experiment import config as config_lib
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.models.bert import BertConfig
 from pals_jax.runtime import storage
 from pals_jax.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 EXPERIMENT_FILE = "experiment.json"
 _SIZES = "train_examples"
@@ -128,20 +125,20 @@ def load(workdir: epath.Path) -> Experiment:
         raise UserError(f"{path} is damaged ({error}).") from error
 
 
-def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", workdir: epath.Path) -> None:
+def save_tokenizer(tokenizer: FastTokenizer, workdir: epath.Path) -> None:
     """Writes the tokenizer of a run, for `saved_tokenizer` to read."""
     with storage.Staged(workdir / _TOKENIZER) as folder:
         tokenizer.save_pretrained(folder.path)
 
 
-def saved_tokenizer(workdir: epath.Path) -> "PreTrainedTokenizerFast":
+def saved_tokenizer(workdir: epath.Path) -> FastTokenizer:
     """The tokenizer of a run.
 
     Raises:
         UserError: if it is missing or damaged.
     """
     with storage.fetched(workdir / _TOKENIZER) as folder:
-        return load_tokenizer(folder)
+        return SavedTokenizer.read(folder)
 
 
 def _to_json(experiment: Experiment) -> dict[str, Any]:

@@ -2,17 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from pals_jax.data import metrics
+from pals_jax.data.batch import Batch
 from pals_jax.data.tasks import Task
 from pals_jax.data.tokenize import TokenizedSplit
 from pals_jax.experiment.experiment import Experiment
-from pals_jax.inference.steps import make_eval_step, make_every_task_step
+from pals_jax.inference.steps import make_eval_step, make_every_task_step, make_pool_step
 from pals_jax.runtime.errors import Diverged
 from pals_jax.runtime.parallel import DataParallel
 
@@ -44,8 +45,14 @@ class Evaluator:
 
     @functools.cached_property
     def every_task_step(self) -> Callable[..., jax.Array]:
-        """`steps.make_every_task_step`, compiled once."""
+        """`steps.make_every_task_step`, compiled once per shape of batch."""
         step = make_every_task_step(self.experiment.model(), self.parallel.axis_name)
+        return self.parallel.compile(step)
+
+    @functools.cached_property
+    def pool_step(self) -> Callable[..., jax.Array]:
+        """`steps.make_pool_step`, compiled once per shape of batch."""
+        step = make_pool_step(self.experiment.model(), self.parallel.axis_name)
         return self.parallel.compile(step)
 
     def logits(
@@ -60,29 +67,37 @@ class Evaluator:
         With `active`, bool [N], only the layers where it is True have their adapters.
         """
         task_id = self.experiment.tasks.index(task)
-        out = np.empty((len(split), task.num_outputs), np.float32)
-        for batch, examples in self.experiment.eval_batches(split, task_id, self.parallel.shards):
-            logits = np.asarray(self.eval_step((variables, active), batch))
-            out[examples[examples >= 0]] = logits[examples >= 0, : task.num_outputs]
-        return _finite(task, out)
+        batches = self.experiment.eval_batches(split, task_id, self.parallel.shards)
+        out = _of_examples(lambda batch: self.eval_step((variables, active), batch), batches)
+        return _finite(task, out[:, : task.num_outputs])
 
-    def every_task(
+    def answers(
         self, variables: Any, tasks: Sequence[Task], split: TokenizedSplit
     ) -> list[np.ndarray]:
-        """The logits of every example for each of `tasks`, each as returned by `logits`.
+        """The logits of any number of examples for each of `tasks`, each as `logits` returns it.
 
-        For several tasks, the layers below their first adapters are computed once.
+        Batches have few shapes (`Experiment.answer_batches`): one short text costs one short row,
+        and repeated calls compile nothing. For several tasks, the layers below their first adapters
+        are computed once.
         """
-        if len(tasks) == 1:
-            return [self.logits(variables, tasks[0], split)]
-        model = self.experiment.model()
-        out = np.empty((len(model.num_outputs), len(split), max(model.num_outputs)), np.float32)
-        for batch, examples in self.experiment.eval_batches(split, 0, self.parallel.shards):
-            logits = np.asarray(self.every_task_step(variables, batch))
-            out[:, examples[examples >= 0]] = logits[:, examples >= 0]
         ids = [self.experiment.tasks.index(task) for task in tasks]
+        batches = self.experiment.answer_batches(split, ids[0], self.parallel.shards)
+        if len(tasks) == 1:
+            out = _of_examples(lambda batch: self.eval_step((variables, None), batch), batches)
+            return [_finite(tasks[0], out[:, : tasks[0].num_outputs])]
+        out = _of_examples(
+            lambda batch: np.moveaxis(np.asarray(self.every_task_step(variables, batch)), 0, 2),
+            batches,
+        )
         pairs = zip(ids, tasks, strict=True)
-        return [_finite(task, out[i, :, : task.num_outputs]) for i, task in pairs]
+        return [_finite(task, out[:, i, : task.num_outputs]) for i, task in pairs]
+
+    def vectors(self, variables: Any, task: Task, split: TokenizedSplit) -> np.ndarray:
+        """float32 [examples, D]: what the task's head reads, in the split's order."""
+        task_id = self.experiment.tasks.index(task)
+        batches = self.experiment.answer_batches(split, task_id, self.parallel.shards)
+        out = _of_examples(lambda batch: self.pool_step(variables, batch), batches)
+        return _finite(task, out.astype(np.float32))
 
     def evaluate(self, variables: Any, splits: Splits, active: np.ndarray | None = None) -> Results:
         """The metrics of every task of `splits` on each split, over the whole split at once."""
@@ -105,19 +120,33 @@ class Evaluator:
         return metrics.selection_score(named, results)
 
 
-def _finite(task: Task, logits: np.ndarray) -> np.ndarray:
-    """The logits; raises Diverged if they are not finite."""
-    if not np.isfinite(logits).all():
+def _of_examples(
+    step: Callable[[Batch], Any], batches: Iterable[tuple[Batch, np.ndarray]]
+) -> np.ndarray:
+    """What a step gives, [B, M, ...], for every example of some batches: [examples, ...]."""
+    found, values = [], []
+    for batch, examples in batches:
+        found.append(examples[examples >= 0])
+        values.append(np.asarray(step(batch))[examples >= 0])
+    order = np.argsort(np.concatenate(found))
+    return np.concatenate(values)[order]
+
+
+def _finite(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """The outputs; raises Diverged if they are not finite."""
+    if not np.isfinite(outputs).all():
         raise Diverged(
             f"task {task.name}: the model's outputs are not finite; the training has diverged,"
             " lower optimizer.learning_rate."
         )
-    return logits
+    return outputs
 
 
 def decide(task: Task, logits: np.ndarray) -> np.ndarray:
-    """The predictions [N]: class ids, or regression values clipped to [0, 1]."""
-    return np.clip(logits[:, 0], 0.0, 1.0) if task.is_regression else logits.argmax(-1)
+    """The predictions [N]: class ids, or regression values; in a range, clipped to [0, 1]."""
+    if not task.is_regression:
+        return logits.argmax(-1)
+    return logits[:, 0] if task.label_range is None else np.clip(logits[:, 0], 0.0, 1.0)
 
 
 def results_table(

@@ -1,31 +1,20 @@
-"""Export of a run's tasks to other formats or task files, and assembly of runs from task files."""
+"""Export of a run's tasks to other formats or task files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from pals_jax import convert
-from pals_jax.convert import huggingface, task_file
-from pals_jax.convert.task_file import Base
-from pals_jax.data.tokenize import load_tokenizer
-from pals_jax.experiment import config as config_lib
-from pals_jax.experiment import workdir as workdir_lib
-from pals_jax.experiment.checkpoint import Checkpoints
-from pals_jax.experiment.experiment import Experiment
-from pals_jax.experiment.workdir import EXPERIMENT_FILE
+from pals_jax.convert import task_file
 from pals_jax.inference.run import Run
-from pals_jax.models.adapters import serialize
 from pals_jax.models.merge import flat_prefixes
 from pals_jax.models.multitask import MultiTaskModel
-from pals_jax.runtime import storage
 from pals_jax.runtime.console import say
 from pals_jax.runtime.errors import UserError
-from pals_jax.runtime.parallel import DataParallel
 
 
 def export(run: Run, name: str, to: str, out: Path) -> None:
@@ -46,11 +35,10 @@ def export(run: Run, name: str, to: str, out: Path) -> None:
 
 def _task_file(run: Run, task: int, out: Path) -> None:
     experiment = run.experiment
-    base = Base(experiment.architecture, run.variables["params"], run.tokenizer)
     method, adapters = flat_prefixes(experiment.model().method, run.variables["adapters"])
     task_file.save(
         out,
-        base,
+        run.base,
         experiment.tasks[task],
         method,
         experiment.config.data.max_length,
@@ -106,40 +94,3 @@ def largest_logit_change(
     arrays = ids, np.zeros_like(ids), np.ones_like(ids)
     before = jax.jit(model.apply)(variables, *arrays, task)[:, : model.num_outputs[task]]
     return float(jnp.abs(jax.jit(alone.apply)(own, *arrays, 0) - before).max())
-
-
-def assemble(base: str, files: Sequence[Path], workdir: epath.Path) -> None:
-    """Makes a run for prediction from task files and the base that they were trained on.
-
-    Args:
-        base: the workdir of a run, or an encoder (see `huggingface.resolve`).
-        files: task files of one method.
-        workdir: the workdir of the new run; must not already hold a run.
-
-    Raises:
-        UserError: if a file does not fit the base or the other files.
-    """
-    if (workdir / EXPERIMENT_FILE).exists():
-        raise UserError(f"{workdir} holds a run already; choose another workdir.")
-    found = _base(base)
-    loaded = task_file.load(files, found)
-    config = config_lib.default()
-    config.encoder, config.method = base, serialize.dumps(loaded.method)
-    config.tasks = tuple(task.name for task in loaded.tasks)
-    config.data.max_length = loaded.max_length
-    workdir_lib.save(Experiment(config, loaded.tasks, found.architecture), workdir)
-    workdir_lib.save_tokenizer(found.tokenizer, workdir)
-    parallel = DataParallel.over()
-    with Checkpoints(workdir, parallel) as checkpoints:
-        checkpoints.save_best(0, parallel.put(loaded.variables), score=0.0)
-    say(f"wrote a run that predicts {', '.join(config.tasks)} to {workdir}")
-
-
-def _base(name: str) -> Base:
-    workdir = epath.Path(name)
-    if storage.in_bucket(workdir) or (workdir / EXPERIMENT_FILE).exists():
-        run = Run.load(workdir)
-        return Base(run.experiment.architecture, run.variables["params"], run.tokenizer)
-    path = huggingface.resolve(name)
-    model, variables = huggingface.from_huggingface(path)
-    return Base(model.config, variables["params"], load_tokenizer(path))

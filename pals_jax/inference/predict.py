@@ -1,133 +1,175 @@
-"""Predictions of a run, for the user's texts or for the test sets of GLUE's server."""
+"""Predictions of a run, for texts or for the test sets of GLUE's server."""
 
-import io
+import dataclasses
+import itertools
 import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
 
 from pals_jax.data.examples import Examples
-from pals_jax.data.readers import Row, read_rows
 from pals_jax.data.tasks import GLUE, Task
-from pals_jax.data.tokenize import TokenizedSplit, encode
 from pals_jax.inference import submission
 from pals_jax.inference.evaluator import decide
-from pals_jax.inference.run import Run
+from pals_jax.inference.texts import Example, Fitted, fit
 from pals_jax.runtime.console import say
 from pals_jax.runtime.errors import UserError
 
-Texts = list[tuple[str, ...]]
+if TYPE_CHECKING:
+    import pandas
+
+    from pals_jax.inference.run import Run
 
 
-def read_texts(tasks: Sequence[Task], path: Path | None) -> tuple[list[Task], Texts]:
-    """Reads texts from a TSV, CSV or JSONL file or stdin; also returns the tasks they fit.
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The answer of one task for one example.
 
-    A file, or a JSON object on a line of stdin, has the columns of the task. Any other line of
-    stdin is one example: its texts in the task's order, separated by tabs. If several tasks are
-    given, those that fit the first example are returned.
+    Attributes:
+        texts: the example, by the names of the task's text columns.
+        task: the task's name.
+        label: the most probable class; None for regression.
+        probabilities: of each class; empty for regression.
+        value: the predicted number; None for classification.
+    """
+
+    texts: dict[str, str]
+    task: str
+    label: str | None
+    probabilities: dict[str, float]
+    value: float | None
+
+    def columns(self) -> dict[str, Any]:
+        """The answer by the names of a table's columns: "label" and "p(LABEL)", or "value"."""
+        if self.label is None:
+            return {"value": self.value}
+        return {"label": self.label} | {f"p({k})": p for k, p in self.probabilities.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions(Sequence[Prediction]):
+    """Predictions in the order of the examples; those of several tasks for an example are together.
+
+    Attributes:
+        rows: the predictions.
+        tasks: the names of the tasks.
+        index: the index of the data frame that the examples came from, if they did.
+    """
+
+    rows: tuple[Prediction, ...]
+    tasks: tuple[str, ...]
+    index: Any = dataclasses.field(default=None, repr=False)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A data frame with one row for each prediction: texts, "task" and `Prediction.columns`.
+
+        Raises:
+            UserError: if pandas is not installed.
+        """
+        try:
+            import pandas  # optional, and slow to import
+        except ImportError as error:
+            raise UserError("to_pandas needs pandas, which is not here: pip install it.") from error
+        rows = [{**row.texts, "task": row.task, **row.columns()} for row in self.rows]
+        index = None if self.index is None else np.repeat(self.index, len(self.tasks))
+        return pandas.DataFrame(rows, index=index)
+
+    @overload
+    def __getitem__(self, index: int) -> Prediction: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Prediction, ...]: ...
+    def __getitem__(self, index: int | slice) -> Prediction | tuple[Prediction, ...]:
+        """One prediction, or several."""
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        """The number of examples times the number of tasks."""
+        return len(self.rows)
+
+
+def predict(
+    run: "Run", tasks: Sequence[Task], examples: Sequence[Example], index: Any = None
+) -> Predictions:
+    """The predictions of those of the tasks that the examples fit.
+
+    Args:
+        run: the run.
+        tasks: tasks of the run.
+        examples: see `pals_jax.inference.texts`.
+        index: see `Predictions`.
 
     Raises:
-        UserError: if a file or line cannot be read, fits no task, or fits several tasks with
-            different columns.
+        UserError: if the examples do not fit, or a task came without a head.
     """
-    if path is not None:
-        rows = list(read_rows(path))
-        fitting = _fitting(tasks, rows[0])
-        return fitting, [tuple(row.text(name) for name in fitting[0].text) for row in rows]
-    if isinstance(sys.stdin, io.TextIOWrapper):  # lets the error name a line that is not UTF-8
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    lines = {n: _line(n, line) for n, line in enumerate(sys.stdin, 1) if line.strip()}
-    if not lines:
-        raise UserError("stdin has no examples; write one per line.")
-    fitting = _fitting(tasks, next(iter(lines.values())))
-    return fitting, [_texts(fitting[0], number, line) for number, line in lines.items()]
-
-
-def _line(number: int, line: str) -> Row | list[str]:
-    """A line of stdin: a JSON object, or its fields."""
-    try:
-        line.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"stdin, line {number}: not valid UTF-8.") from error
-    if not line.lstrip().startswith("{"):
-        return line.rstrip("\r\n").split("\t")
-    try:
-        return Row(Path("stdin"), number, json.loads(line))
-    except ValueError as error:
-        raise UserError(f"stdin, line {number}: not valid JSON ({error}).") from error
-
-
-def _texts(task: Task, number: int, line: Row | list[str]) -> tuple[str, ...]:
-    if isinstance(line, Row):
-        return tuple(line.text(name) for name in task.text)
-    if len(line) != len(task.text):
+    if headless := [task.name for task in tasks if not task.has_head]:
         raise UserError(
-            f"stdin, line {number}: {len(line)} fields; task {task.name} needs"
-            f" {len(task.text)}, separated by a tab: {', '.join(task.text)}."
+            f"task {headless[0]} came without a head, so it has no labels to predict; encode gives"
+            " vectors of texts."
         )
-    return tuple(line)
+    fitted = fit(tasks, examples)
+    split = run.text_encoder(Examples(fitted.texts, None))
+    answers = run.evaluator.answers(run.variables, fitted.tasks, split)
+    rows = tuple(rows_of(fitted, answers))
+    return Predictions(rows, tuple(task.name for task in fitted.tasks), index)
 
 
-def _fitting(tasks: Sequence[Task], first: Row | list[str]) -> list[Task]:
-    """The tasks that an example fits; a single task is returned unchecked, for a precise error."""
-    if len(tasks) == 1:
-        return list(tasks)
-    if isinstance(first, Row):
-        fitting = [task for task in tasks if set(task.text) <= first.values.keys()]
-        if len({task.text for task in fitting}) > 1:
-            columns = " or ".join(dict.fromkeys(", ".join(task.text) for task in fitting))
-            raise UserError(
-                f"the input has columns of several kinds of tasks ({columns}); choose one with"
-                " --task=NAME."
-            )
-    else:
-        fitting = [task for task in tasks if len(task.text) == len(first)]
-    if not fitting:
-        needed = "; ".join(f"{task.name}: {', '.join(task.text)}" for task in tasks)
-        raise UserError(f"the first example fits no task of the run; the tasks need {needed}.")
-    return fitting
+def rows_of(fitted: Fitted, answers: Sequence[np.ndarray]) -> Iterator[Prediction]:
+    """The predictions that logits mean.
 
-
-def predict(run: Run, tasks: Sequence[Task], texts: Texts) -> Iterator[dict[str, Any]]:
-    """For each example: its columns, and each task's prediction and label probabilities.
-
-    The keys are "prediction" and "p(LABEL)", prefixed with the task's name if there are several.
+    Args:
+        fitted: N examples and their tasks.
+        answers: each task's logits, float32 [N, C_task].
     """
-    from scipy.special import softmax  # takes most of a second to import
-
-    answers = run.evaluator.every_task(run.variables, tasks, _encode(run, texts))
-    decisions = [decide(task, logits) for task, logits in zip(tasks, answers, strict=True)]
-    shares = [softmax(logits, axis=-1) for logits in answers]
-    for i, text in enumerate(texts):
-        record: dict[str, Any] = dict(zip(tasks[0].text, text, strict=True))
-        for task, decision, share in zip(tasks, decisions, shares, strict=True):
-            before = f"{task.name}: " if len(tasks) > 1 else ""
-            record[f"{before}prediction"] = task.target_to_label(decision[i])
-            if not task.is_regression:
-                names = (f"{before}p({name})" for name in task.labels)
-                record |= dict(zip(names, share[i].tolist(), strict=True))
-        yield record
+    decisions = [decide(task, x).tolist() for task, x in zip(fitted.tasks, answers, strict=True)]
+    shares = [_softmax(x).tolist() for x in answers]
+    for i, texts in enumerate(fitted.texts):
+        columns = dict(zip(fitted.columns, texts, strict=True))
+        for task, decision, share in zip(fitted.tasks, decisions, shares, strict=True):
+            answer: Any = task.target_to_label(decision[i])
+            if task.is_regression:
+                yield Prediction(columns, task.name, None, {}, answer)
+            else:
+                probabilities = dict(zip(task.labels, share[i], strict=True))
+                yield Prediction(columns, task.name, answer, probabilities, None)
 
 
-def _encode(run: Run, texts: Texts) -> TokenizedSplit:
-    return encode(Examples(texts, None), run.tokenizer, run.experiment.config.data.max_length)
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    # SciPy's takes a quarter of a second to import.
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
 
 
-def write_records(records: Iterable[Mapping[str, Any]], as_json: bool, out: Any) -> None:
-    """Writes JSON lines, or a TSV with a header."""
-    for index, record in enumerate(records):
+def write(predictions: Predictions, as_json: bool, out: Any) -> None:
+    """Writes one line for each example, of JSON or, below a header, of TSV.
+
+    Its keys are the text columns, "prediction" and "p(LABEL)", the last two with the task's name
+    before them if there are several tasks.
+    """
+    for number, rows in enumerate(_batched(predictions.rows, len(predictions.tasks))):
+        record: dict[str, Any] = dict(rows[0].texts)
+        for row in rows:
+            before = f"{row.task}: " if len(rows) > 1 else ""
+            answer = row.columns()
+            record[f"{before}prediction"] = answer.pop("value" if row.label is None else "label")
+            record |= {f"{before}{name}": value for name, value in answer.items()}
         if as_json:
             print(json.dumps(record), file=out)
             continue
-        if index == 0:
+        if number == 0:
             print("\t".join(record), file=out)
         cells = (f"{x:.4f}" if isinstance(x, float) else x for x in record.values())
         # Texts from CSV or JSON may contain tabs and line ends, which would break the TSV.
         print("\t".join(" ".join(cell.split()) for cell in cells), file=out)
 
 
-def write_submission(run: Run, directory: Path, fill_missing: bool) -> Path:
+def _batched(rows: Sequence[Prediction], size: int) -> Iterator[tuple[Prediction, ...]]:
+    rest = iter(rows)
+    return iter(lambda: tuple(itertools.islice(rest, size)), ())
+
+
+def write_submission(run: "Run", directory: Path, fill_missing: bool) -> Path:
     """Predicts every GLUE test set that the run has a task for, and writes the server's files.
 
     Returns:
@@ -142,7 +184,7 @@ def write_submission(run: Run, directory: Path, fill_missing: bool) -> Path:
             continue
         for split in task.test_splits:
             examples = run.experiment.source(task).read(task, split)
-            head, tokens = run.task(task.head or task.name), _encode(run, examples.texts)
+            head, tokens = run.task(task.head or task.name), run.text_encoder(examples)
             decisions = decide(task, run.evaluator.logits(run.variables, head, tokens))
             labels = [task.target_to_label(decision) for decision in decisions]
             predictions[task.name, split] = submission.Predictions(examples.ids, labels)
@@ -152,7 +194,7 @@ def write_submission(run: Run, directory: Path, fill_missing: bool) -> Path:
     return path
 
 
-def _diagnostics(run: Run) -> Iterator[Task]:
+def _diagnostics(run: "Run") -> Iterator[Task]:
     """The diagnostic sets (no training data of their own) that a head of the run can answer."""
     names = {task.name for task in run.experiment.tasks}
     return (task for task in GLUE.values() if task.head in names)

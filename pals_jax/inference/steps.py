@@ -50,3 +50,18 @@ def make_every_task_step(
         return lax.all_gather(logits, axis_name, axis=1, tiled=True)
 
     return every_task_step
+
+
+def make_pool_step(
+    model: MultiTaskModel, axis_name: str | None = None
+) -> Callable[[optax.Params, Batch], Array]:
+    """The pure step from variables and a batch to what the heads read, [B, M, D] in `dtype`."""
+
+    def pool_step(variables: optax.Params, batch: Batch) -> Array:
+        packing = Packing(batch.first, batch.example_ids)
+        arguments = *batch.tokens, batch.task_ids
+        hidden = model.apply(variables, *arguments, packing=packing, method="encode")
+        pooled = cast(Array, model.apply(variables, hidden, batch.task_ids, packing, method="pool"))
+        return pooled if axis_name is None else lax.all_gather(pooled, axis_name, tiled=True)
+
+    return pool_step

@@ -8,6 +8,7 @@ the first or on the final half there are one or two spans.
 Dimension letters: see `pals_jax.models.layers`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -36,7 +37,7 @@ class Encoder(nn.Module):
 
     def setup(self) -> None:
         self.embeddings = Embeddings(self.config, self.dtype)
-        self.layers = self.param("layers", self._init_layers)
+        self.layers = given_or(self, "layers", self._init_layers)
         self.pooler = Pooler(self.config, self.dtype)
 
     def _init_layers(self, key: Array) -> dict[str, Any]:
@@ -130,10 +131,21 @@ class Encoder(nn.Module):
         h = jnp.take_along_axis(h, first[..., None], axis=1)
         return self.pooler(h, Places.of_examples(salts, h))
 
-    def everything(self, input_ids: Array, adapters: TaskAdapters) -> Array:
-        """Touches every parameter, for `init`; input_ids: int [B, L] -> [B, 1, D]."""
-        first = jnp.zeros((input_ids.shape[0], 1), jnp.int32)
-        return self.pool(self(input_ids, input_ids, input_ids, adapters, first), first)
+    def everything(self) -> Array:
+        """Touches every parameter, for `init`, without a pass through the layers; -> [1, 1, D]."""
+        ids = jnp.zeros((1, 1), jnp.int32)
+        return self.pool(self.embeddings(ids, ids, one_position()), ids)
+
+
+def given_or(module: nn.Module, name: str, init: Callable[[Array], Any]) -> Any:
+    """The parameters of that name if they are given, else new ones.
+
+    `module.param` alone would trace `init` again to check the shapes of what is given, which takes
+    a third of all tracing where `init` is a whole stack of layers.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init)
 
 
 def layers_below(adapters: TaskAdapters) -> int:

@@ -25,7 +25,7 @@ from pals_jax.models.adapters.forms import Params, dense, project
 from pals_jax.models.adapters.spec import Method, Stack, TaskCopy
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.dropout import example_salts
-from pals_jax.models.encoder import Encoder
+from pals_jax.models.encoder import Encoder, given_or
 from pals_jax.models.layers import dropout
 from pals_jax.models.segments import Packing, Places
 from pals_jax.runtime.errors import UserError
@@ -61,7 +61,7 @@ class MultiTaskModel(nn.Module):
     remat: bool = False
 
     def setup(self) -> None:
-        self.encoder = self.param("encoder", self._init_encoder)
+        self.encoder = given_or(self, "encoder", self._init_encoder)
         spec_lib.check(self.method, self.encoder, self.config.num_hidden_layers)
         head = {k: Stack(v) for k, v in dense(self.config.hidden_size, self._width).items()}
         self.adapter_params = {
@@ -83,9 +83,7 @@ class MultiTaskModel(nn.Module):
         return Encoder(self.config, self.dtype, self.remat, parent=None)
 
     def _init_encoder(self, key: Array) -> Params:
-        bare = TaskAdapters((), {}, self.config)
-        ids = jnp.zeros((1, 1), jnp.int32)
-        return self._modules().init(key, ids, bare, method="everything")["params"]
+        return self._modules().init(key, method="everything")["params"]
 
     def _init(self, spec: Any) -> Params:
         if isinstance(spec, TaskCopy):

@@ -53,8 +53,6 @@ def adapter_shapes(model: MultiTaskModel) -> TaskAdapters:
 @functools.cache
 def _encoder(config: BertConfig) -> Params:
     def init() -> Any:
-        nothing, ids = TaskAdapters((), {}, config), jnp.zeros((1, 1), jnp.int32)
-        encoder = Encoder(config, parent=None)
-        return encoder.init(jax.random.key(0), ids, nothing, method="everything")["params"]
+        return Encoder(config, parent=None).init(jax.random.key(0), method="everything")["params"]
 
     return jax.eval_shape(init)

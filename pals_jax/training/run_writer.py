@@ -1,13 +1,14 @@
 """Writes one run's workdir during training, whether it is trained alone or with others."""
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
 from pals_jax.data.sampler import Sampler
+from pals_jax.data.tokenize import FastTokenizer
 from pals_jax.experiment import workdir as workdir_lib
 from pals_jax.experiment.checkpoint import Checkpoints
 from pals_jax.experiment.experiment import Experiment
@@ -19,9 +20,6 @@ from pals_jax.training.guards import check_finite
 from pals_jax.training.metric_writer import MetricWriter
 from pals_jax.training.step import TrainState
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 
 class RunWriter:
     """Context manager that writes the experiment, tokenizer, checkpoints and metrics of a run."""
@@ -30,7 +28,7 @@ class RunWriter:
         self,
         experiment: Experiment,
         workdir: epath.Path,
-        tokenizer: "PreTrainedTokenizerFast",
+        tokenizer: FastTokenizer,
         sampler: Sampler,
         parallel: DataParallel,
     ) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import optax
@@ -16,7 +16,7 @@ from pals_jax.data.batch import Batch
 from pals_jax.data.batches import TrainBatches
 from pals_jax.data.prefetch import prefetch
 from pals_jax.data.tasks import Task
-from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
+from pals_jax.data.tokenize import FastTokenizer, TokenizedSplit, load_tokenizer
 from pals_jax.experiment.checkpoint import restore_best
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.experiment.workdir import refuse_another_experiment
@@ -33,9 +33,6 @@ from pals_jax.training.guards import CompilationGuard
 from pals_jax.training.metric_writer import Window
 from pals_jax.training.run_writer import RunWriter
 from pals_jax.training.step import TrainState, create_state, make_train_step
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 _LOG_EVERY = 10  # steps between two lines of metrics
 
@@ -211,7 +208,7 @@ class Data:
         evals: the evaluation splits of each trained task.
     """
 
-    tokenizer: "PreTrainedTokenizerFast"
+    tokenizer: FastTokenizer
     train: list[TokenizedSplit]
     evals: Splits
 
@@ -281,7 +278,7 @@ def report(
     return results
 
 
-def _check_fit(experiment: Experiment, tokenizer: "PreTrainedTokenizerFast") -> None:
+def _check_fit(experiment: Experiment, tokenizer: FastTokenizer) -> None:
     """Refuses a tokenizer or a length for which the encoder has no embeddings."""
     architecture, max_length = experiment.architecture, experiment.config.data.max_length
     if len(tokenizer) > architecture.vocab_size:
