@@ -11,7 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Prefix, Scale
 from pals_jax.models.adapters.spec import Adapter, Method, TaskCopy
-from pals_jax.models.multitask import MultiTaskModel, check_task_ids
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.task_rows import check_task_ids
 
 _Path = tuple[str, ...]
 

@@ -14,7 +14,8 @@ from jax import Array
 
 from pals_jax.models.adapters.spec import Method
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel, check_task_ids
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.task_rows import check_task_ids
 
 Tree = TypeVar("Tree")
 
