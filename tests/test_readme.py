@@ -75,7 +75,7 @@ def test_the_map_has_every_room_and_module():
     rows = README.split("    pals_jax/\n")[1].split("\n\n")[0].splitlines()
     names = [re.split(" {2,}", row.strip())[0].strip("/") for row in rows]
     assert [name for name in names if name in ROOMS] == ROOMS
-    words = set(re.findall(r"[a-z_]+", " ".join(rows)))
+    words = set(re.findall(r"[a-z0-9_]+", " ".join(rows)))
     modules = {path.stem for path in PACKAGE.rglob("[a-z]*.py") if "demo" not in path.parts}
     assert not modules - words
 
