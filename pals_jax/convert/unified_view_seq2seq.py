@@ -19,7 +19,7 @@ from pals_jax.convert.unified_view_options import PREFIX
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Bottleneck, Prefix, Prompt
 from pals_jax.models.adapters.places import Place, places
-from pals_jax.models.adapters.spec import Adapter, Method
+from pals_jax.models.adapters.spec import Adapter, Method, TaskCopy
 from pals_jax.models.bart import BartConfig
 from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.runtime.errors import UserError
@@ -37,6 +37,8 @@ _FFN_ADAPTERS: Mapping[str, tuple[str, _Reads]] = {
     "sequential": ("ffn.output", "state"),
     "pfeiffer": ("ffn.output", "normalised"),
 }
+_LORA = {"attention": ("query", "value"), "ffn": ("ffn_in", "ffn_out")}  # targets, by block
+_LORA_SITES = {methods.LORA_SITES[target] for targets in _LORA.values() for target in targets}
 # Each attention by (block, attention): its module in a layer, and in the prefix module what the
 # names of the network's two parts, and of the flat tables, have before and behind.
 _MODULES = {
@@ -71,6 +73,12 @@ def write(
     """
     if model.config.model_type not in MODEL_TYPES or model.num_tasks > 1:
         raise UserError("a unified-view checkpoint can hold only one task, on a BART or mBART.")
+    if copies := [part for part in model.method if isinstance(part, TaskCopy)]:
+        raise _no_place(copies[0])
+    for site in ("attention.", "ffn."):
+        here = [x for x in model.method if isinstance(x, Adapter) and x.site.startswith(site)]
+        if len(here) > 1 and not all(map(methods.is_lora, here)):
+            raise _no_place(here[-1])
     tensors = tables.write(variables, slots(model))
     prefix = {name: x for name, x in tensors.items() if name.startswith(PREFIX)}
     state_dict = {name: x for name, x in tensors.items() if name not in prefix}
@@ -94,7 +102,7 @@ def _at_attention(config: Mapping[str, Any]) -> Method:
     if mode == "prompt_tuning":
         return methods.prompt_tuning(size)
     if mode == "lora":
-        return options.lora(config, size, ("query", "value"))
+        return options.lora(config, size, _LORA["attention"])
     if mode == "adapter" and option in _ATTENTION_ADAPTERS:
         site, reads = _ATTENTION_ADAPTERS[option]
         return (Adapter("attention_adapter", site, Bottleneck(size, "relu", norm=True), reads),)
@@ -129,7 +137,7 @@ def _at_ffn(config: Mapping[str, Any]) -> Method:
     if mode in ("none", "bitfit"):
         return ()
     if mode == "lora":
-        return options.lora(config, size, ("ffn_in", "ffn_out"))
+        return options.lora(config, size, _LORA["ffn"])
     pfeiffer_on_bart = (config["model_type"], option) == ("bart", "pfeiffer")  # fails there as well
     if mode != "adapter" or option not in _FFN_ADAPTERS or pfeiffer_on_bart:
         raise options.not_held(ffn_mode=mode, ffn_option=option)
@@ -155,8 +163,10 @@ def slots(model: Seq2SeqModel) -> Iterator[Slot]:
     for block, stack in model.config.stacks.items():
         for place in places(model.method, block):
             adapter = place.part
+            if adapter in methods.bitfit():  # copies of the model's own biases
+                continue
             if not isinstance(adapter, Adapter) or adapter.layers != "all":
-                raise _no_place(place)
+                raise _no_place(adapter)
             yield from _outside_layers(place, adapter)
             for layer in range(stack.num_hidden_layers):
                 yield from _of_layer(place, adapter, layer)
@@ -190,13 +200,13 @@ def _of_layer(place: Place, adapter: Adapter, layer: int) -> Iterator[Slot]:
             if form.norm:
                 theirs = f"{name}.{module}.ef_transform_layer_norm"
                 yield from tables.norm(theirs, (*path, "norm"), index)
-        case Adapter() if methods.is_lora(adapter) and place.site in bart.MODULES:
+        case Adapter() if methods.is_lora(adapter) and adapter.site in _LORA_SITES:
             yield from tables.lora(f"{name}.{bart.MODULES[place.site]}.ef_lora_", path, index)
         case Adapter(form=Bottleneck(activation="relu", bias=True) as form, compose="add"):
             module = _module(place, adapter, form)
             yield from _adapter(f"{name}.{module}", path, index, adapter, form)
         case _:
-            raise _no_place(place)
+            raise _no_place(adapter)
 
 
 def _module(place: Place, adapter: Adapter, form: Bottleneck) -> str:
@@ -206,7 +216,7 @@ def _module(place: Place, adapter: Adapter, form: Bottleneck) -> str:
         return "ef_ffn_adapter"
     if where in _ATTENTION_ADAPTERS.values() and form.norm and adapter.scale == 1.0:
         return f"{_MODULES[place.block, place.attention][0]}.ef_attn_adapter"
-    raise _no_place(place)
+    raise _no_place(adapter)
 
 
 def _adapter(
@@ -227,9 +237,9 @@ def _path(place: Place) -> tables.Path:
     return ("adapters", place.name, "layers")
 
 
-def _no_place(place: Place) -> UserError:
+def _no_place(part: Adapter | TaskCopy) -> UserError:
     return UserError(
-        f"a unified-view checkpoint cannot hold {place.part.name!r}; it holds one kind of change at"
+        f"a unified-view checkpoint cannot hold {part.name!r}; it holds one kind of change at"
         " attention and one at the feed-forward block, on all layers, within the authors' options."
     )
 

@@ -66,6 +66,7 @@ class Seq2SeqModel(nn.Module):
         task_ids: Array,
         packing: Packing | None = None,
         decoder_first: Array | None = None,
+        hidden: Array | None = None,
     ) -> Array:
         """Logits of the token after each position of the targets.
 
@@ -80,6 +81,8 @@ class Seq2SeqModel(nn.Module):
             packing: where the M examples of each row of sources are. None: each row is one.
             decoder_first: int [B, M]; with `packing`, the position of the first token of each
                 example in its row of targets.
+            hidden: [B, J, D] in `dtype`; the output of the layers of the encoder that all tasks
+                share (`stack.layers_below`), which are then skipped. None: all are computed.
 
         Returns:
             float32 [B, L, V].
@@ -90,7 +93,7 @@ class Seq2SeqModel(nn.Module):
             ValueError: shapes that do not fit together.
         """
         texts = input_ids, attention_mask, decoder_input_ids, decoder_attention_mask
-        return self._logits(self.decode(*texts, task_ids, packing, decoder_first))
+        return self.logits(self.decode(*texts, task_ids, packing, decoder_first, hidden))
 
     def decode(
         self,
@@ -101,6 +104,7 @@ class Seq2SeqModel(nn.Module):
         task_ids: Array,
         packing: Packing | None = None,
         decoder_first: Array | None = None,
+        hidden: Array | None = None,
     ) -> Array:
         """The decoder's last hidden states [B, L, D]; arguments as for `__call__`."""
         if packing is None:
@@ -109,15 +113,15 @@ class Seq2SeqModel(nn.Module):
             decoder_first = jnp.zeros((len(input_ids), 1), jnp.int32)
 
         def decode(adapter_params: Any, task: Array, own: Own, *row: Array) -> Array:
-            *source, ids, segment_ids, first = row
-            encoded = self._run("encoder", adapter_params, own, *source)
+            *source, ids, segment_ids, first, hidden = row
+            encoded = self._run("encoder", adapter_params, own, *source, hidden=hidden)
             # The decoder's dropout masks are others than the encoder's.
             rngs = {name: jax.random.fold_in(key, 1) for name, key in own.rngs.items()}
             own = Own(rngs, first, own.salts)
             return self._run("decoder", adapter_params, own, ids, segment_ids, encoded)[0]
 
         source, target = (input_ids, attention_mask), (decoder_input_ids, decoder_attention_mask)
-        return self._by_row(decode, task_ids, packing, *source, *target, decoder_first)
+        return self._by_row(decode, task_ids, packing, *source, *target, decoder_first, hidden)
 
     def encode(
         self,
@@ -125,16 +129,18 @@ class Seq2SeqModel(nn.Module):
         attention_mask: Array,
         task_ids: Array,
         packing: Packing | None = None,
+        hidden: Array | None = None,
     ) -> Array:
         """The encoder's last hidden states [B, J, D]; arguments as for `__call__`."""
         if packing is None:
             self._check_length("source", input_ids.shape[1])
 
         def encode(adapter_params: Any, task: Array, own: Own, *row: Array) -> Array:
-            hidden, _ = self._run("encoder", adapter_params, own, *row)
-            return hidden[:, : input_ids.shape[1]]  # without prompts
+            *source, hidden = row
+            encoded, _ = self._run("encoder", adapter_params, own, *source, hidden=hidden)
+            return encoded[:, : input_ids.shape[1]]  # without prompts
 
-        return self._by_row(encode, task_ids, packing, input_ids, attention_mask)
+        return self._by_row(encode, task_ids, packing, input_ids, attention_mask, hidden)
 
     def _run(
         self,
@@ -144,6 +150,7 @@ class Seq2SeqModel(nn.Module):
         ids: Array,
         segment_ids: Array,
         source: tuple[Array, Segments] | None = None,
+        hidden: Array | None = None,
     ) -> tuple[Array, Segments]:
         """Applies the encoder or the decoder to rows of one task; see `TextStack`."""
         config = self.config.stacks[block]
@@ -153,13 +160,14 @@ class Seq2SeqModel(nn.Module):
         params = adapters.own_outside(self.parts[block])
         words = self._vocabulary(ids)
         texts = words, segment_ids, adapters, own.first, own.salts
-        return stack.apply({"params": params}, *texts, source, rngs=own.rngs)
+        return stack.apply({"params": params}, *texts, source, hidden, rngs=own.rngs)
 
     def _vocabulary(self, *inputs: Array, **kwargs: Any) -> Array:
         module = Vocabulary(self.config, self.dtype, parent=None)
         return module.apply({"params": self.parts["vocabulary"]}, *inputs, **kwargs)
 
-    def _logits(self, hidden: Array) -> Array:
+    def logits(self, hidden: Array) -> Array:
+        """The decoder's last hidden states [B, L, D] -> float32 [B, L, V]."""
         return self._vocabulary(hidden, method="logits")
 
     def _by_row(
