@@ -12,7 +12,8 @@ import tiny
 import torch
 import transformers
 
-from pals_jax.convert import from_huggingface
+from pals_jax.convert import from_huggingface, to_conditional_generation
+from pals_jax.models.adapters import methods
 from pals_jax.runtime.errors import UserError
 
 ARRAYS = tuple(tiny.texts().values())
@@ -178,3 +179,33 @@ def test_architectures_that_are_refused(
     write(tmp_path / "saved", "bart")
     with pytest.raises(UserError, match=message):
         from_huggingface(change(tmp_path / "saved", tmp_path, config))
+
+
+# Out to Hugging Face
+
+
+def test_a_merged_task_is_a_model_of_transformers(saved: Any, tmp_path: Path) -> None:
+    """The second of two tasks, with LoRA at every attention and layer norms of its own."""
+    directory, theirs = saved
+    method = methods.lora(2, 4.0) + methods.layer_norms()
+    model, _ = from_huggingface(directory, adapters=method, tasks=(1, 1))
+    variables = tiny.variables(model)
+    alone, merged = to_conditional_generation(model, variables, 1, directory, tmp_path / "out")
+    assert alone.method == ()
+    exported = type(theirs).from_pretrained(tmp_path / "out").eval()
+    assert_parity(tmp_path / "out", exported, ARRAYS)
+    tiny.assert_same(from_huggingface(tmp_path / "out")[1], merged)
+    logits = jax.jit(model.apply)(variables, *ARRAYS, 1)
+    np.testing.assert_allclose(logits, jax.jit(alone.apply)(merged, *ARRAYS, 0), rtol=0, atol=1e-4)
+
+
+def test_what_transformers_cannot_express(saved: Any, tmp_path: Path) -> None:
+    model, variables = from_huggingface(saved[0], adapters=methods.adapter(2))
+    with pytest.raises(UserError, match=r"task's ffn_adapter cannot be expressed in \w+, which"):
+        to_conditional_generation(model, variables, 0, saved[0], tmp_path / "out")
+    with pytest.raises(UserError, match="task id 1 is out of range"):
+        to_conditional_generation(model, variables, 1, saved[0], tmp_path / "out")
+    plain = tiny.seq2seq()
+    with pytest.raises(UserError, match="is of another architecture"):
+        to_conditional_generation(plain, tiny.variables(plain), 0, saved[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

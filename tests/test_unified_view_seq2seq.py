@@ -57,7 +57,7 @@ METHODS: dict[str, Method] = {
     "attn_parallel": attention_adapter("attention.heads", "block_input"),
     "attn_sequential": SEQUENTIAL,
     "ffn_parallel": methods.parallel(7),
-    "ffn_scaled_parallel": methods.parallel(7, scale=4.0),
+    "ffn_scaled_parallel": methods.scaled_parallel(7),
     "ffn_learned_scale": methods.parallel(7, scale="learned"),
     "ffn_sequential": methods.adapter(7),
     "ffn_pfeiffer": methods.pfeiffer(7),
@@ -153,9 +153,6 @@ def test_every_file_is_a_variant(shared: Path) -> None:
 def test_method(golden: SimpleNamespace) -> None:
     model_type, name = golden.variant.split("/")
     expected = MH_PARALLEL[model_type] if name == "mh_parallel" else METHODS[name]
-    if name == "mam":  # the authors' option for initial values is another for each file
-        init = golden.config["ffn_adapter_init_option"]
-        expected = expected[:1] + methods.parallel(7, scale=4.0, init=init)
     assert golden.model.method == expected
 
 

@@ -1,6 +1,8 @@
 """Hugging Face's BART, mBART and Marian: architecture, table of names, weights in and out."""
 
+import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 from pals_jax.convert import tables, tensor_files
 from pals_jax.convert.tables import Slot, Tensors
 from pals_jax.models.bart import BartConfig, sinusoids
+from pals_jax.models.merge import merged
 from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.runtime.errors import UserError
 
@@ -85,7 +88,8 @@ def read(
         named[SHARED] = copies[0]
     if model.config.model_type == "marian":
         named = _without_sinusoids(named, model.config, source)
-    return tables.read(
+    # Without a method there is nothing that belongs to tasks.
+    return {"adapters": {}} | tables.read(
         model, slots, named, source=source, seed=seed, may_lack=MAY_LACK, may_ignore=may_ignore
     )
 
@@ -139,3 +143,53 @@ def _layer(name: str, path: tables.Path, index: tuple[int], cross: bool) -> Iter
     yield from tables.dense(f"{name}.fc1", (*path, "ffn", "intermediate"), index)
     yield from tables.dense(f"{name}.fc2", (*path, "ffn", "output"), index)
     yield from tables.norm(f"{name}.final_layer_norm", (*path, "ffn_norm"), index)
+
+
+def to_conditional_generation(
+    model: Seq2SeqModel,
+    variables: Mapping[str, Any],
+    task: int,
+    base: str | Path,
+    directory: Path,
+) -> tuple[Seq2SeqModel, dict[str, Any]]:
+    """Writes one task as a directory for transformers; see `to_sequence_classification`.
+
+    The task's changes to the model's weights (LoRA, IA3, its own layer norms, biases or layers) are
+    merged into them. The tokenizer is not written.
+
+    Args:
+        model: the model of T tasks.
+        variables: the model's variables.
+        task: the index of the task.
+        base: the directory of the pretrained model, whose `config.json` and, if there is one,
+            `generation_config.json` are copied.
+        directory: the output directory, created if missing.
+
+    Returns:
+        The written model (T = 1, no adapters) and its variables.
+
+    Raises:
+        UserError: if there is no such task, the base is of another architecture, or the method
+            cannot be expressed in the model's weights; nothing is written then.
+    """
+    model, variables = merged(model, variables, task)
+    if model.method:
+        left = ", ".join(spec.name for spec in model.method)
+        raise UserError(
+            f"the task's {left} cannot be expressed in {CLASSES[model.config.model_type]}, which"
+            " has no place for adapters; export a task trained with lora, ia3 or copies of the"
+            " model's parameters."
+        )
+    base = Path(base)
+    if read_config(base) != model.config:
+        raise UserError(f"{base} is of another architecture; give the model that was adapted.")
+    tensors = tables.write(variables, bart(model.config))
+    named = {name: tensor for name, tensor in tensors.items() if name not in COPIES}
+    directory.mkdir(parents=True, exist_ok=True)
+    tensor_files.write_tensors(directory / "model.safetensors", named, {"format": "pt"})
+    config = tensor_files.read_json(base / "config.json") | {"dtype": "float32"}
+    config = {name: value for name, value in config.items() if name != "torch_dtype"}
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    if (generation := base / "generation_config.json").exists():
+        shutil.copyfile(generation, directory / generation.name)
+    return model, variables

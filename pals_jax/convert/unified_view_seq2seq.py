@@ -141,16 +141,15 @@ def _at_ffn(config: Mapping[str, Any]) -> Method:
     pfeiffer_on_bart = (config["model_type"], option) == ("bart", "pfeiffer")  # fails there as well
     if mode != "adapter" or option not in _FFN_ADAPTERS or pfeiffer_on_bart:
         raise options.not_held(ffn_mode=mode, ffn_option=option)
-    norm, scale = config["ffn_adapter_layernorm_option"], config["ffn_adapter_scalar"]
-    scale = options.scale(scale)
-    if norm not in ("none", "in", "out") or (norm == "out" and scale == "learned"):
-        raise options.not_held(ffn_adapter_layernorm_option=norm, ffn_adapter_scalar=scale)
-    init = config["ffn_adapter_init_option"]
-    if norm == "out":
-        form, scale = Bottleneck(size, "relu", init, out_norm=scale), 1.0
-    else:
-        form = Bottleneck(size, "relu", init, norm=norm == "in")
+    norm, init = config["ffn_adapter_layernorm_option"], config["ffn_adapter_init_option"]
+    scale = options.scale(config["ffn_adapter_scalar"])
     site, reads = _FFN_ADAPTERS[option]
+    if norm == "out" and scale != "learned":
+        form = Bottleneck(size, "relu", init, out_norm=scale)
+        return (Adapter("ffn_adapter", site, form, reads),)
+    if norm not in ("none", "in"):
+        raise options.not_held(ffn_adapter_layernorm_option=norm, ffn_adapter_scalar=scale)
+    form = Bottleneck(size, "relu", init, norm=norm == "in")
     return (Adapter("ffn_adapter", site, form, reads, scale=scale),)
 
 

@@ -1,9 +1,9 @@
 """BART, mBART and Marian: their architecture and their embeddings.
 
-The three differ in little (`shared/golden` names the sources): BART is post-LN; mBART is pre-LN,
-with a layer norm above the last layer, and scales its word embeddings by sqrt(D); Marian is
-post-LN, with sinusoidal positions, and does not normalise the embeddings. Their layers are those of
-`pals_jax.models.transformer`.
+The three differ in little. BART (Lewis et al. 2020) is post-LN. mBART (Liu et al. 2020) is pre-LN, with
+a layer norm above the last layer, and scales its word embeddings by sqrt(D). Marian (Junczys-Dowmunt
+et al. 2018) is post-LN, with sinusoidal positions, and does not normalise the embeddings. Their
+layers are those of `pals_jax.models.transformer`.
 
 Dimension letters: see `pals_jax.models.layers`.
 """
@@ -128,7 +128,7 @@ class Vocabulary(nn.Module):
     def __call__(self, ids: Array) -> Array:
         """int [B, L] -> [B, L, D]: the words, scaled where the architecture does."""
         scale = self.config.d_model**0.5 if self.config.scale_embedding else 1.0
-        return self.embedding.astype(self.dtype)[ids] * scale
+        return self.embedding[ids].astype(self.dtype) * scale
 
     def logits(self, h: Array) -> Array:
         """[B, L, D] -> float32 [B, L, V]. The bias is not trained, as in the original codes."""

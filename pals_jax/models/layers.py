@@ -91,7 +91,7 @@ def dot_product_attention(
     scores = jnp.where(segments.mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     places = segments.places
-    weights = dropout(weights, dropout_rate, dropout_key, places, segments.attended)
+    weights = dropout(weights, dropout_rate, dropout_key, places, segments.key_position)
     heads = jnp.einsum("bhqs,bhsk->bhqk", weights, value)
     return heads, jax.nn.logsumexp(scores, axis=-1)
 

@@ -59,7 +59,7 @@ def merged(
     check_task_ids(num_tasks(model), task)
     rows = jax.tree.map(lambda x: np.array(x[task]), dict(variables["adapters"]))
     weights, rest = _split(model.method)
-    params, left = dict(variables["params"]), {}
+    params, left = dict(variables["params"]), dict[str, Any]()
     for block, config in model.config.stacks.items():
         stack = flatten_dict(jax.tree.map(np.array, dict(params[block])))
         _merge(stack, model.method, weights, block, config.num_hidden_layers, rows)
@@ -87,10 +87,10 @@ def _merge(
         if isinstance(place.part, TaskCopy):
             _own(stack, place.part, rows[place.name], depth)
     # Factors of a projection's input come last: they also change what is added to its kernel.
-    for place in sorted(places(weights, block), key=lambda place: place.part.site in _INPUTS):
+    for place in sorted(places(weights, block), key=lambda place: place.adapter.site in _INPUTS):
         params = {**rows[place.name].get("shared", {}), **rows[place.name].get("layers", {})}
         layers = list(place.part.layer_indices(depth))
-        merge = _add if place.part.compose == "add" else _multiply
+        merge = _add if place.adapter.compose == "add" else _multiply
         merge(stack, place, params, layers)
 
 
@@ -156,7 +156,7 @@ def _own(encoder: dict[_Path, np.ndarray], task_copy: TaskCopy, mine: Any, depth
 
 def _add(stack: dict[_Path, np.ndarray], place: Place, params: Any, layers: list[int]) -> None:
     """x W + b + s ((x V + c) U + d) = x (W + s V U) + (b + s (c U + d))."""
-    path, scale = _projection(place), place.part.scale
+    path, scale = _projection(place), place.adapter.scale
     scale = params["scale"][:, None, None] if scale == "learned" else scale
     down, up = params["down"], params["up"]
     stack[*path, "kernel"][layers] += scale * (down["kernel"] @ up["kernel"])
@@ -168,7 +168,7 @@ def _add(stack: dict[_Path, np.ndarray], place: Place, params: Any, layers: list
 def _multiply(stack: dict[_Path, np.ndarray], place: Place, params: Any, layers: list[int]) -> None:
     """(x W + b) l = x (W l) + b l, with l on the columns of W; (x l) W, with l on its rows."""
     path, factor = _projection(place), params["scale"]
-    if place.part.site in _INPUTS:
+    if place.adapter.site in _INPUTS:
         stack[*path, "kernel"][layers] *= factor[..., :, None]
     else:
         stack[*path, "kernel"][layers] *= factor[..., None, :]
@@ -177,5 +177,5 @@ def _multiply(stack: dict[_Path, np.ndarray], place: Place, params: Any, layers:
 
 def _projection(place: Place) -> _Path:
     """The projection that an adapter changes there."""
-    layers, block, projection = _PROJECTIONS[place.part.site]
+    layers, block, projection = _PROJECTIONS[place.adapter.site]
     return layers, f"{'cross_' * (place.attention == 'cross')}{block}", projection

@@ -213,4 +213,4 @@ class MultiTaskModel(nn.Module):
 
 def init_variables(model: nn.Module, key: Array) -> dict[str, Any]:
     """Random `variables` of a model."""
-    return dict(model.init(key, method="declare"))
+    return {"adapters": {}, **model.init(key, method="declare")}

@@ -60,15 +60,15 @@ class Segments(NamedTuple):
         first: see `Packing`.
         segment_ids: int [B, L]; 0 at padding, else, from 1, which of its row's examples a position
             belongs to.
-        attended: int [B, J]; the places, within their examples, of the positions that are attended
-            to.
+        key_position: int [B, J]; the places, within their examples, of the positions that are
+            attended to.
     """
 
     mask: Array
     places: Places
     first: Array
     segment_ids: Array
-    attended: Array
+    key_position: Array
 
 
 def make_segments(
@@ -115,7 +115,7 @@ def cross_segments(target: Segments, source: Segments) -> Segments:
         source: of those that are attended to, [B, J]; with as many examples in each row.
     """
     mask = _same_example(target.segment_ids, source.segment_ids, source.first.shape[1])
-    return target._replace(mask=mask, attended=source.places.position)
+    return target._replace(mask=mask, key_position=source.places.position)
 
 
 def _same_example(queries: Array, keys: Array, count: int) -> Array:

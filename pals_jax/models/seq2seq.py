@@ -12,7 +12,7 @@ Dimension letters: see `pals_jax.models.layers`; a source has J positions, a tar
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -107,21 +107,23 @@ class Seq2SeqModel(nn.Module):
         hidden: Array | None = None,
     ) -> Array:
         """The decoder's last hidden states [B, L, D]; arguments as for `__call__`."""
+        if (packing is None) != (decoder_first is None):
+            raise ValueError("packing is of sources and targets: give decoder_first with it.")
         if packing is None:
             self._check_length("source", input_ids.shape[1])
             self._check_length("target", decoder_input_ids.shape[1])
             decoder_first = jnp.zeros((len(input_ids), 1), jnp.int32)
 
-        def decode(adapter_params: Any, task: Array, own: Own, *row: Array) -> Array:
-            *source, ids, segment_ids, first, hidden = row
-            encoded = self._run("encoder", adapter_params, own, *source, hidden=hidden)
+        def decode(adapter_params: Any, task: Array, own: Own, *row: Any) -> Array:
+            source, hidden, target, first = row
+            encoded = self._run("encoder", adapter_params, own, source, hidden=hidden)
             # The decoder's dropout masks are others than the encoder's.
             rngs = {name: jax.random.fold_in(key, 1) for name, key in own.rngs.items()}
             own = Own(rngs, first, own.salts)
-            return self._run("decoder", adapter_params, own, ids, segment_ids, encoded)[0]
+            return self._run("decoder", adapter_params, own, target, source=encoded)[0]
 
         source, target = (input_ids, attention_mask), (decoder_input_ids, decoder_attention_mask)
-        return self._by_row(decode, task_ids, packing, *source, *target, decoder_first, hidden)
+        return self._by_row(decode, task_ids, packing, source, hidden, target, decoder_first)
 
     def encode(
         self,
@@ -135,36 +137,40 @@ class Seq2SeqModel(nn.Module):
         if packing is None:
             self._check_length("source", input_ids.shape[1])
 
-        def encode(adapter_params: Any, task: Array, own: Own, *row: Array) -> Array:
-            *source, hidden = row
-            encoded, _ = self._run("encoder", adapter_params, own, *source, hidden=hidden)
+        def encode(adapter_params: Any, task: Array, own: Own, *row: Any) -> Array:
+            source, hidden = row
+            encoded, _ = self._run("encoder", adapter_params, own, source, hidden=hidden)
             return encoded[:, : input_ids.shape[1]]  # without prompts
 
-        return self._by_row(encode, task_ids, packing, input_ids, attention_mask, hidden)
+        return self._by_row(encode, task_ids, packing, (input_ids, attention_mask), hidden)
 
     def _run(
         self,
         block: str,
         adapter_params: Params,
         own: Own,
-        ids: Array,
-        segment_ids: Array,
+        text: tuple[Array, Array],
         source: tuple[Array, Segments] | None = None,
         hidden: Array | None = None,
     ) -> tuple[Array, Segments]:
-        """Applies the encoder or the decoder to rows of one task; see `TextStack`."""
+        """Applies the encoder or the decoder to rows of one task; see `TextStack`.
+
+        `text` is the tokens and, of each, the example it belongs to, int [B, L] both.
+        """
         config = self.config.stacks[block]
         # Without a parent, because some of the parameters may be a task's copies.
         stack = TextStack(config, self.dtype, self.remat, block == "decoder", parent=None)
         adapters = TaskAdapters(self.method, adapter_params, config, block=block)
         params = adapters.own_outside(self.parts[block])
-        words = self._vocabulary(ids)
-        texts = words, segment_ids, adapters, own.first, own.salts
-        return stack.apply({"params": params}, *texts, source, hidden, rngs=own.rngs)
+        ids, segment_ids = text
+        inputs = self._vocabulary(ids), segment_ids, adapters, own.first, own.salts
+        out = stack.apply({"params": params}, *inputs, source, hidden, rngs=own.rngs)
+        return cast(tuple[Array, Segments], out)
 
     def _vocabulary(self, *inputs: Array, **kwargs: Any) -> Array:
         module = Vocabulary(self.config, self.dtype, parent=None)
-        return module.apply({"params": self.parts["vocabulary"]}, *inputs, **kwargs)
+        params = {"params": self.parts["vocabulary"]}
+        return cast(Array, module.apply(params, *inputs, **kwargs))
 
     def logits(self, hidden: Array) -> Array:
         """The decoder's last hidden states [B, L, D] -> float32 [B, L, V]."""

@@ -113,7 +113,7 @@ def fresh(
         _, variables = model.apply(
             {"params": params}, mutable=["adapters"], rngs={"params": key}, method="declare"
         )
-        return variables["adapters"]
+        return variables.get("adapters", {})
 
     return dict(init(params, key))
 

@@ -91,8 +91,9 @@ def by_row(
     Returns:
         The results, each [B, ...].
     """
-    packing = Packing.alone(inputs[0].shape[0]) if packing is None else packing
-    groups = _task_groups(task_ids, inputs[0].shape[0], num_tasks)
+    rows = jax.tree.leaves(inputs)[0].shape[0]
+    packing = Packing.alone(rows) if packing is None else packing
+    groups = _task_groups(task_ids, rows, num_tasks)
     adapter_params = {name: bound.select(tree, groups) for name, tree in collection.items()}
     rngs, salts = {}, None
     if dropout_key is not None:
@@ -104,10 +105,10 @@ def by_row(
         out = run(adapter_params, task, Own(rngs, first, salts), *inputs)
         return jax.tree.map(lambda x: x[0], out)
 
-    rows = jax.tree.map(
+    grouped = jax.tree.map(
         lambda x: x.reshape(groups.shape[0], -1, *x.shape[1:]), (packing.first, salts, *inputs)
     )
-    out = jax.vmap(jax.vmap(one, (None, None, 0)))(adapter_params, groups, rows)
+    out = jax.vmap(jax.vmap(one, (None, None, 0)))(adapter_params, groups, grouped)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
 
 

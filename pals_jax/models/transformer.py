@@ -41,12 +41,12 @@ class Site(NamedTuple):
 # and values are projections of the encoder's output; these are named "cross_attention.query" etc.
 SITES = {
     "embeddings": Site("D", "D", "the embeddings; themselves"),
-    "attention.query": Site("D", "D", "the projected queries; the layer's input"),
-    "attention.key": Site("D", "D", "the projected keys; the layer's input"),
-    "attention.value": Site("D", "D", "the projected values; the layer's input"),
-    "attention.heads": Site("D", "D", "what the heads give, side by side; the layer's input"),
+    "attention.query": Site("D", "D", "the projected queries; the block's input"),
+    "attention.key": Site("D", "D", "the projected keys; the block's input"),
+    "attention.value": Site("D", "D", "the projected values; the block's input"),
+    "attention.heads": Site("D", "D", "what the heads give, side by side; the block's input"),
     "attention.projection": Site("D", "D", "their output projection; what the heads give"),
-    "attention.output": Site("D", "D", "what attention adds to its residual; the layer's input"),
+    "attention.output": Site("D", "D", "what attention adds to its residual; the residual"),
     "ffn.intermediate": Site("F", "D", "the expansion before its activation; the block's input"),
     "ffn.hidden": Site("F", "D", "the expansion after its activation; the block's input"),
     "ffn.projection": Site("D", "F", "the projection back; the activated expansion"),
@@ -161,12 +161,12 @@ class Source(NamedTuple):
     Attributes:
         hidden: [B, J, D]; the last hidden states of the encoder.
         segments: of their J positions.
-        attended: of the attention of the decoder's positions to them; see `cross_segments`.
+        attention: of the attention of the decoder's positions to them; see `cross_segments`.
     """
 
     hidden: Array
     segments: Segments
-    attended: Segments
+    attention: Segments
 
 
 class Attention(Block):
@@ -182,9 +182,9 @@ class Attention(Block):
     ) -> Array:
         """x: [B, L, D] -> [B, L, D]; keys and values are of `source`, or of x."""
         config, name = self.config, self.name
-        read, attended, there = x, segments, sites
+        read, of_attention, there = x, segments, sites
         if source is not None:
-            read, attended = source.hidden, source.attended
+            read, of_attention = source.hidden, source.attention
             there = partial(sites, segments=source.segments)
         to_query, to_key, to_value = (
             self.dense(config.hidden_size, part) for part in ("query", "key", "value")
@@ -197,7 +197,7 @@ class Attention(Block):
             query,
             key,
             value,
-            attended,
+            of_attention,
             dropout_rate=config.attention_probs_dropout_prob,
             dropout_key=self.dropout_key(),
         )

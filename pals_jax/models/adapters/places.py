@@ -35,10 +35,15 @@ class Place(NamedTuple):
         return f"{lead}{'cross.' * (self.attention == 'cross')}{self.part.name}"
 
     @property
+    def adapter(self) -> Adapter:
+        """The part, where it is an adapter."""
+        assert isinstance(self.part, Adapter)
+        return self.part
+
+    @property
     def site(self) -> str:
         """An adapter's site, as the layers of its stack call it."""
-        assert isinstance(self.part, Adapter)
-        return f"{'cross_' * (self.attention == 'cross')}{self.part.site}"
+        return f"{'cross_' * (self.attention == 'cross')}{self.adapter.site}"
 
 
 def places(method: Method, block: str = "encoder") -> tuple[Place, ...]:
