@@ -264,6 +264,12 @@ def test_a_method_can_be_restricted() -> None:
         *("decoder.cross.lora_query", "decoder.cross.lora_value", "decoder.ffn_adapter"),
     ]
     assert parse_method(dumps(lora)) == lora
+    top = within(methods.top_ffn(6, 2), ("decoder",))
+    assert parse_method("top_ffn(size=6, blocks=2)") == methods.top_ffn(6, 2)
+    assert parse_method("top_ffn(size=6, blocks=('decoder',))") == within(
+        methods.top_ffn(6), ("decoder",)
+    )
+    assert names(top, "decoder") == [("decoder.top", "top")]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """BART, mBART and Marian: their architecture and their embeddings.
 
-The three differ in little. BART (Lewis et al. 2020) is post-LN. mBART (Liu et al. 2020) is pre-LN, with
-a layer norm above the last layer, and scales its word embeddings by sqrt(D). Marian (Junczys-Dowmunt
-et al. 2018) is post-LN, with sinusoidal positions, and does not normalise the embeddings. Their
-layers are those of `pals_jax.models.transformer`.
+The three differ in little. BART (Lewis et al. 2020) is post-LN. mBART (Liu et al. 2020) is pre-LN,
+with a layer norm above the last layer, and scales its word embeddings by sqrt(D). Marian
+(Junczys-Dowmunt et al. 2018) is post-LN, with sinusoidal positions, and does not normalise the
+embeddings. Their layers are those of `pals_jax.models.transformer`.
 
 Dimension letters: see `pals_jax.models.layers`.
 """

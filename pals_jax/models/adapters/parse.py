@@ -42,9 +42,10 @@ def parse_method(text: str) -> Method:
     for name, options in calls:
         if name not in METHODS:
             raise UserError(f"unknown method {name!r}; known are {', '.join(METHODS)}.")
-        where = {option: options.pop(option) for option in _WHERE if option in options}
-        _check_options(name, options)
-        method += within(METHODS[name](**options), **where)
+        where = _places(name, options)
+        own = {option: value for option, value in options.items() if option not in where}
+        _check_options(name, own)
+        method += within(METHODS[name](**own), **where)
     return method
 
 
@@ -53,6 +54,19 @@ def title(text: str) -> str:
     if text.lstrip().startswith("["):
         return " + ".join(part.name for part in serialize.loads(text))
     return text
+
+
+def _places(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that say where a method acts.
+
+    The number of `blocks` of a method on top of the encoder is an option of its own.
+    """
+    own = inspect.signature(METHODS[name]).parameters
+    return {
+        option: value
+        for option, value in options.items()
+        if option in _WHERE and (option not in own or isinstance(value, tuple))
+    }
 
 
 def _check_options(name: str, options: Mapping[str, object]) -> None:
