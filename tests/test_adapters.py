@@ -15,9 +15,9 @@ from pals_jax.models.adapters import spec as adapters_lib
 from pals_jax.models.adapters.bound import TaskAdapters
 from pals_jax.models.adapters.forms import Bottleneck, Context, Param, ProjectedAttention
 from pals_jax.models.adapters.spec import READS, Adapter
-from pals_jax.models.bert import SITES
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.segments import make_segments
+from pals_jax.models.transformer import SITES
 from pals_jax.runtime.errors import UserError
 
 INPUTS = tiny.inputs()

@@ -11,10 +11,11 @@ import scipy.special
 import tiny
 
 from pals_jax.models.adapters.spec import Adapter
-from pals_jax.models.bert import BertConfig, BertLayer, Embeddings
+from pals_jax.models.bert import BertConfig, Embeddings
 from pals_jax.models.layers import dot_product_attention, dropout
 from pals_jax.models.multitask import MultiTaskModel, init_variables
 from pals_jax.models.segments import make_segments, one_position
+from pals_jax.models.transformer import Layer
 from pals_jax.runtime.errors import UserError
 
 INPUTS = tiny.inputs()
@@ -52,7 +53,7 @@ def test_the_scan_equals_a_loop_over_the_layers() -> None:
         h = Embeddings(model.config).apply({"params": encoder["embeddings"]}, ids, types, rows)
         for i in range(model.config.num_hidden_layers):
             layer = {"params": jax.tree.map(lambda x, i=i: x[i], encoder["layers"])}
-            h = BertLayer(model.config).apply(layer, h, rows)
+            h = Layer(model.config).apply(layer, h, rows)
         return h
 
     tiny.assert_rounded_alike(encode(model, variables), loop(encoder, *ARRAYS))

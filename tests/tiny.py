@@ -15,9 +15,11 @@ from pals_jax.data.batch import Batch
 from pals_jax.experiment.optim import make_optimizer
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Context
+from pals_jax.models.bart import BartConfig
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
-from pals_jax.models.shapes import variable_shapes
+from pals_jax.models.seq2seq import Seq2SeqModel
+from pals_jax.models.shapes import Model, variable_shapes
 from pals_jax.training.step import create_state, make_train_step
 
 NUM_OUTPUTS = (2, 1, 3)  # two classes, regression, three classes
@@ -85,12 +87,45 @@ def config(**changes: Any) -> BertConfig:
     return BertConfig(**sizes | changes)
 
 
+def bart_config(**changes: Any) -> BartConfig:
+    """A tiny encoder-decoder without dropout, with `changes`; its stacks differ in every size."""
+    sizes = {
+        "vocab_size": 31,
+        "d_model": 12,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 3,
+        "encoder_ffn_dim": 20,
+        "decoder_ffn_dim": 16,
+        "max_position_embeddings": 9,
+        "dropout": 0.0,
+    }
+    return BartConfig(**sizes | changes)
+
+
+def seq2seq(method: methods.Method = (), **changes: Any) -> Seq2SeqModel:
+    """A model of three tasks with a method, on the tiny encoder-decoder with `changes`."""
+    return Seq2SeqModel(bart_config(**changes), 3, method)
+
+
+def texts(seed: int = 0, rows: int = 4) -> dict[str, np.ndarray]:
+    """Sources [B, 7] and targets [B, 5] with different amounts of padding."""
+    source, target = inputs(seed, rows), inputs(seed + 1, rows, length=5)
+    return {
+        "input_ids": source["input_ids"],
+        "attention_mask": source["attention_mask"],
+        "decoder_input_ids": target["input_ids"],
+        "decoder_attention_mask": target["attention_mask"][::-1],
+    }
+
+
 def model(method: methods.Method, **changes: Any) -> MultiTaskModel:
     """A model of three tasks with a method, on the tiny architecture with `changes`."""
     return MultiTaskModel(config(**changes), NUM_OUTPUTS, method)
 
 
-def variables(model: MultiTaskModel, seed: int = 0) -> Any:
+def variables(model: Model, seed: int = 0) -> Any:
     """Random values in every leaf, biases too; layer norms' scales are around 1."""
     rng = np.random.default_rng(seed)
 
@@ -103,7 +138,7 @@ def variables(model: MultiTaskModel, seed: int = 0) -> Any:
 
 
 @cache
-def shapes(model: MultiTaskModel) -> Any:
+def shapes(model: Model) -> Any:
     """`variable_shapes`, traced once for each model."""
     return variable_shapes(model)
 

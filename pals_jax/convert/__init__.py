@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pals_jax.convert.adapterhub import from_adapterhub, to_adapterhub
+    from pals_jax.convert.bart import to_conditional_generation
     from pals_jax.convert.bert_n_pals import from_bert_n_pals, to_bert_n_pals
     from pals_jax.convert.huggingface import from_huggingface
     from pals_jax.convert.peft import from_peft, to_peft
@@ -32,6 +33,7 @@ _MODULES = {
     "read_tf_checkpoint": "tf_checkpoint",
     "to_adapterhub": "adapterhub",
     "to_bert_n_pals": "bert_n_pals",
+    "to_conditional_generation": "bart",
     "to_peft": "peft",
     "to_sequence_classification": "sequence_classification",
     "to_tf_bert": "tf_bert",
@@ -57,6 +59,7 @@ __all__ = [
     "read_tf_checkpoint",
     "to_adapterhub",
     "to_bert_n_pals",
+    "to_conditional_generation",
     "to_peft",
     "to_sequence_classification",
     "to_tf_bert",

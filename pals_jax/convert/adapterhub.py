@@ -20,7 +20,8 @@ from pals_jax.convert.tables import Slot, Tensors
 from pals_jax.models.adapters.forms import Bottleneck, Prefix, Scale
 from pals_jax.models.adapters.spec import Adapter, Method
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel, check_task_ids
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.task_rows import check_task_ids
 from pals_jax.runtime.errors import UserError
 
 _VERSION = "adapters.1.3.0"  # the version whose format is written

@@ -1,4 +1,4 @@
-"""Import of Hugging Face BERT and RoBERTa from a directory, a hub id or a Python package."""
+"""Import of Hugging Face models from a directory, a hub id or a Python package."""
 
 import importlib.util
 import logging
@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from pals_jax.convert import tables, tensor_files
+from pals_jax.convert import bart, tables, tensor_files
 from pals_jax.models.adapters.methods import Method
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.runtime.console import say
 from pals_jax.runtime.errors import Unavailable, UserError
 
@@ -41,7 +42,7 @@ _PAD = {"bert": 0, "roberta": 1}  # used if config.json has no pad_token_id
 
 _FILES = [
     *("config.json", "model.safetensors", "tokenizer*", "special_tokens_map.json"),
-    *("vocab.txt", "vocab.json", "merges.txt"),
+    *("vocab.txt", "vocab.json", "merges.txt", "*.spm", "sentencepiece*", "generation_config.json"),
 ]
 # Pre-training heads and buffers, which the encoder does not use.
 MAY_IGNORE = r"cls\.|lm_head\.|embeddings\.position_ids$"
@@ -111,25 +112,32 @@ def from_huggingface(
     seed: int = 0,
     dtype: Any = np.float32,
     remat: bool = False,
-) -> tuple[MultiTaskModel, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """A model on pretrained weights, with newly initialised adapters and heads.
 
     Args:
-        directory: anything that `resolve` accepts.
+        directory: anything that `resolve` accepts: a BERT or RoBERTa encoder, or a BART, mBART or
+            Marian encoder-decoder.
         adapters: a method.
-        tasks: each task's number of classes, 1 for regression.
+        tasks: each task's number of classes, 1 for regression. An encoder-decoder has no heads, and
+            as many tasks as are listed.
         seed: the seed for new parameters: adapters, heads, and the pooler if it is missing.
         dtype: dtype of the computation; the parameters are float32.
         remat: see `MultiTaskModel`.
 
     Returns:
-        The model, and its variables {"params", "adapters"} with float32 leaves.
+        A `MultiTaskModel` or a `Seq2SeqModel`, and its variables {"params", "adapters"} with
+        float32 leaves.
 
     Raises:
-        UserError: if there is no such encoder, it is neither a BERT nor a RoBERTa, a file is
-            damaged, or tensors do not fit.
+        UserError: if there is no such model, it is none of these, a file is damaged, or tensors do
+            not fit.
     """
     path = resolve(directory)
+    if bart.is_bart(path):
+        config = bart.read_config(path)
+        seq2seq = Seq2SeqModel(config, len(tasks), adapters, dtype, remat)
+        return seq2seq, bart.load_variables(seq2seq, path, seed)
     model = MultiTaskModel(read_config(path), tuple(tasks), adapters, dtype, remat)
     return model, load_variables(model, path, seed)
 

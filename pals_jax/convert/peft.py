@@ -16,7 +16,8 @@ from pals_jax.convert.tables import Slot, Tensors
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.spec import Adapter, Method
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel, check_task_ids
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.task_rows import check_task_ids
 from pals_jax.runtime.errors import UserError
 
 _SAFETENSORS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"

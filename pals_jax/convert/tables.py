@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from pals_jax.models.adapters.places import places
 from pals_jax.models.adapters.spec import TaskCopy
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel, init_variables
-from pals_jax.models.shapes import variable_shapes
+from pals_jax.models.shapes import Model, num_tasks, variable_shapes
 from pals_jax.runtime.errors import UserError
 
 Path = tuple[str, ...]
@@ -39,14 +40,14 @@ class Slot:
     Attributes:
         name: the tensor's foreign name.
         path: the leaf, for example ("params", "encoder", "layers", "ffn", "output", "kernel").
-        index: the part of the leaf, for example (3,) for the fourth layer.
+        index: the part of the leaf, for example (3,) for the fourth layer; None adds an axis.
         transpose: whether to transpose, since PyTorch stores kernels as [out, in], Flax as
             [in, out].
     """
 
     name: str
     path: Path
-    index: tuple[int | slice, ...] = ()
+    index: tuple[int | slice | None, ...] = ()
     transpose: bool = False
 
 
@@ -121,7 +122,7 @@ def gathered(tensors: Tensors) -> dict[str, list[np.ndarray]]:
 
 
 def read(
-    model: MultiTaskModel,
+    model: Model,
     slots: Iterable[Slot],
     tensors: Tensors,
     *,
@@ -176,9 +177,10 @@ def read(
     problems += [f"unused {name}" for name in unused]
     if problems:
         raise UserError(f"{source} does not fit the model: {'; '.join(problems)}.")
-    for task, outputs in enumerate(model.num_outputs):  # the padding of heads stays zero
-        for leaf in ("kernel", "bias"):
-            given["adapters", "head", leaf][task, ..., outputs:] = True
+    if isinstance(model, MultiTaskModel):
+        for task, outputs in enumerate(model.num_outputs):  # the padding of heads stays zero
+            for leaf in ("kernel", "bias"):
+                given["adapters", "head", leaf][task, ..., outputs:] = True
     new = [path for path, mask in given.items() if not mask.all()]
     variables = jax.tree.map(jnp.asarray, leaves)
     variables |= {
@@ -188,7 +190,7 @@ def read(
     return unflatten_dict(variables | _owned(model, variables, new))
 
 
-def _initial(model: MultiTaskModel, paths: Iterable[Path], seed: int) -> dict[Path, jax.Array]:
+def _initial(model: Model, paths: Iterable[Path], seed: int) -> dict[Path, jax.Array]:
     """Random initial values of some leaves; jit drops the computation of all others."""
 
     @jax.jit
@@ -200,16 +202,18 @@ def _initial(model: MultiTaskModel, paths: Iterable[Path], seed: int) -> dict[Pa
 
 
 def _owned(
-    model: MultiTaskModel, variables: Mapping[Path, jax.Array], new: Iterable[Path]
+    model: Model, variables: Mapping[Path, jax.Array], new: Iterable[Path]
 ) -> dict[Path, jax.Array]:
-    """The leaves among `new` that are initialised as copies of encoder parameters."""
-    encoder = unflatten_dict({p[2:]: x for p, x in variables.items() if p[0] == "params"})
-    depth, num_tasks = model.config.num_hidden_layers, len(model.num_outputs)
+    """The leaves among `new` that are initialised as copies of the model's own parameters."""
+    params = unflatten_dict({p[1:]: x for p, x in variables.items() if p[0] == "params"})
     copies = {
-        ("adapters", task_copy.name, *path): x
-        for task_copy in model.method
-        if isinstance(task_copy, TaskCopy)
-        for path, x in flatten_dict(task_copy.copies(encoder, depth, num_tasks)).items()
+        ("adapters", place.name, *path): x
+        for block, config in model.config.stacks.items()
+        for place in places(model.method, block)
+        if isinstance(place.part, TaskCopy)
+        for path, x in flatten_dict(
+            place.part.copies(params[block], config.num_hidden_layers, num_tasks(model))
+        ).items()
     }
     return {path: copies[path] for path in new if path in copies}
 

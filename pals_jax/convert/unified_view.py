@@ -1,5 +1,7 @@
 """Import and export of checkpoints of He et al.'s code ("Towards a unified view") on RoBERTa.
 
+Those on BART and mBART: `unified_view_seq2seq`.
+
 A checkpoint has two parts: the encoder, with task parameters in tensors named ef_..., and the
 prefix module. In the tables here, names in the prefix module begin with "prefix/", and its last
 projection, which covers all layers, is split into one piece per layer ("...2.weight[0]").
@@ -10,13 +12,17 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pals_jax.convert import tables
+from pals_jax.convert import tables, unified_view_seq2seq
+from pals_jax.convert import unified_view_options as options
 from pals_jax.convert.tables import Slot, Tensors
+from pals_jax.convert.unified_view_options import PREFIX
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Bottleneck, Prefix
 from pals_jax.models.adapters.spec import Adapter, Method, TaskCopy
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.seq2seq import Seq2SeqModel
+from pals_jax.models.shapes import Model
 from pals_jax.runtime.errors import UserError
 
 
@@ -48,39 +54,34 @@ _PREFIXES: Mapping[str, tuple[str, Literal["gate", "add"]]] = {
 _LORA = {"attention": ("query", "value"), "ffn": ("ffn_in", "ffn_out")}  # targets, by block
 _LORA_SITES = {methods.LORA_SITES[target] for targets in _LORA.values() for target in targets}
 
-_PREFIX = "prefix/"
-_LAST = f"{_PREFIX}control_trans.2"  # layer by layer: keys, then values
+_LAST = f"{PREFIX}control_trans.2"  # layer by layer: keys, then values
 _SHARED = ("embedding", "down")  # the parts of the prefix network that all layers share
-_OPTIONS = {
-    *("attn_mode", "attn_option", "attn_composition", "attn_bn", "mid_dim"),
-    *("ffn_mode", "ffn_option", "ffn_bn", "ffn_adapter_layernorm_option"),
-    *("ffn_adapter_init_option", "ffn_adapter_scalar", "lora_alpha", "lora_dropout"),
-}
 
 
 def from_unified_view(
     config: Mapping[str, Any], state_dict: Tensors, prefix_state: Tensors
-) -> tuple[MultiTaskModel, dict[str, Any]]:
-    """The model (T = 1) and variables of an original checkpoint; the head is new.
+) -> tuple[Any, dict[str, Any]]:
+    """The model (T = 1) and variables of an original checkpoint; a head is new.
 
     Parameters that the original stores but does not use are ignored: encoder-decoder prefixes, the
     layer norm of the multi-head parallel adapter, the second copy of a parallel adapter. LoRA's
     dropout rate is kept; dropout inside adapters and on prefixes is not.
 
     Args:
-        config: RoBERTa's `config.json` with the authors' options (`attn_mode`, `attn_option`,
-            `attn_bn`, `ffn_mode`, ...), and optionally `labels`: a list with the task's number of
-            classes, 1 for regression; 2 if absent.
-        state_dict: the tensors of the encoder ("encoder.layer.0...", "pooler.dense.weight"), with
-            LoRA unmerged.
+        config: the `config.json` of a RoBERTa, BART or mBART with the authors' options
+            (`attn_mode`, `attn_option`, `attn_bn`, `ffn_mode`, ...), and optionally, of a RoBERTa,
+            `labels`: a list with the task's number of classes, 1 for regression; 2 if absent.
+        state_dict: the tensors of the encoder ("encoder.layer.0...", "pooler.dense.weight") or of
+            the encoder-decoder ("model.encoder.layers.0..."), with LoRA unmerged.
         prefix_state: the tensors of the prefix module ("wte.weight", "control_trans.0.weight", or
             "decoder_self_attn_key.0.weight"); empty if there is none.
 
     Raises:
         UserError: if options are not supported, or tensors do not fit; every problem is listed.
     """
-    if missing := _OPTIONS - set(config):
-        raise UserError(f"the unified-view config lacks {', '.join(sorted(missing))}.")
+    options.check(config)
+    if config.get("model_type") in unified_view_seq2seq.MODEL_TYPES:
+        return unified_view_seq2seq.read(config, state_dict, prefix_state)
     labels = tuple(config.get("labels", (2,)))
     if len(labels) != 1:
         raise UserError(f"a unified-view checkpoint has one task, but labels has {len(labels)}.")
@@ -88,7 +89,7 @@ def from_unified_view(
         {"pad_token_id": 1} | dict(config) | {"model_type": "roberta"}
     )
     model = MultiTaskModel(architecture, labels, _at_attention(config) + _at_ffn(config))
-    named = {f"{_PREFIX}{name}": tensor for name, tensor in prefix_state.items()}
+    named = {f"{PREFIX}{name}": tensor for name, tensor in prefix_state.items()}
     return model, tables.read(
         model,
         unified_view_slots(model),
@@ -99,15 +100,17 @@ def from_unified_view(
 
 
 def to_unified_view(
-    model: MultiTaskModel, variables: Mapping[str, Any]
+    model: Model, variables: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The tensors of the encoder and of the prefix module under their original names.
 
-    The head, and tensors that the original stores but does not use, are left out.
+    A head, and tensors that the original stores but does not use, are left out.
 
     Raises:
         UserError: if the original format cannot hold the model.
     """
+    if isinstance(model, Seq2SeqModel):
+        return unified_view_seq2seq.write(model, variables)
     if model.config.model_type != "roberta" or len(model.num_outputs) > 1:
         raise UserError("a unified-view checkpoint can hold only one task, on a RoBERTa.")
     for block in ("attention", "ffn"):
@@ -116,10 +119,10 @@ def to_unified_view(
         if len(here) > max(1, len({x.site for x in here} & _LORA_SITES)):
             raise _no_place(here[-1])
     tensors = tables.write(variables, unified_view_slots(model))
-    prefix = {name: x for name, x in tensors.items() if name.startswith(_PREFIX)}
+    prefix = {name: x for name, x in tensors.items() if name.startswith(PREFIX)}
     state_dict = {name: x for name, x in tensors.items() if name not in prefix}
     joined = {name: np.concatenate(pieces) for name, pieces in tables.gathered(prefix).items()}
-    return state_dict, {name.removeprefix(_PREFIX): x for name, x in joined.items()}
+    return state_dict, {name.removeprefix(PREFIX): x for name, x in joined.items()}
 
 
 # ------------------------------------------------ their options as methods
@@ -130,20 +133,20 @@ def _at_attention(config: Mapping[str, Any]) -> Method:
     if mode == "none":
         return ()
     if config["attn_composition"] != "add":  # the original code fails on these as well
-        raise _not_held(attn_composition=config["attn_composition"])
+        raise options.not_held(attn_composition=config["attn_composition"])
     if mode == "lora":
-        return _lora(config, size, _LORA["attention"])
+        return options.lora(config, size, _LORA["attention"])
     if mode == "adapter" and option in _ATTENTION_ADAPTERS:
         site, reads, _ = _ATTENTION_ADAPTERS[option]
         return (Adapter("attention_adapter", site, Bottleneck(size, "relu", norm=True), reads),)
     if mode in ("prefix", "prefix_nomlp") and option in _PREFIXES:
         if option != "concat" and config.get("layer_norm_after"):
-            raise _not_held(layer_norm_after=True)
+            raise options.not_held(layer_norm_after=True)
         activation, compose = _PREFIXES[option]
         form = Prefix(size, config["mid_dim"] if mode == "prefix" else 0, activation)
         shared = _SHARED if form.bottleneck else ()
         return (Adapter("prefix", "attention.heads", form, shared=shared, compose=compose),)
-    raise _not_held(attn_mode=mode, attn_option=option)
+    raise options.not_held(attn_mode=mode, attn_option=option)
 
 
 def _at_ffn(config: Mapping[str, Any]) -> Method:
@@ -151,35 +154,16 @@ def _at_ffn(config: Mapping[str, Any]) -> Method:
     if mode == "none":
         return ()
     if mode == "lora":
-        return _lora(config, size, _LORA["ffn"])
+        return options.lora(config, size, _LORA["ffn"])
     if mode == "adapter" and option in _FFN_ADAPTERS:
         norm, scale = config["ffn_adapter_layernorm_option"], config["ffn_adapter_scalar"]
         if norm not in ("none", "in"):
-            raise _not_held(ffn_adapter_layernorm_option=norm)
+            raise options.not_held(ffn_adapter_layernorm_option=norm)
         init = config["ffn_adapter_init_option"]
         form = Bottleneck(size, "relu", init, norm=norm == "in")
         site, reads, _ = _FFN_ADAPTERS[option]
-        return (Adapter("ffn_adapter", site, form, reads, scale=_scale(scale)),)
-    raise _not_held(ffn_mode=mode, ffn_option=option)
-
-
-def _lora(config: Mapping[str, Any], rank: int, targets: tuple[str, ...]) -> Method:
-    return methods.lora(rank, config["lora_alpha"], targets, config["lora_dropout"])
-
-
-def _scale(scalar: Any) -> float | Literal["learned"]:
-    """Their option is a string: a number, or "learnable_scalar"."""
-    if scalar == "learnable_scalar":
-        return "learned"
-    try:
-        return float(scalar)
-    except (TypeError, ValueError):
-        raise _not_held(ffn_adapter_scalar=scalar) from None
-
-
-def _not_held(**options: Any) -> UserError:
-    named = " and ".join(f"{name} {value!r}" for name, value in options.items())
-    return UserError(f"unified-view checkpoints with {named} are not supported.")
+        return (Adapter("ffn_adapter", site, form, reads, scale=options.scale(scale)),)
+    raise options.not_held(ffn_mode=mode, ffn_option=option)
 
 
 # ------------------------------------------------ their names
@@ -193,8 +177,8 @@ def unified_view_slots(model: MultiTaskModel) -> Iterator[Slot]:
             yield from _layer_slots(f"encoder.layer.{layer}", spec, layer)
         if isinstance(spec, Adapter) and spec.shared:
             path = ("adapters", spec.name, "shared")
-            yield Slot(f"{_PREFIX}wte.weight", (*path, "embedding"), (0,))
-            yield from tables.dense(f"{_PREFIX}control_trans.0", (*path, "down"), (0,))
+            yield Slot(f"{PREFIX}wte.weight", (*path, "embedding"), (0,))
+            yield from tables.dense(f"{PREFIX}control_trans.0", (*path, "down"), (0,))
 
 
 def _layer_slots(name: str, spec: Adapter | TaskCopy, layer: int) -> Iterator[Slot]:
@@ -203,7 +187,7 @@ def _layer_slots(name: str, spec: Adapter | TaskCopy, layer: int) -> Iterator[Sl
     match spec:
         case Adapter(form=Prefix(bottleneck=0), layers="all", shared=(), scale=1.0):
             for part in ("key", "value"):
-                theirs = f"{_PREFIX}decoder_self_attn_{part}.{layer}.weight"
+                theirs = f"{PREFIX}decoder_self_attn_{part}.{layer}.weight"
                 yield Slot(theirs, (*path, part), index)
         case Adapter(form=Prefix(), layers="all", shared=("embedding", "down"), scale=1.0):
             yield from tables.dense(_LAST, (*path, "up"), index, f"[{layer}]")
@@ -251,9 +235,9 @@ def _left_overs(config: Mapping[str, Any]) -> str:
     """A pattern of tensors that the original stores but does not use."""
     names = [r"embeddings\.position_ids$"]  # a buffer
     if config["attn_mode"] == "prefix":
-        names.append(rf"{_PREFIX}(wte|control_trans)(_enc|2)\.")
+        names.append(rf"{PREFIX}(wte|control_trans)(_enc|2)\.")
     if config["attn_mode"] == "prefix_nomlp":
-        names.append(rf"{_PREFIX}(encoder_attn|decoder_cross_attn)_(key|value)\.")
+        names.append(rf"{PREFIX}(encoder_attn|decoder_cross_attn)_(key|value)\.")
     if "prefix" in config["attn_mode"] and config["attn_option"] == "cross_attn_relu":
         names.append(r"encoder\.layer\.\d+\.attention\.self\.ef_transform_layer_norm\.")
     if config["ffn_mode"] == "adapter" and config["ffn_option"] == "parallel":

@@ -29,9 +29,9 @@ from pals_jax.experiment.optim import make_optimizer, moves_idle_tasks
 from pals_jax.models.adapters.parse import parse_method, title
 from pals_jax.models.adapters.spec import prompt_length
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.encoder import lowest_layers
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.shapes import adapter_shapes
+from pals_jax.models.stack import lowest_layers
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.shards import Shards
 

@@ -24,8 +24,9 @@ from pals_jax.data.batch import Batch
 from pals_jax.data.tokenize import TokenizedSplit
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.models.adapters.bound import TaskAdapters
-from pals_jax.models.encoder import Encoder, layers_below
+from pals_jax.models.encoder import Encoder
 from pals_jax.models.shapes import adapter_shapes
+from pals_jax.models.stack import layers_below
 from pals_jax.runtime import storage
 from pals_jax.runtime.console import in_bytes, progress, say
 from pals_jax.runtime.errors import UserError

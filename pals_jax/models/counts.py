@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from pals_jax.models.multitask import MultiTaskModel
-from pals_jax.models.shapes import variable_shapes
+from pals_jax.models.adapters.places import places
+from pals_jax.models.seq2seq import Seq2SeqModel
+from pals_jax.models.shapes import Model, num_tasks, variable_shapes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,9 +19,9 @@ class Counts:
     """Numbers of parameters.
 
     Attributes:
-        encoder: of the shared encoder, pooler included.
-        adapters: of the adapters of one task, by adapter; biases in, head out.
-        heads: of the head of each task, without the padding to the largest.
+        encoder: of the shared encoder, pooler included, or of the whole encoder-decoder.
+        adapters: of the adapters of one task, by their places; biases in, head out.
+        heads: of the head of each task, without the padding to the largest; 0 where there is none.
     """
 
     encoder: int
@@ -55,15 +56,20 @@ class Counts:
         }
 
 
-def count(model: MultiTaskModel) -> Counts:
-    """The counts of a model, from shapes alone: no array is built."""
-    shapes = variable_shapes(model)
-    num_tasks = len(model.num_outputs)
+def count(model: Model) -> Counts:
+    """The counts of a model, from shapes alone: no array is built.
+
+    The bias of an encoder-decoder's logits is no parameter: it is not trained.
+    """
+    shapes, tasks = variable_shapes(model), num_tasks(model)
 
     def size(tree: Any) -> int:
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
-    adapters = {a.name: size(shapes["adapters"][a.name]) // num_tasks for a in model.method}
+    names = [place.name for b in model.config.stacks for place in places(model.method, b)]
+    adapters = {name: size(shapes["adapters"][name]) // tasks for name in names}
+    if isinstance(model, Seq2SeqModel):
+        return Counts(size(shapes["params"]) - model.config.vocab_size, adapters, (0,) * tasks)
     heads = tuple((model.config.hidden_size + 1) * outputs for outputs in model.num_outputs)
     return Counts(size(shapes["params"]), adapters, heads)
 
@@ -84,7 +90,8 @@ def counts_table(counts: Counts, method: str, tasks: tuple[str, ...]) -> "Table"
     for name, number in counts.adapters.items():
         row(f"{name}, one task", number)
     for task, number in zip(tasks, counts.heads, strict=True):
-        row(f"head of {task}", number)
+        if number:
+            row(f"head of {task}", number)
     rows.add_section()
     rows.add_row("total", f"{counts.total:,}", f"{counts.total / counts.encoder:.2%}")
     rows.add_row("multiple of the encoder, heads out", f"{counts.multiple:.4f}x", "")

@@ -3,6 +3,7 @@
 Dimension letters, here and in every file of `models`:
     B rows    L positions    D hidden size    H heads    K size of a head    F feed-forward size
     N layers  T tasks        G task groups    S adapter size   P prefix length   C classes
+    J positions attended to (L in self-attention)       M examples in a row     V vocabulary
 """
 
 from collections.abc import Callable, Mapping
@@ -72,8 +73,8 @@ def dot_product_attention(
 
     Args:
         query: [B, H, L, K]. The softmax is computed in float32 whatever its dtype.
-        key: [B, H, L, K].
-        value: [B, H, L, K].
+        key: [B, H, J, K].
+        value: [B, H, J, K].
         segments: their mask says which keys a query may attend to.
         dropout_rate: probability with which an attention weight is dropped.
         dropout_key: random key; None turns dropout off.
@@ -90,7 +91,7 @@ def dot_product_attention(
     scores = jnp.where(segments.mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     places = segments.places
-    weights = dropout(weights, dropout_rate, dropout_key, places, places.position)
+    weights = dropout(weights, dropout_rate, dropout_key, places, segments.key_position)
     heads = jnp.einsum("bhqs,bhsk->bhqk", weights, value)
     return heads, jax.nn.logsumexp(scores, axis=-1)
 

@@ -1,8 +1,8 @@
-"""Adapters that are a change of the encoder's own weights, written into these weights."""
+"""Adapters that are a change of the model's own weights, written into these weights."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -10,10 +10,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Prefix, Scale
-from pals_jax.models.adapters.spec import Adapter, Method, TaskCopy
-from pals_jax.models.multitask import MultiTaskModel, check_task_ids
+from pals_jax.models.adapters.places import Place, places
+from pals_jax.models.adapters.spec import BLOCKS, Adapter, Method, TaskCopy
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.seq2seq import Seq2SeqModel
+from pals_jax.models.shapes import num_tasks
+from pals_jax.models.task_rows import check_task_ids
 
 _Path = tuple[str, ...]
+AnyModel = TypeVar("AnyModel", MultiTaskModel, Seq2SeqModel)
 
 # Of each site that a projection's output or input is, the projection.
 _OUTPUTS: Mapping[str, _Path] = {
@@ -32,9 +37,9 @@ _PROJECTIONS = {**_OUTPUTS, **_INPUTS}
 
 
 def merged(
-    model: MultiTaskModel, variables: Mapping[str, Any], task: int
-) -> tuple[MultiTaskModel, dict[str, Any]]:
-    """The model of one task alone, with what belongs to it merged into its encoder.
+    model: AnyModel, variables: Mapping[str, Any], task: int
+) -> tuple[AnyModel, dict[str, Any]]:
+    """The model of one task alone, with what belongs to it merged into the shared parameters.
 
     Merged is what is exact without dropout: a low-rank change of a projection without activation
     (LoRA: W + s W_down W_up), factors of a projection's output or input (IA3), and copies of the
@@ -51,27 +56,42 @@ def merged(
     Raises:
         UserError: there is no such task.
     """
-    check_task_ids(len(model.num_outputs), task)
-    depth = model.config.num_hidden_layers
-    encoder = flatten_dict(jax.tree.map(np.array, dict(variables["params"]["encoder"])))
+    check_task_ids(num_tasks(model), task)
     rows = jax.tree.map(lambda x: np.array(x[task]), dict(variables["adapters"]))
-    for task_copy in model.method:
-        if isinstance(task_copy, TaskCopy):
-            _own(encoder, task_copy, rows[task_copy.name], depth)
     weights, rest = _split(model.method)
+    params, left = dict(variables["params"]), dict[str, Any]()
+    for block, config in model.config.stacks.items():
+        stack = flatten_dict(jax.tree.map(np.array, dict(params[block])))
+        _merge(stack, model.method, weights, block, config.num_hidden_layers, rows)
+        params[block] = unflatten_dict(stack)
+        left |= {place.name: rows[place.name] for place in places(rest, block)}
+    if isinstance(model, MultiTaskModel):
+        outputs = model.num_outputs[task]
+        left["head"] = {name: leaf[..., :outputs] for name, leaf in rows["head"].items()}
+        alone: Any = model.clone(num_outputs=(outputs,), method=rest)
+    else:
+        alone = model.clone(num_tasks=1, method=rest)
+    return alone, {"params": params, "adapters": jax.tree.map(lambda x: x[None], left)}
+
+
+def _merge(
+    stack: dict[_Path, np.ndarray],
+    method: Method,
+    weights: Method,
+    block: str,
+    depth: int,
+    rows: Mapping[str, Any],
+) -> None:
+    """Writes a task's copies and the changes `weights` into the parameters of one stack."""
+    for place in places(method, block):
+        if isinstance(place.part, TaskCopy):
+            _own(stack, place.part, rows[place.name], depth)
     # Factors of a projection's input come last: they also change what is added to its kernel.
-    for adapter in sorted(weights, key=lambda adapter: adapter.site in _INPUTS):
-        params = {**rows[adapter.name].get("shared", {}), **rows[adapter.name].get("layers", {})}
-        layers = list(adapter.layer_indices(depth))
-        merge = _add if adapter.compose == "add" else _multiply
-        merge(encoder, adapter, params, layers)
-    outputs = model.num_outputs[task]
-    head = {name: leaf[..., :outputs] for name, leaf in rows["head"].items()}
-    left = {adapter.name: rows[adapter.name] for adapter in rest} | {"head": head}
-    return model.clone(num_outputs=(outputs,), method=rest), {
-        "params": {"encoder": unflatten_dict(encoder)},
-        "adapters": jax.tree.map(lambda x: x[None], left),
-    }
+    for place in sorted(places(weights, block), key=lambda place: place.adapter.site in _INPUTS):
+        params = {**rows[place.name].get("shared", {}), **rows[place.name].get("layers", {})}
+        layers = list(place.part.layer_indices(depth))
+        merge = _add if place.adapter.compose == "add" else _multiply
+        merge(stack, place, params, layers)
 
 
 def flat_prefixes(method: Method, adapters: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
@@ -88,7 +108,10 @@ def flat_prefixes(method: Method, adapters: Mapping[str, Any]) -> tuple[Method, 
     collection = dict(adapters)
     for spec in method:
         if isinstance(spec, Adapter) and isinstance(spec.form, Prefix) and spec.form.bottleneck:
-            collection[spec.name] = {"layers": _keys_and_values(adapters[spec.name])}
+            names = [place.name for block in BLOCKS for place in places((spec,), block)]
+            for name in set(names) & set(adapters):
+                own = {"norm": adapters[name]["layers"]["norm"]} if spec.form.norm else {}
+                collection[name] = {"layers": own | _keys_and_values(adapters[name])}
             form = dataclasses.replace(spec.form, bottleneck=0)
             flat += (dataclasses.replace(spec, form=form, shared=()),)
         else:
@@ -131,26 +154,28 @@ def _own(encoder: dict[_Path, np.ndarray], task_copy: TaskCopy, mine: Any, depth
         encoder[path][layers if path[0] == "layers" else ...] = leaf
 
 
-def _add(
-    encoder: dict[_Path, np.ndarray], adapter: Adapter, params: Any, layers: list[int]
-) -> None:
+def _add(stack: dict[_Path, np.ndarray], place: Place, params: Any, layers: list[int]) -> None:
     """x W + b + s ((x V + c) U + d) = x (W + s V U) + (b + s (c U + d))."""
-    path = _OUTPUTS[adapter.site]
-    scale = params["scale"][:, None, None] if adapter.scale == "learned" else adapter.scale
+    path, scale = _projection(place), place.adapter.scale
+    scale = params["scale"][:, None, None] if scale == "learned" else scale
     down, up = params["down"], params["up"]
-    encoder[*path, "kernel"][layers] += scale * (down["kernel"] @ up["kernel"])
+    stack[*path, "kernel"][layers] += scale * (down["kernel"] @ up["kernel"])
     if "bias" in down:
         bias = scale * (down["bias"][..., None, :] @ up["kernel"] + up["bias"][..., None, :])
-        encoder[*path, "bias"][layers] += bias[..., 0, :]
+        stack[*path, "bias"][layers] += bias[..., 0, :]
 
 
-def _multiply(
-    encoder: dict[_Path, np.ndarray], adapter: Adapter, params: Any, layers: list[int]
-) -> None:
+def _multiply(stack: dict[_Path, np.ndarray], place: Place, params: Any, layers: list[int]) -> None:
     """(x W + b) l = x (W l) + b l, with l on the columns of W; (x l) W, with l on its rows."""
-    path, factor = _PROJECTIONS[adapter.site], params["scale"]
-    if adapter.site in _INPUTS:
-        encoder[*path, "kernel"][layers] *= factor[..., :, None]
+    path, factor = _projection(place), params["scale"]
+    if place.adapter.site in _INPUTS:
+        stack[*path, "kernel"][layers] *= factor[..., :, None]
     else:
-        encoder[*path, "kernel"][layers] *= factor[..., None, :]
-        encoder[*path, "bias"][layers] *= factor
+        stack[*path, "kernel"][layers] *= factor[..., None, :]
+        stack[*path, "bias"][layers] *= factor
+
+
+def _projection(place: Place) -> _Path:
+    """The projection that an adapter changes there."""
+    layers, block, projection = _PROJECTIONS[place.adapter.site]
+    return layers, f"{'cross_' * (place.attention == 'cross')}{block}", projection

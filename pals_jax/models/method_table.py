@@ -4,21 +4,25 @@ import dataclasses
 import functools
 import inspect
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pals_jax.models import counts
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Form, Prompt, Scale
 from pals_jax.models.adapters.spec import Adapter, TaskCopy
+from pals_jax.models.bart import BartConfig
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.seq2seq import Seq2SeqModel
+from pals_jax.models.shapes import Model
+from pals_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = (
     *("method", "site", "form", "input", "composition"),
-    *("shared by layers", "layers", "parameters"),
+    *("shared by layers", "layers", "parameters", "on BART-large"),
 )
 _INPUTS = {
     "block_input": "block's input",
@@ -38,18 +42,29 @@ _OF_A_LAYER = ("ffn_norm/scale", "ffn_norm/bias", "ffn/output/kernel")
 def rows() -> list[dict[str, str]]:
     """One row for each part of each method at its default options, under `COLUMNS`.
 
-    The last column counts what a task adds with the whole method, on BERT-base, biases in, heads
-    out.
+    The last columns count what a task adds with the whole method, on BERT-base and BART-large,
+    biases in, heads out.
     """
     table = []
     for name, method in methods.METHODS.items():
         parts = method()
-        count = counts.count(MultiTaskModel(BertConfig(), (2,), parts)).per_task
+        sizes = (
+            _count(MultiTaskModel(BertConfig(), (2,), parts)),
+            _count(Seq2SeqModel(BartConfig(), 1, parts)),
+        )
         cells: list[tuple[str, ...]] = [_cells(part) for part in parts] or [("",) * 6]
         for index, row in enumerate(cells):
-            first = (f"{name}{_options(method)}", f"{count:,}") if index == 0 else ("", "")
-            table.append(dict(zip(COLUMNS, (first[0], *row, first[1]), strict=True)))
+            first = (f"{name}{_options(method)}", *sizes) if index == 0 else ("", "", "")
+            table.append(dict(zip(COLUMNS, (first[0], *row, *first[1:]), strict=True)))
     return table
+
+
+def _count(model: Model) -> str:
+    """What a task adds; nothing where a part of the method has no place in the model."""
+    try:
+        return f"{counts.count(model).per_task:,}"
+    except UserError:
+        return ""
 
 
 def table() -> "Table":
@@ -58,7 +73,8 @@ def table() -> "Table":
 
     rich = Table(title="methods, at their default options", title_justify="left")
     for column in COLUMNS:
-        rich.add_column(column, justify="right" if column == COLUMNS[-1] else "left", no_wrap=True)
+        justify: Literal["right", "left"] = "right" if column in COLUMNS[-2:] else "left"
+        rich.add_column(column, justify=justify, no_wrap=True)
     for row in rows():
         method, *cells = row.values()
         rich.add_row(method.split("(")[0], *cells)  # a terminal has no room for the options

@@ -10,7 +10,7 @@ Dimension letters: see `pals_jax.models.layers`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -18,33 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pals_jax.models.adapters import bound
 from pals_jax.models.adapters import spec as spec_lib
 from pals_jax.models.adapters.bound import TaskAdapters
 from pals_jax.models.adapters.forms import Params, dense, project
-from pals_jax.models.adapters.spec import Method, Stack, TaskCopy
+from pals_jax.models.adapters.spec import Method, Stack
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.dropout import example_salts
-from pals_jax.models.encoder import Encoder, given_or
+from pals_jax.models.encoder import Encoder
 from pals_jax.models.layers import dropout
 from pals_jax.models.segments import Packing, Places
+from pals_jax.models.stack import given_or
+from pals_jax.models.task_rows import Own, by_row, declare
 from pals_jax.runtime.errors import UserError
 
 
-class _Own(NamedTuple):
-    """What one row is computed with: random keys, and the row's `first` [1, M] and salts."""
-
-    rngs: dict[str, Array]
-    first: Array
-    salts: Array | None
-
-
 class MultiTaskModel(nn.Module):
-    """An encoder with adapters and one head for each task.
-
-    One row is an ordinary forward pass with its task's parameters. `jax.vmap` extends it to the
-    rows of one task, and again to the G equal groups of rows in a batch, one task each. Parameters
-    that rows or tasks share are not copied.
+    """An encoder with adapters and one head for each task; rows: see `task_rows`.
 
     Attributes:
         config: the encoder's architecture.
@@ -62,14 +50,9 @@ class MultiTaskModel(nn.Module):
 
     def setup(self) -> None:
         self.encoder = given_or(self, "encoder", self._init_encoder)
-        spec_lib.check(self.method, self.encoder, self.config.num_hidden_layers)
-        head = {k: Stack(v) for k, v in dense(self.config.hidden_size, self._width).items()}
-        self.adapter_params = {
-            spec.name: self.variable("adapters", spec.name, self._init, spec)
-            for spec in self.method
-        } | {
-            "head": self.variable("adapters", "head", lambda: self._mask_head(self._draw(head))),
-        }
+        params = {"encoder": self.encoder}
+        parts = declare(self, self.method, self.config.stacks, params, len(self.num_outputs))
+        self.adapter_params = {**parts, "head": self.variable("adapters", "head", self._init_head)}
 
     def declare(self) -> None:
         """Declares all variables, which `setup` has done by now: `init` needs no forward pass."""
@@ -85,17 +68,10 @@ class MultiTaskModel(nn.Module):
     def _init_encoder(self, key: Array) -> Params:
         return self._modules().init(key, method="everything")["params"]
 
-    def _init(self, spec: Any) -> Params:
-        if isinstance(spec, TaskCopy):
-            depth = self.config.num_hidden_layers
-            return spec.copies(self.encoder, depth, len(self.num_outputs))
-        return self._draw(spec.parameters(self.config))
-
-    def _draw(self, stacks: Any) -> Params:
-        return spec_lib.init(self.make_rng("params"), stacks, len(self.num_outputs))
-
-    def _mask_head(self, head: Params) -> Params:
+    def _init_head(self) -> Params:
         """kernel [T, D, C] and bias [T, C], zero beyond a task's own number of outputs."""
+        stacks = {k: Stack(v) for k, v in dense(self.config.hidden_size, self._width).items()}
+        head = spec_lib.init(self.make_rng("params"), stacks, len(self.num_outputs))
         exists = self._output_exists()
         return {"kernel": head["kernel"] * exists[:, None, :], "bias": head["bias"] * exists}
 
@@ -171,7 +147,7 @@ class MultiTaskModel(nn.Module):
         if packing is None:
             self._check_length(input_ids.shape[1])
 
-        def encode(adapter_params: Any, task: Array, own: _Own, *inputs: Any) -> Array:
+        def encode(adapter_params: Any, task: Array, own: Own, *inputs: Any) -> Array:
             *tokens, hidden = inputs
             adapters = TaskAdapters(self.method, adapter_params, self.config, active)
             params = adapters.own_outside(self.encoder)
@@ -183,7 +159,7 @@ class MultiTaskModel(nn.Module):
     def pool(self, hidden: Array, task_ids: Array, packing: Packing | None = None) -> Array:
         """[B, L, D] -> [B, D] or [B, M, D]: the pooler on each example's first position."""
 
-        def pool(adapter_params: Any, task: Array, own: _Own, hidden: Array) -> Array:
+        def pool(adapter_params: Any, task: Array, own: Own, hidden: Array) -> Array:
             adapters = TaskAdapters(self.method, adapter_params, self.config)
             params = adapters.own_outside(self.encoder)
             return self._apply(params, own.rngs, hidden, own.first, own.salts, method="pool")
@@ -202,7 +178,7 @@ class MultiTaskModel(nn.Module):
         exists = jnp.asarray(self._output_exists())
         exists = exists if tasks is None else exists[tasks]
 
-        def classify(adapter_params: Any, task: Array, own: _Own, pooled: Array) -> Array:
+        def classify(adapter_params: Any, task: Array, own: Own, pooled: Array) -> Array:
             rate, key = self.config.hidden_dropout_prob, own.rngs.get("dropout")
             places = Places.of_examples(own.salts, pooled)
             pooled = dropout(pooled.astype(jnp.float32), rate, key, places)
@@ -221,36 +197,10 @@ class MultiTaskModel(nn.Module):
         self, run: Callable[..., Array], task_ids: Array, packing: Packing | None, *inputs: Any
     ) -> Array:
         """Maps `run(adapter_params, task, own, *inputs)` over the rows, each a batch of one."""
-        packing = Packing.alone(inputs[0].shape[0]) if packing is None else packing
-        groups = self._task_groups(task_ids, inputs[0].shape[0])
-        adapter_params = {
-            name: bound.select(v.value, groups) for name, v in self.adapter_params.items()
-        }
-        rngs, salts = {}, None
-        if self.has_rng("dropout"):
-            rngs["dropout"] = self.make_rng("dropout")
-            salts = example_salts(rngs["dropout"], packing.example_ids)
-
-        def one(adapter_params: Any, task: Array, row: Any) -> Array:
-            first, salts, *inputs = jax.tree.map(lambda x: x[None], row)
-            return run(adapter_params, task, _Own(rngs, first, salts), *inputs)[0]
-
-        by_group = jax.vmap(jax.vmap(one, (None, None, 0)))
-        rows = jax.tree.map(
-            lambda x: x.reshape(groups.shape[0], -1, *x.shape[1:]),
-            (packing.first, salts, *inputs),
-        )
-        out = by_group(adapter_params, groups, rows)
-        return out.reshape(-1, *out.shape[2:])
-
-    def _task_groups(self, task_ids: Array, rows: int) -> Array:
-        """`task_ids` as int [G]; outside a trace, ids out of range are refused."""
-        groups = jnp.atleast_1d(task_ids)
-        if groups.ndim != 1 or rows % groups.shape[0]:
-            raise ValueError(f"task_ids of shape {groups.shape} cannot be dealt to {rows} rows.")
-        if not isinstance(groups, jax.core.Tracer):
-            check_task_ids(len(self.num_outputs), *map(int, groups))
-        return groups
+        collection = {name: v.value for name, v in self.adapter_params.items()}
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        num_tasks = len(self.num_outputs)
+        return by_row(run, collection, task_ids, num_tasks, packing, key, *inputs)
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_length:
@@ -260,18 +210,6 @@ class MultiTaskModel(nn.Module):
             )
 
 
-def check_task_ids(count: int, *tasks: int) -> None:
-    """Refuses task ids that are not among the `count` tasks of a model.
-
-    Raises:
-        UserError: there is no such task.
-    """
-    if wrong := [task for task in tasks if not 0 <= task < count]:
-        raise UserError(
-            f"task id {wrong[0]} is out of range; the {count} tasks are 0 to {count - 1}."
-        )
-
-
-def init_variables(model: MultiTaskModel, key: Array) -> dict[str, Any]:
+def init_variables(model: nn.Module, key: Array) -> dict[str, Any]:
     """Random `variables` of a model."""
-    return dict(model.init(key, method="declare"))
+    return {"adapters": {}, **model.init(key, method="declare")}

@@ -51,21 +51,32 @@ class Places(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """What the encoder's blocks need to know of the examples in each row.
+    """What the blocks of a layer need to know of the examples in each row.
 
     Attributes:
-        mask: bool [B, 1, 1 or L, L]; True where a position may attend to another.
+        mask: bool [B, 1, 1 or L, J]; True where a position may attend to another. J is L but for
+            attention to the positions of another text.
         places: see `Places`; one for each position.
         first: see `Packing`.
+        segment_ids: int [B, L]; 0 at padding, else, from 1, which of its row's examples a position
+            belongs to.
+        key_position: int [B, J]; the places, within their examples, of the positions that are
+            attended to.
     """
 
     mask: Array
     places: Places
     first: Array
+    segment_ids: Array
+    key_position: Array
 
 
 def make_segments(
-    segment_ids: Array, first: Array, salts: Array | None = None, prompts: int = 0
+    segment_ids: Array,
+    first: Array,
+    salts: Array | None = None,
+    prompts: int = 0,
+    causal: bool = False,
 ) -> Segments:
     """The segments of a batch.
 
@@ -76,6 +87,7 @@ def make_segments(
         salts: uint32 [B, M, 2]; see `Places`. None: dropout is off.
         prompts: the number of positions that each example has at the end of its row; position p of
             example m is at L + p * M + m.
+        causal: whether a position attends only to itself and to those before it, as in a decoder.
     """
     (rows, length), count = segment_ids.shape, first.shape[1]
     position = jnp.arange(length)[None] - _of_example(first, segment_ids)
@@ -85,12 +97,34 @@ def make_segments(
         index = jnp.broadcast_to(jnp.arange(prompts * count), (rows, prompts * count))
         segment_ids = jnp.concatenate([segment_ids, index % count + 1], axis=1)
         position = jnp.concatenate([position, _PROMPTS + index // count], axis=1)
-    mask = segment_ids[:, None, None, :] > 0
-    if count > 1:
-        mine, theirs = segment_ids[:, None, :, None], segment_ids[:, None, None, :]
-        mask &= (mine == theirs) | (mine == 0)
+    mask = _same_example(segment_ids, segment_ids, count)
+    if causal:
+        index = jnp.arange(segment_ids.shape[1])
+        mask &= (index[:, None] >= index[None, :])[None, None]
     salt = None if salts is None else _of_example(salts, segment_ids)
-    return Segments(mask, Places(position, salt), first)
+    return Segments(mask, Places(position, salt), first, segment_ids, position)
+
+
+def cross_segments(target: Segments, source: Segments) -> Segments:
+    """The segments of attention from the positions of one text to those of another.
+
+    A position attends to the whole source of its own example.
+
+    Args:
+        target: of the positions that attend, [B, L].
+        source: of those that are attended to, [B, J]; with as many examples in each row.
+    """
+    mask = _same_example(target.segment_ids, source.segment_ids, source.first.shape[1])
+    return target._replace(mask=mask, key_position=source.places.position)
+
+
+def _same_example(queries: Array, keys: Array, count: int) -> Array:
+    """bool [B, 1, 1 or L, J] from ids [B, L] and [B, J]: keys of a query's own example."""
+    mask = keys[:, None, None, :] > 0
+    if count > 1:
+        mine, theirs = queries[:, None, :, None], keys[:, None, None, :]
+        mask &= (mine == theirs) | (mine == 0)
+    return mask
 
 
 def _of_example(values: Array, segment_ids: Array) -> Array:

@@ -6,53 +6,74 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pals_jax.models.adapters import spec as spec_lib
 from pals_jax.models.adapters.bound import TaskAdapters
 from pals_jax.models.adapters.forms import Params, dense
+from pals_jax.models.adapters.places import check, places
 from pals_jax.models.adapters.spec import Stack, TaskCopy
+from pals_jax.models.bart import BartConfig
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.encoder import Encoder
+from pals_jax.models.encoder_decoder import PARTS, init_params
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.seq2seq import Seq2SeqModel
+
+Model = MultiTaskModel | Seq2SeqModel
 
 
-def variable_shapes(model: MultiTaskModel) -> dict[str, Any]:
+def num_tasks(model: Model) -> int:
+    """T, the number of tasks of a model."""
+    return len(model.num_outputs) if isinstance(model, MultiTaskModel) else model.num_tasks
+
+
+def variable_shapes(model: Model) -> dict[str, Any]:
     """The shapes of `multitask.init_variables`, as `jax.ShapeDtypeStruct`: no array is built.
 
-    An encoder is traced only once for all its models.
+    An architecture is traced only once for all its models.
 
     Raises:
-        UserError: if parts of the method collide.
+        UserError: if parts of the method collide, or have no place.
     """
-    config, num_tasks, depth = model.config, len(model.num_outputs), model.config.num_hidden_layers
+    tasks, stacks = num_tasks(model), model.config.stacks
 
     def zeros(stack: Stack) -> Any:
-        return jnp.zeros((num_tasks, *stack.sizes, *stack.param.shape), jnp.float32)
+        return jnp.zeros((tasks, *stack.sizes, *stack.param.shape), jnp.float32)
 
-    def adapters(encoder: Params) -> Params:
-        spec_lib.check(model.method, encoder, depth)
-        head = dense(config.hidden_size, max(model.num_outputs))
-        tree: dict[str, Any] = {"head": {name: zeros(Stack(param)) for name, param in head.items()}}
-        for spec in model.method:
-            if isinstance(spec, TaskCopy):
-                tree[spec.name] = spec.copies(encoder, depth, num_tasks)
-            else:
-                stacks = spec.parameters(config)
-                is_stack = lambda x: isinstance(x, Stack)  # noqa: E731
-                tree[spec.name] = jax.tree.map(zeros, stacks, is_leaf=is_stack)
+    def adapters(params: Params) -> Params:
+        check(model.method, stacks, params)
+        tree: dict[str, Any] = {}
+        if isinstance(model, MultiTaskModel):
+            head = dense(model.config.hidden_size, max(model.num_outputs))
+            tree["head"] = {name: zeros(Stack(param)) for name, param in head.items()}
+        for block, config in stacks.items():
+            for place in places(model.method, block):
+                if isinstance(place.part, TaskCopy):
+                    depth = config.num_hidden_layers
+                    tree[place.name] = place.part.copies(params[block], depth, tasks)
+                else:
+                    parameters = place.part.parameters(config)
+                    is_stack = lambda x: isinstance(x, Stack)  # noqa: E731
+                    tree[place.name] = jax.tree.map(zeros, parameters, is_leaf=is_stack)
         return tree
 
-    encoder = _encoder(config)
-    return {"params": {"encoder": encoder}, "adapters": jax.eval_shape(adapters, encoder)}
+    params = _params(model.config)
+    return {"params": params, "adapters": jax.eval_shape(adapters, params)}
 
 
-def adapter_shapes(model: MultiTaskModel) -> TaskAdapters:
-    """A model's method with the shapes of its parameters, task axis in, to ask where they are."""
-    return TaskAdapters(model.method, variable_shapes(model)["adapters"], model.config)
+def adapter_shapes(model: Model) -> TaskAdapters:
+    """A model's method with the shapes of its parameters, task axis in, to ask where they are.
+
+    Of an encoder-decoder, what is in its encoder.
+    """
+    shapes = variable_shapes(model)["adapters"]
+    return TaskAdapters(model.method, shapes, model.config.stacks["encoder"])
 
 
 @functools.cache
-def _encoder(config: BertConfig) -> Params:
-    def init() -> Any:
-        return Encoder(config, parent=None).init(jax.random.key(0), method="everything")["params"]
+def _params(config: BertConfig | BartConfig) -> Params:
+    def init(key: Any) -> Any:
+        if isinstance(config, BartConfig):
+            return {part: init_params(config, part, key) for part in PARTS}
+        encoder = Encoder(config, parent=None)
+        return {"encoder": encoder.init(key, method="everything")["params"]}
 
-    return jax.eval_shape(init)
+    return jax.eval_shape(init, jax.random.key(0))

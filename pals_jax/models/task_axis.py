@@ -13,8 +13,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from pals_jax.models.adapters.spec import Method
+from pals_jax.models.bart import BartConfig
 from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel, check_task_ids
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.seq2seq import Seq2SeqModel
+from pals_jax.models.shapes import Model
+from pals_jax.models.task_rows import check_task_ids
 
 Tree = TypeVar("Tree")
 
@@ -83,25 +87,33 @@ def scatter(tree: Tree, tasks: Array | None, rows: Tree) -> Tree:
 
 
 def fresh(
-    config: BertConfig, num_outputs: Sequence[int], method: Method, params: Any, key: Array
+    config: BertConfig | BartConfig,
+    num_outputs: Sequence[int],
+    method: Method,
+    params: Any,
+    key: Array,
 ) -> dict[str, Any]:
-    """The `adapters` of new tasks around an encoder.
+    """The `adapters` of new tasks around an encoder or an encoder-decoder.
 
     Args:
-        config: the encoder's architecture.
-        num_outputs: of each new task.
+        config: its architecture.
+        num_outputs: of each new task; of an encoder-decoder, which has no heads, any number.
         method: what each of them adds.
-        params: the `params` collection; copies of the encoder's parameters begin as these.
+        params: the `params` collection; copies of its parameters begin as these.
         key: random key.
     """
-    model = MultiTaskModel(config, tuple(num_outputs), method)
+    model: Model
+    if isinstance(config, BartConfig):
+        model = Seq2SeqModel(config, len(num_outputs), method)
+    else:
+        model = MultiTaskModel(config, tuple(num_outputs), method)
 
     @jax.jit
     def init(params: Any, key: Array) -> Any:
         _, variables = model.apply(
             {"params": params}, mutable=["adapters"], rngs={"params": key}, method="declare"
         )
-        return variables["adapters"]
+        return variables.get("adapters", {})
 
     return dict(init(params, key))
 

@@ -21,8 +21,8 @@ from pals_jax.models.adapters.forms import (
     dense,
     project,
 )
-from pals_jax.models.bert import Attention, BertConfig, BertLayer, Block, FeedForward
 from pals_jax.models.segments import Segments, one_position
+from pals_jax.models.transformer import Attention, Block, FeedForward, Layer, StackConfig
 from pals_jax.runtime.errors import UserError
 
 _INITS = {
@@ -76,7 +76,7 @@ class Blocks:
                 " choose a size that is, or another number of heads."
             )
 
-    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+    def parameters(self, inputs: int, outputs: int, config: StackConfig) -> Mapping[str, Any]:
         config = self._config(config)
         x = jnp.zeros((1, 1, config.hidden_size))
         shapes = jax.eval_shape(self._block(config).init, jax.random.key(0), x, one_position())[
@@ -106,7 +106,7 @@ class Blocks:
         z, _ = jax.lax.scan(body, z, (params["blocks"], jnp.arange(self.count)))
         return project(params["up"], z) if self.size else z
 
-    def _config(self, config: BertConfig) -> BertConfig:
+    def _config(self, config: StackConfig) -> StackConfig:
         return dataclasses.replace(
             config,
             hidden_size=self.size or config.hidden_size,
@@ -115,6 +115,6 @@ class Blocks:
             num_attention_heads=self.heads or config.num_attention_heads,
         )
 
-    def _block(self, config: BertConfig, dtype: Any = jnp.float32) -> Any:
-        block = {"attention": _AttentionBlock, "ffn": _FeedForwardBlock, "layer": BertLayer}
+    def _block(self, config: StackConfig, dtype: Any = jnp.float32) -> Any:
+        block = {"attention": _AttentionBlock, "ffn": _FeedForwardBlock, "layer": Layer}
         return block[self.kind](config, dtype, parent=None)

@@ -14,9 +14,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from pals_jax.models.adapters.forms import Context, Params
+from pals_jax.models.adapters.places import Place, places
 from pals_jax.models.adapters.spec import OUTSIDE_LAYERS, Adapter, Method, TaskCopy
-from pals_jax.models.bert import BertConfig, Sites
 from pals_jax.models.segments import Segments
+from pals_jax.models.transformer import Sites, StackConfig
 
 
 def select(collection: Params, task_ids: Array) -> Params:
@@ -39,36 +40,47 @@ def overlay(tree: Params, patch: Params) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class TaskAdapters:
-    """A method with the parameters of one task, as the encoder asks for it.
+    """A method with the parameters of one task, as one stack of layers asks for it.
 
     Attributes:
         method: its adapters, in the order in which they are applied, and its task copies.
-        adapter_params: for each part of the method, by name, its subtree of the `adapters`
+        adapter_params: for each place of the method, by name, its subtree of the `adapters`
             collection, without the task axis.
-        config: the architecture of the encoder.
+        config: the architecture of the stack.
         active: bool [N]; where False, a layer goes without its adapters. None: all are active.
+        block: the stack, "encoder" or "decoder".
     """
 
     method: Method
     adapter_params: Mapping[str, Params]
-    config: BertConfig
+    config: StackConfig
     active: Array | None = None
+    block: str = "encoder"
 
     @property
-    def adapters(self) -> tuple[Adapter, ...]:
-        """The method's adapters."""
-        return tuple(spec for spec in self.method if isinstance(spec, Adapter))
+    def places(self) -> tuple[Place, ...]:
+        """The method's places in the stack."""
+        return places(self.method, self.block)
 
     @property
-    def task_copies(self) -> tuple[TaskCopy, ...]:
-        """The method's copies."""
-        return tuple(spec for spec in self.method if isinstance(spec, TaskCopy))
+    def _adapters(self) -> Iterator[tuple[str, str, Adapter]]:
+        """(name, site, adapter) of the adapters' places."""
+        for place in self.places:
+            if isinstance(place.part, Adapter):
+                yield place.name, place.site, place.part
+
+    @property
+    def _task_copies(self) -> Iterator[tuple[str, TaskCopy]]:
+        """(name, copy) of the copies' places."""
+        for place in self.places:
+            if isinstance(place.part, TaskCopy):
+                yield place.name, place.part
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of each run of consecutive layers that carry the same adapters."""
         depth = self.config.num_hidden_layers
         carried = [
-            tuple(spec.name for spec in self.method if layer in spec.layer_indices(depth))
+            tuple(place.name for place in self.places if layer in place.part.layer_indices(depth))
             for layer in range(depth)
         ]
         start = 0
@@ -80,31 +92,32 @@ class TaskAdapters:
     def layers(self, start: int, stop: int) -> dict[str, Params]:
         """Per-layer parameters [stop - start, ...] of the adapters that the span carries."""
         return {
-            a.name: jax.tree.map(
-                partial(self._span, a, start, stop), self.adapter_params[a.name].get("layers", {})
+            name: jax.tree.map(
+                partial(self._span, adapter, start, stop),
+                self.adapter_params[name].get("layers", {}),
             )
-            for a in self.adapters
-            if start in a.layer_indices(self.config.num_hidden_layers)
+            for name, _, adapter in self._adapters
+            if start in adapter.layer_indices(self.config.num_hidden_layers)
         }
 
     def own_layers(self, layers: Params, start: int, stop: int) -> Params:
-        """The span's encoder parameters `layers` [stop - start, ...], with the task's copies in."""
-        for task_copy in self.task_copies:
-            mine = self.adapter_params[task_copy.name].get("layers")
+        """The span's parameters `layers` [stop - start, ...], with the task's copies in."""
+        for name, task_copy in self._task_copies:
+            mine = self.adapter_params[name].get("layers")
             if mine and start in task_copy.layer_indices(self.config.num_hidden_layers):
                 mine = jax.tree.map(partial(self._span, task_copy, start, stop), mine)
                 layers = overlay(layers, mine)
         return layers
 
-    def own_outside(self, encoder: Params) -> Params:
-        """The encoder's parameters with the task's copies of those outside the layers in place."""
-        for task_copy in self.task_copies:
-            mine = {k: v for k, v in self.adapter_params[task_copy.name].items() if k != "layers"}
-            encoder = overlay(encoder, mine)
-        return encoder
+    def own_outside(self, stack: Params) -> Params:
+        """The stack's parameters with the task's copies of those outside the layers in place."""
+        for name, _ in self._task_copies:
+            mine = {k: v for k, v in self.adapter_params[name].items() if k != "layers"}
+            stack = overlay(stack, mine)
+        return stack
 
-    def _span(self, spec: Adapter | TaskCopy, start: int, stop: int, x: Array) -> Array:
-        first = spec.layer_indices(self.config.num_hidden_layers).index(start)
+    def _span(self, part: Adapter | TaskCopy, start: int, stop: int, x: Array) -> Array:
+        first = part.layer_indices(self.config.num_hidden_layers).index(start)
         return x[first : first + stop - start]
 
     def sites(
@@ -122,8 +135,10 @@ class TaskAdapters:
             layer: the layer's slice of `layers`.
             active: bool scalar; whether the layer's adapters are active. None: they are.
         """
+        adapters = tuple(self._adapters)
         if layer is None:
-            layer = {a.name: {} for a in self.adapters if a.site in OUTSIDE_LAYERS}
+            layer = {name: {} for name, site, _ in adapters if site in OUTSIDE_LAYERS}
+        of_layer = segments
 
         def at(
             site: str,
@@ -131,18 +146,16 @@ class TaskAdapters:
             block_input: Array,
             *,
             normalise: Any = None,
-            query: Array | None = None,
-            log_normaliser: Array | None = None,
+            segments: Segments | None = None,
+            **of_heads: Any,
         ) -> Array:
-            for index, adapter in enumerate(self.adapters):
-                if adapter.site != site or adapter.name not in layer:
+            for index, (name, where, adapter) in enumerate(adapters):
+                if where != site or name not in layer:
                     continue
-                params = {
-                    **self.adapter_params[adapter.name].get("shared", {}),
-                    **layer[adapter.name],
-                }
+                params = {**self.adapter_params[name].get("shared", {}), **layer[name]}
                 own_key = None if key is None else jax.random.fold_in(key, index)
-                context = Context(self.config, segments, own_key, query, log_normaliser)
+                of_state = of_layer if segments is None else segments
+                context = Context(self.config, of_state, own_key, **of_heads)
                 x = block_input if adapter.reads == "block_input" else state
                 x = normalise(x) if adapter.reads == "normalised" else x
                 changed = adapter.change(params, state, x, context)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pals_jax.models.bert import BertConfig
 from pals_jax.models.layers import (
     ACTIVATIONS,
     dot_product_attention,
@@ -24,6 +23,7 @@ from pals_jax.models.layers import (
     split_heads,
 )
 from pals_jax.models.segments import Segments
+from pals_jax.models.transformer import StackConfig
 from pals_jax.runtime.errors import UserError
 
 Params = Mapping[str, Any]
@@ -48,24 +48,26 @@ class Context:
     """What a form may know of its surroundings.
 
     Attributes:
-        config: the architecture of the encoder.
+        config: the architecture of the stack of layers.
         segments: which example each position of a row belongs to.
         dropout_key: key of the form's dropout masks in this step; None turns dropout off.
         query: the queries [B, H, L, K], at the site "attention.heads" only.
         log_normaliser: the log of each softmax's denominator, [B, H, L], at the same site.
+        to_query: the projection of states [B, L, D] to queries, at the same site.
     """
 
-    config: BertConfig
+    config: StackConfig
     segments: Segments
     dropout_key: Array | None = None
     query: Array | None = None
     log_normaliser: Array | None = None
+    to_query: Callable[[Array], Array] | None = None
 
 
 class Form(Protocol):
     """A function of a hidden state with parameters of its own."""
 
-    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+    def parameters(self, inputs: int, outputs: int, config: StackConfig) -> Mapping[str, Any]:
         """A tree of `Param`, for an input of `inputs` features and a state of `outputs`."""
 
     def __call__(self, params: Params, x: Array, context: Context) -> Array:
@@ -95,6 +97,11 @@ def layer_norm(params: Params, x: Array, epsilon: float = 1e-5) -> Array:
     z = z * jax.lax.rsqrt(jnp.square(z).mean(-1, keepdims=True) + epsilon)
     lead = (1,) * (x.ndim - 1) + (-1,)
     return (z * params["scale"].reshape(lead) + params["bias"].reshape(lead)).astype(x.dtype)
+
+
+def _norm(width: int) -> dict[str, Param]:
+    """The parameters of one layer norm."""
+    return {"scale": Param((width,), _ones), "bias": Param((width,), _zeros)}
 
 
 # Kaiming-uniform with a = sqrt(5), as PyTorch initialises a projection [inputs, outputs].
@@ -129,6 +136,8 @@ class Bottleneck:
         bias: whether the projections have biases.
         norm: whether a layer norm of the task's own comes first (He et al., code).
         dropout: of the input.
+        out_norm: a factor s, with which the result is LN(s W_up act(W_down x)), by a layer norm of
+            the task's own (He et al., code). None: there is no such layer norm.
     """
 
     size: int
@@ -137,6 +146,7 @@ class Bottleneck:
     bias: bool = True
     norm: bool = False
     dropout: float = 0.0
+    out_norm: float | None = None
 
     def __post_init__(self) -> None:
         check_size(self.size)
@@ -146,11 +156,12 @@ class Bottleneck:
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"an adapter's dropout is a share from 0 to 1, not {self.dropout!r}.")
 
-    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+    def parameters(self, inputs: int, outputs: int, config: StackConfig) -> Mapping[str, Any]:
         init = self.init
         down, up = INITS[init] if isinstance(init, str) else (_truncated_normal(init),) * 2
-        norm = {"scale": Param((inputs,), _ones), "bias": Param((inputs,), _zeros)}
-        return ({"norm": norm} if self.norm else {}) | {
+        norms = {"norm": _norm(inputs)} if self.norm else {}
+        norms |= {"out_norm": _norm(outputs)} if self.out_norm is not None else {}
+        return norms | {
             "down": dense(inputs, self.size, down, self.bias),
             "up": dense(self.size, outputs, up, self.bias),
         }
@@ -158,7 +169,8 @@ class Bottleneck:
     def __call__(self, params: Params, x: Array, context: Context) -> Array:
         x = layer_norm(params["norm"], x) if self.norm else x
         x = dropout(x, self.dropout, context.dropout_key, context.segments.places)
-        return project(params["up"], ACTIVATIONS[self.activation](project(params["down"], x)))
+        y = project(params["up"], ACTIVATIONS[self.activation](project(params["down"], x)))
+        return y if self.out_norm is None else layer_norm(params["out_norm"], self.out_norm * y)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +193,7 @@ class ProjectedAttention:
                 f" {self.heads!r} heads; choose a size that is, or another number of heads."
             )
 
-    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+    def parameters(self, inputs: int, outputs: int, config: StackConfig) -> Mapping[str, Any]:
         attention = {name: dense(self.size, self.size) for name in ("query", "key", "value")}
         return {"down": dense(inputs, self.size), **attention, "up": dense(self.size, outputs)}
 
@@ -215,7 +227,7 @@ class ProjectedFeedForward:
         if self.depth not in (1, 2):
             raise UserError(f"the projected feed-forward layers are 1 or 2, not {self.depth!r}.")
 
-    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+    def parameters(self, inputs: int, outputs: int, config: StackConfig) -> Mapping[str, Any]:
         between = {f"ffn_{i}": dense(self.size, self.size) for i in range(self.depth)}
         return {"down": dense(inputs, self.size), **between, "up": dense(self.size, outputs)}
 
@@ -237,7 +249,7 @@ class Scale:
 
     sigmoid: bool = False
 
-    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+    def parameters(self, inputs: int, outputs: int, config: StackConfig) -> Mapping[str, Any]:
         del inputs
         return {
             "weight" if self.sigmoid else "scale": Param(
@@ -259,21 +271,27 @@ class Prefix:
         bottleneck: width of the network that re-parameterises keys and values (section 2.2); its
             embedding and first projection may be shared by layers. 0 learns them directly.
         activation: "softmax"; or "relu", which makes it the multi-head parallel adapter.
+        norm: whether it has queries of its own, the projection of LN(x) with a layer norm of the
+            task's own, in place of those of x (He et al., code).
+        scaled: whether scores are divided by the square root of the heads' size.
     """
 
     length: int
     bottleneck: int = 0
     activation: str = "softmax"
+    norm: bool = False
+    scaled: bool = True
 
     def __post_init__(self) -> None:
         check_size(self.length)
         check_size(self.bottleneck, least=0)
         _check_known("activation", self.activation, ("softmax", "relu"))
 
-    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+    def parameters(self, inputs: int, outputs: int, config: StackConfig) -> Mapping[str, Any]:
+        norm = {"norm": _norm(inputs)} if self.norm else {}
         if not self.bottleneck:
-            return {name: Param((self.length, outputs)) for name in ("key", "value")}
-        return {
+            return norm | {name: Param((self.length, outputs)) for name in ("key", "value")}
+        return norm | {
             "embedding": Param((self.length, inputs)),
             "down": dense(inputs, self.bottleneck),
             "up": dense(self.bottleneck, 2 * outputs),  # keys, then values
@@ -298,9 +316,11 @@ class Prefix:
 
     def _scores(self, params: Params, x: Array, context: Context) -> tuple[Array, Array]:
         """Scores float32 [B, H, L, P], and values [1, H, P, K]."""
-        query = context.query
-        if query is None:
+        query, to_query = context.query, context.to_query
+        if query is None or to_query is None:
             raise UserError("a prefix works at the site attention.heads only.")
+        if self.norm:
+            query = to_query(layer_norm(params["norm"], x))
         if self.bottleneck:
             z = jnp.tanh(project(params["down"], params["embedding"].astype(x.dtype)))
             key, value = jnp.split(project(params["up"], z), 2, axis=-1)
@@ -308,7 +328,8 @@ class Prefix:
             key, value = (params[name].astype(x.dtype) for name in ("key", "value"))
         key, value = (split_heads(t[None], query.shape[1]) for t in (key, value))
         scores = jnp.einsum("bhqk,ghpk->bhqp", query, key, preferred_element_type=jnp.float32)
-        return scores / jnp.sqrt(jnp.float32(query.shape[-1])), value
+        scale = jnp.sqrt(jnp.float32(query.shape[-1])) if self.scaled else 1.0
+        return scores / scale, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,7 +345,7 @@ class Prompt:
     def __post_init__(self) -> None:
         check_size(self.length)
 
-    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+    def parameters(self, inputs: int, outputs: int, config: StackConfig) -> Mapping[str, Any]:
         del inputs
         return {"embedding": Param((self.length, outputs))}
 
@@ -343,7 +364,7 @@ class Dense:
     def __post_init__(self) -> None:
         _check_known("activation", self.activation, ACTIVATIONS)
 
-    def parameters(self, inputs: int, outputs: int, config: BertConfig) -> Mapping[str, Any]:
+    def parameters(self, inputs: int, outputs: int, config: StackConfig) -> Mapping[str, Any]:
         return {"dense": dense(inputs, outputs)}
 
     def __call__(self, params: Params, x: Array, context: Context) -> Array:

@@ -180,7 +180,9 @@ def is_low_rank_change(spec: Adapter | TaskCopy) -> bool:
     """Whether a part of a method does nothing but change a projection by one of low rank."""
     match spec:
         case Adapter(
-            form=Bottleneck(activation="identity", norm=False), reads="block_input", compose="add"
+            form=Bottleneck(activation="identity", norm=False, out_norm=None),
+            reads="block_input",
+            compose="add",
         ):
             return spec.site in LORA_SITES.values()
     return False

@@ -1,13 +1,21 @@
-"""Reading a method from text: an expression, such as `pals(size=204) + pooler()`, or JSON."""
+"""Reading a method from text: an expression, such as `pals(size=204) + pooler()`, or JSON.
+
+Besides its own options every method has two that say where it acts in an encoder-decoder, as in
+`lora(rank=8, blocks=("decoder",), attention=("cross",))`; see `places.within`.
+"""
 
 import ast
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 from pals_jax.models.adapters import serialize
 from pals_jax.models.adapters.methods import METHODS
+from pals_jax.models.adapters.places import within
 from pals_jax.models.adapters.spec import Method
 from pals_jax.runtime.errors import UserError
+
+_WHERE = ("blocks", "attention")
 
 
 def parse_method(text: str) -> Method:
@@ -34,8 +42,10 @@ def parse_method(text: str) -> Method:
     for name, options in calls:
         if name not in METHODS:
             raise UserError(f"unknown method {name!r}; known are {', '.join(METHODS)}.")
-        _check_options(name, options)
-        method += METHODS[name](**options)
+        where = _places(name, options)
+        own = {option: value for option, value in options.items() if option not in where}
+        _check_options(name, own)
+        method += within(METHODS[name](**own), **where)
     return method
 
 
@@ -44,6 +54,19 @@ def title(text: str) -> str:
     if text.lstrip().startswith("["):
         return " + ".join(part.name for part in serialize.loads(text))
     return text
+
+
+def _places(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that say where a method acts.
+
+    The number of `blocks` of a method on top of the encoder is an option of its own.
+    """
+    own = inspect.signature(METHODS[name]).parameters
+    return {
+        option: value
+        for option, value in options.items()
+        if option in _WHERE and (option not in own or isinstance(value, tuple))
+    }
 
 
 def _check_options(name: str, options: Mapping[str, object]) -> None:
@@ -68,7 +91,7 @@ def _terms(node: ast.expr) -> list[ast.expr]:
     return [node]
 
 
-def _call(node: ast.expr) -> tuple[str, dict[str, object]]:
+def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
     """The name and the options of one call, or of a bare name."""
     call = ast.Call(node, [], []) if isinstance(node, ast.Name) else node
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args):

@@ -11,6 +11,7 @@ The parameters live in the `adapters` collection, each leaf with a leading task 
      task copy's name: {"layers": {the encoder's own path: [T, n, ...]}, the rest of it: [T, ...]}}
 
 where n counts the layers concerned and "shared" holds what all of them use (V^E and V^D of PALs).
+In an encoder-decoder a part has one such entry for each place where it acts; see `places`.
 A task is data: `select` takes the rows of the tasks of a batch, and from there on nothing knows
 which task it is.
 
@@ -29,7 +30,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from pals_jax.models.adapters.forms import Context, Form, Param, Params
-from pals_jax.models.bert import SITES, BertConfig
+from pals_jax.models.transformer import SITES, StackConfig
 from pals_jax.runtime.errors import UserError
 
 Layers = Literal["all", "first_half", "final_half"] | tuple[int, ...]
@@ -37,6 +38,8 @@ Layers = Literal["all", "first_half", "final_half"] | tuple[int, ...]
 READS = ("block_input", "state", "normalised")
 COMPOSITIONS = ("add", "gate", "multiply", "replace", "concat")
 OUTSIDE_LAYERS = ("embeddings", "top")  # the sites that are not in the layers
+BLOCKS = ("encoder", "decoder")
+ATTENTIONS = ("self", "cross")
 
 
 def layer_indices(layers: Layers, depth: int) -> tuple[int, ...]:
@@ -71,7 +74,7 @@ class Adapter:
 
     Attributes:
         name: its key in the `adapters` collection.
-        site: the state that is changed, a key of `pals_jax.models.bert.SITES`.
+        site: the state that is changed, a key of `pals_jax.models.transformer.SITES`.
         form: the function and its size.
         reads: its input: "block_input" (parallel insertion), "state" (sequential insertion: the
             state at the site itself), or "normalised" (the layer norm of state + residual).
@@ -80,6 +83,9 @@ class Adapter:
         compose: how the state h takes the form's delta: "add" (h + s delta), "gate"
             ((1 - lambda) h + lambda delta), "multiply", "replace", or "concat" (more positions).
         scale: s, or "learned".
+        blocks: the stacks in which it acts, where a model has them: "encoder", "decoder". By
+            default all, as in He et al.
+        attention: at the site of an attention, at which of a decoder's: "self", "cross".
     """
 
     name: str
@@ -90,8 +96,12 @@ class Adapter:
     shared: tuple[str, ...] = ()
     compose: Literal["add", "gate", "multiply", "replace", "concat"] = "add"
     scale: float | Literal["learned"] = 1.0
+    blocks: tuple[str, ...] = BLOCKS
+    attention: tuple[str, ...] = ATTENTIONS
 
     def __post_init__(self) -> None:
+        _check_some("blocks", self.blocks, BLOCKS)
+        _check_some("attention", self.attention, ATTENTIONS)
         if self.site not in SITES:
             raise UserError(f"no site {self.site!r} in the encoder; sites are {', '.join(SITES)}.")
         if self.reads not in READS:
@@ -115,7 +125,7 @@ class Adapter:
         """The layers that carry it; none where the site is below or above the layers."""
         return () if self.site in OUTSIDE_LAYERS else layer_indices(self.layers, depth)
 
-    def parameters(self, config: BertConfig) -> dict[str, Any]:
+    def parameters(self, config: StackConfig) -> dict[str, Any]:
         """The parameters of one task: {"shared": ..., "layers": ...} with leaves `Stack`."""
         sizes = {"D": config.hidden_size, "F": config.intermediate_size}
         site = SITES[self.site]
@@ -162,11 +172,16 @@ class TaskCopy:
         name: its key in the `adapters` collection.
         pattern: regular expression for paths in the encoder, for example "layers/.*norm/".
         layers: the layers whose parameters are copied, for paths below `layers/`; see `Adapter`.
+        blocks: the stacks whose parameters are copied; see `Adapter`.
     """
 
     name: str
     pattern: str
     layers: Layers = "all"
+    blocks: tuple[str, ...] = BLOCKS
+
+    def __post_init__(self) -> None:
+        _check_some("blocks", self.blocks, BLOCKS)
 
     def layer_indices(self, depth: int) -> tuple[int, ...]:
         """The layers concerned."""
@@ -178,10 +193,17 @@ class TaskCopy:
         return unflatten_dict(
             {
                 path: leaf[jnp.array(indices)] if path[0] == "layers" else leaf
-                for path, leaf in flatten_dict(encoder).items()
-                if re.match(self.pattern, "/".join(path))
+                for path, leaf in self.matches(encoder).items()
             }
         )
+
+    def matches(self, encoder: Params) -> dict[tuple[str, ...], Any]:
+        """The encoder's parameters that it copies, of all layers, by path."""
+        return {
+            path: leaf
+            for path, leaf in flatten_dict(encoder).items()
+            if re.match(self.pattern, "/".join(path))
+        }
 
     def leaves(self, encoder: Params, depth: int) -> set[tuple[str, int]]:
         """The (path, layer) pairs that it copies; layer is -1 outside the layers."""
@@ -207,30 +229,9 @@ def prompt_length(method: Method) -> int:
     return sum(prompt.form.length for prompt in prompts)  # type: ignore[attr-defined]
 
 
-def check(method: Method, encoder: Params, depth: int) -> None:
-    """Refuses a method whose parts collide.
-
-    Raises:
-        UserError: two parts have one name, replace or gate one state, or copy one parameter.
-    """
-    names = ["head", *(spec.name for spec in method)]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"the method has two parts named {repeated[0]!r}; they would collide.")
-    taken: dict[Any, str] = {}
-    for spec in method:
-        if isinstance(spec, TaskCopy):
-            places: set[Any] = spec.leaves(encoder, depth)
-        elif spec.compose in ("replace", "gate"):
-            places = {(spec.site, layer) for layer in spec.layer_indices(depth) or (-1,)}
-        else:
-            continue
-        for place in sorted(places):
-            if place in taken:
-                raise UserError(
-                    f"{taken[place]!r} and {spec.name!r} collide at {place[0]}: only one of them"
-                    " can have it; leave one out of the method."
-                )
-            taken[place] = spec.name
+def _check_some(what: str, chosen: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(chosen, tuple) or not chosen or set(chosen) - set(known):
+        raise UserError(f"{what} is a list of some of {', '.join(known)}, not {chosen!r}.")
 
 
 class Stack(NamedTuple):

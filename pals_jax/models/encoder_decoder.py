@@ -1,0 +1,100 @@
+"""The encoder and the decoder of BART, mBART and Marian, as two stacks of the same layers.
+
+Dimension letters: see `pals_jax.models.layers`.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from pals_jax.models.adapters.bound import TaskAdapters
+from pals_jax.models.adapters.forms import Params
+from pals_jax.models.bart import BartConfig, BartEmbeddings, BartStack, Vocabulary
+from pals_jax.models.layers import dropout
+from pals_jax.models.segments import Segments, cross_segments, make_segments, one_position
+from pals_jax.models.stack import Stack, given_or, layers_below
+from pals_jax.models.transformer import Source, layer_norm
+
+
+class TextStack(Stack):
+    """Embeddings, N layers and, of mBART, a layer norm; `config` is a `BartStack`.
+
+    Attributes:
+        decoder: whether it is a decoder, with causal attention and attention to a source.
+    """
+
+    decoder: bool = False
+
+    def setup(self) -> None:
+        self.embeddings = BartEmbeddings(self.config, self.dtype)
+        self.layers = given_or(self, "layers", self._init_layers)
+        if self.config.pre_norm:
+            self.norm = layer_norm(self.config, self.dtype)
+
+    def _init_layers(self, key: Array) -> dict[str, Any]:
+        one = one_position()
+        h = jnp.zeros((1, 1, self.config.hidden_size), self.dtype)
+        return self.init_layers(key, Source(h, one, one) if self.decoder else None)
+
+    def __call__(
+        self,
+        words: Array,
+        segment_ids: Array,
+        adapters: TaskAdapters,
+        first: Array,
+        salts: Array | None = None,
+        source: tuple[Array, Segments] | None = None,
+        hidden: Array | None = None,
+    ) -> tuple[Array, Segments]:
+        """The hidden states after the last layer, or what an adapter at the top makes of them.
+
+        Args:
+            words: [B, L, D] in `dtype`; the embeddings of the tokens.
+            segment_ids: int [B, L]; 0 at padding, else the example of its row that a position
+                belongs to.
+            adapters: the adapters of the rows' task.
+            first: int [B, M]; the position at which each example of a row begins.
+            salts: uint32 [B, M, 2]; salts of the examples' dropout masks. None: dropout is off.
+            source: of a decoder, what its encoder returned.
+            hidden: [B, L, D] in `dtype`; the output of the `layers_below` the adapters. The stack
+                then begins above them. None: it begins with the words.
+
+        Returns:
+            [B, L + P, D] in `dtype`, with the P positions of prompts at the end, and the segments
+            of these positions.
+        """
+        segments = make_segments(segment_ids, first, salts, causal=self.decoder)
+        below, keys, above = self.dropout_keys()
+        if hidden is None:
+            begin, sites = 0, adapters.sites(segments, below)
+            h = self.embeddings(words, segments.places.position, sites)
+            # Prompts are positions that an adapter at the embeddings has added.
+            if prompts := (h.shape[1] - words.shape[1]) // first.shape[1]:
+                segments = make_segments(segment_ids, first, salts, prompts)
+            key = self.make_rng("dropout") if self.has_rng("dropout") else None
+            h = dropout(h, self.config.hidden_dropout_prob, key, segments.places)
+        else:
+            begin, h = layers_below(adapters), hidden
+        read = None
+        if source is not None:
+            read = Source(*source, cross_segments(segments, source[1]))
+        h = self.through_layers(self.layers, h, segments, keys, adapters, read, begin)
+        h = self.norm(h) if self.config.pre_norm else h
+        return adapters.sites(segments, above)("top", h, h), segments
+
+
+def init_params(config: BartConfig, part: str, key: Array) -> Params:
+    """Random parameters of one part of a model: "encoder", "decoder" or "vocabulary"."""
+    ids = jnp.ones((1, 1), jnp.int32)
+    if part == "vocabulary":
+        return Vocabulary(config, parent=None).init(key, ids)["params"]
+    stack: BartStack = config.stacks[part]
+    words, first = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), jnp.int32)
+    source = (words, one_position()) if part == "decoder" else None
+    module = TextStack(stack, decoder=source is not None, parent=None)
+    bare = TaskAdapters((), {}, stack, block=part)
+    return module.init(key, words, ids, bare, first, source=source)["params"]
+
+
+PARTS = ("encoder", "decoder", "vocabulary")
