@@ -16,6 +16,8 @@ from pals_jax.models.segments import Segments, cross_segments, make_segments, on
 from pals_jax.models.stack import Stack, given_or, layers_below
 from pals_jax.models.transformer import Source, layer_norm
 
+PARTS = ("encoder", "decoder", "vocabulary")  # of the `params` collection
+
 
 class TextStack(Stack):
     """Embeddings, N layers and, of mBART, a layer norm; `config` is a `BartStack`.
@@ -85,7 +87,7 @@ class TextStack(Stack):
 
 
 def init_params(config: BartConfig, part: str, key: Array) -> Params:
-    """Random parameters of one part of a model: "encoder", "decoder" or "vocabulary"."""
+    """Random parameters of one of the `PARTS` of a model."""
     ids = jnp.ones((1, 1), jnp.int32)
     if part == "vocabulary":
         return Vocabulary(config, parent=None).init(key, ids)["params"]
@@ -95,6 +97,3 @@ def init_params(config: BartConfig, part: str, key: Array) -> Params:
     module = TextStack(stack, decoder=source is not None, parent=None)
     bare = TaskAdapters((), {}, stack, block=part)
     return module.init(key, words, ids, bare, first, source=source)["params"]
-
-
-PARTS = ("encoder", "decoder", "vocabulary")
