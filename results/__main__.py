@@ -31,7 +31,11 @@ def main() -> int:
     run.add_argument(
         "--workdirs", type=Path, default=Path("runs/claims"), help="where unfinished runs live"
     )
-    run.add_argument("--plan", action="store_true", help="print what is missing; run nothing")
+    run.add_argument(
+        "--plan",
+        action="store_true",
+        help="print what is missing, and how long it takes at this device's speed",
+    )
     report = commands.add_parser("report", help="make docs/results from the records of the runs")
     report.set_defaults(run=_report)
     args = parser.parse_args()

@@ -94,6 +94,12 @@ class Claims:
     arms: dict[str, Arm]
     claims: dict[str, Claim]
 
+    def settings(self, device: str, arm: Arm) -> dict[str, Any]:
+        """What an arm's runs change in the configuration, besides task and seed; as in JSON."""
+        length = self.devices[device]["together" if arm.together else "alone"]
+        settings = {**length, **arm.overrides} if arm.kind not in BASELINES else {}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(settings.items())}
+
     def only(self, names: str) -> list[Claim]:
         """The claims of a comma-separated list of names; all of them if it is empty.
 

@@ -14,19 +14,15 @@ from pals_jax.config import default
 
 
 def get_config(data: str) -> ConfigDict:
-    """A frozen all-MiniLM-L6-v2 and one evaluation, at the end, so that dev selects nothing."""
+    """A frozen all-MiniLM-L6-v2; `claims.toml` chooses method, tasks and length."""
     root = Path(data).expanduser()
     config = default()
     config.encoder = "all-MiniLM-L6-v2"
-    config.method = "houlsby(size=8)"
     config.trainable = ("adapters/",)
-    config.tasks = ("sst2",)
     config.data.source = "glue_dir"
     config.data.dir = str(root / "glue")
     folders = sorted(path for path in (root / "extra_tasks").iterdir() if path.is_dir())
     config.data.own = ConfigDict({folder.name: _task(folder) for folder in folders})
-    config.epochs = 1
-    config.steps_per_epoch = 400
     config.checkpoint_every = 100
     config.optimizer.learning_rate = 1e-3
     return config

@@ -9,11 +9,13 @@ from results import records
 from results.claims import BASELINES, Arm, Claim, Claims
 from results.statistics import Difference, Side, difference
 
+_MISSING = "runs are missing"
+
 
 class Evidence:
     """The records of the runs of one device, read as they are asked for."""
 
-    def __init__(self, claims: Claims, pages: Path, device: str = "cpu") -> None:
+    def __init__(self, claims: Claims, pages: Path, device: str) -> None:
         self.claims, self.pages, self.device = claims, pages, device
         self._read: dict[Path, dict[str, Any]] = {}
 
@@ -30,7 +32,10 @@ class Evidence:
         tasks = claim.tasks if arm.together else (task,)
         seeds = (0,) if arm.kind in BASELINES else claim.seeds
         paths = [records.run_file(self.device, arm.name, tasks, s, self.pages) for s in seeds]
-        return [found for path in paths if (found := self.record(path)) is not None]
+        found = [(path, record) for path in paths if (record := self.record(path)) is not None]
+        for path, record in found:
+            records.check(path, record, self.claims.settings(self.device, arm))
+        return [record for _, record in found]
 
     def side(self, claim: Claim, arm: Arm, task: str) -> Side | None:
         """What an arm answers on a task with all its seeds, or None if a run is missing."""
@@ -53,7 +58,23 @@ class Evidence:
         ones, others = ([self.side(claim, arm, task) for task in tasks] for arm in arms)
         if any(side is None for side in (*ones, *others)):
             return None
-        return difference(ones, others, len(claim.seeds))  # type: ignore[arg-type]
+        together = any(arm.together for arm in arms)
+        return difference(ones, others, len(claim.seeds), together)  # type: ignore[arg-type]
+
+    def lacks(self, claim: Claim, pair: tuple[str, str]) -> str:
+        """Why `compare` has no answer."""
+        arms = [self.claims.arms[name] for name in pair]
+        runs = [run for arm in arms for task in claim.tasks for run in self.runs(claim, arm, task)]
+        return "a run diverged" if any(run["answers"] is None for run in runs) else _MISSING
+
+    def is_complete(self, claim: Claim) -> bool:
+        """Whether every pair can be compared."""
+        return all(
+            self.side(claim, self.claims.arms[name], task) is not None
+            for pair in claim.pairs
+            for name in pair
+            for task in claim.tasks
+        )
 
     def all_runs(self, claim: Claim) -> list[dict[str, Any]]:
         """Every record of a claim's arms, each once."""
@@ -66,7 +87,7 @@ class Evidence:
 
     def trained_share(self, claim: Claim, arm: Arm) -> float | None:
         """The parameters that a task trains besides its head, over the encoder's."""
-        for task in claim.tasks:
+        for task in claim.tasks if arm.kind != "without" else ():
             for run in self.runs(claim, arm, task):
                 counted = run["parameters"]
                 whole = 1.0 if counted["encoder_is_trained"] else 0.0

@@ -56,18 +56,21 @@ def _size_and_score(evidence: Evidence, claim: Claim) -> Figure | None:
     """Each arm's score minus full fine-tuning's, over the parameters that it trains for a task."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
+    named = {name: evidence.claims.arms[name] for name in claim.arms}
+    sides = {
+        name: [evidence.side(claim, arm, task) for task in claim.tasks]
+        for name, arm in named.items()
+    }
     drawn = False
     for colour, family in zip(COLOURS, ("houlsby", "top_layers", "layer_norms"), strict=True):
         points = []
-        for arm in (evidence.claims.arms[name] for name in claim.arms):
-            if arm.overrides.get("method", "").partition("(")[0] != family:
-                continue
-            tasks = [t for t in claim.tasks if evidence.on(claim, (arm.name, "full"), (t,))]
+        for name, arm in named.items():
             share = evidence.trained_share(claim, arm)
-            if tasks and share is not None:
-                changes = [evidence.on(claim, (arm.name, "full"), (t,)) for t in tasks]
-                values = [change.value for change in changes if change is not None]
-                points.append((100 * share, *np.percentile(values, [20, 50, 80])))
+            pairs = zip(sides[name], sides["full"], strict=True)
+            changes = [one.score() - other.score() for one, other in pairs if one and other]
+            mine = arm.overrides.get("method", "").partition("(")[0] == family
+            if mine and share is not None and len(changes) == len(claim.tasks):
+                points.append((100 * share, *np.percentile(changes, [20, 50, 80])))
         if points:
             drawn = True
             x, low, middle, high = np.array(sorted(points)).T

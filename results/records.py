@@ -60,18 +60,25 @@ def provenance() -> dict[str, Any]:
 
     import jax
 
-    where = Path(__file__).resolve().parent
-    commit = subprocess.run(
-        ["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     device = jax.devices()[0]
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in VERSIONED},
         "processor": _cpu() if device.platform == "cpu" else device.device_kind,
         "cores": os.cpu_count(),
     }
+
+
+def _commit() -> str:
+    """The commit of the checkout, with "+" if files that matter have changed since."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    try:
+        head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+        changed = [*git, "status", "--porcelain", "--", "pals_jax", "results"]
+        return head + ("+" if subprocess.check_output(changed, text=True).strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _cpu() -> str:
@@ -87,6 +94,19 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"format": FORMAT, **content}, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def check(path: Path, record: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuses the record of a run with other settings than the claims file now has.
+
+    Raises:
+        UserError: they differ.
+    """
+    if record["settings"] != settings:
+        raise UserError(
+            f"{path} is of a run with the settings {record['settings']}, but the claims file now"
+            f" has {dict(settings)}; remove the file to run it again, or undo the change."
+        )
 
 
 def read(path: Path) -> dict[str, Any]:

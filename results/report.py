@@ -18,21 +18,33 @@ def write(claims: Claims, pages: Path = records.PAGES) -> None:
     """Writes all pages and pictures; a failure on the way leaves the old ones as they are."""
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
-        evidence = Evidence(claims, pages)
         rows: list[str] = []
         sections: dict[str, list[str]] = {paper: [] for paper in PAPERS}
         for claim in claims.claims.values():
+            evidence = _evidence(claims, claim, pages)
             found = [evidence.compare(claim, pair) for pair in claim.pairs]
             said = verdict(claim, found)
             rows.append(_row(evidence, claim, found, said))
             drawn = pictures.draw(evidence, claim, made / f"{claim.name}.png")
             sections[claim.paper].append(_section(evidence, claim, found, said, drawn))
-        _page(made / "README.md", {"claims": "\n".join([*_HEAD, *rows])})
+        places = {"claims": "\n".join([*_HEAD, *rows])}
+        for length, settings in claims.devices["cpu"].items():
+            places[length] = f"{settings['epochs'] * settings['steps_per_epoch']:,}"
+        _page(made / "README.md", places)
         for paper in PAPERS:
             _page(made / f"{paper}.md", {"claims": "\n\n".join(sections[paper])})
         pages.mkdir(parents=True, exist_ok=True)
         for file in made.iterdir():
             shutil.copyfile(file, pages / file.name)
+        for picture in pages.glob("*.png"):
+            if not (made / picture.name).exists():
+                picture.unlink()
+
+
+def _evidence(claims: Claims, claim: Claim, pages: Path) -> Evidence:
+    """What was run on a GPU, at the papers' lengths, if it is complete; else what a CPU ran."""
+    of_gpu = Evidence(claims, pages, "gpu")
+    return of_gpu if of_gpu.is_complete(claim) else Evidence(claims, pages, "cpu")
 
 
 def _page(path: Path, places: dict[str, str]) -> None:
@@ -51,7 +63,10 @@ _HEAD = (
 def _row(evidence: Evidence, claim: Claim, found: list[Difference | None], said: str) -> str:
     runs = evidence.all_runs(claim)
     hours = sum(run["seconds"] for run in runs) / 3600
-    here = "<br>".join(_signed(each) for each in found)
+    here = "<br>".join(
+        _signed(each) if each else evidence.lacks(claim, pair)
+        for pair, each in zip(claim.pairs, found, strict=True)
+    )
     name = f"[{claim.name}]({claim.paper}.md#{claim.name.lower()})"
     return (
         f"| {name} {claim.sentence} | {claim.published} | {here} | **{said}** | {len(runs)} |"
@@ -59,9 +74,7 @@ def _row(evidence: Evidence, claim: Claim, found: list[Difference | None], said:
     )
 
 
-def _signed(found: Difference | None) -> str:
-    if found is None:
-        return "runs are missing"
+def _signed(found: Difference) -> str:
     return f"{found.value:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
 
 
@@ -78,7 +91,8 @@ def _section(
     ]
     for pair, each in zip(claim.pairs, found, strict=True):
         one, other = (evidence.claims.arms[name].title for name in pair)
-        lines.append(f"- {_code(one)} minus {_code(other)}: {_signed(each)}")
+        here = _signed(each) if each else evidence.lacks(claim, pair)
+        lines.append(f"- {_code(one)} minus {_code(other)}: {here}")
     lines += ["", *_table(evidence, claim)]
     if drawn:
         lines += ["", f"![{claim.name}]({claim.name}.png)"]
@@ -96,7 +110,7 @@ def _table(evidence: Evidence, claim: Claim) -> list[str]:
         cells = [_cell(side) for side in sides]
         scores = [side.score() for side in sides if side is not None]
         mean = f"{np.mean(scores):.1f}" if len(scores) == len(sides) else ""
-        size = parameters(evidence, claim, arm)
+        size = _parameters(evidence, claim, arm)
         lines.append(f"| {_code(arm.title)} | {size} | {' | '.join(cells)} | {mean} |")
     return lines
 
@@ -109,7 +123,7 @@ def _cell(side: Side | None) -> str:
     return f"{scores.mean():.1f}{spread}"
 
 
-def parameters(evidence: Evidence, claim: Claim, arm: Arm) -> str:
+def _parameters(evidence: Evidence, claim: Claim, arm: Arm) -> str:
     """What a task trains besides its head, as a percentage of the encoder."""
     share = evidence.trained_share(claim, arm)
     return "" if share is None else f"{100 * share:.2f}%"

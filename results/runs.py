@@ -25,10 +25,11 @@ from pals_jax.experiment.experiment import Experiment
 from pals_jax.inference.evaluator import decide
 from pals_jax.inference.run import Run
 from pals_jax.models import counts
+from pals_jax.runtime import storage
 from pals_jax.runtime.console import print_table, say
 from pals_jax.runtime.errors import Preempted
 from pals_jax.training.plan import flops
-from pals_jax.training.sweep import train_all
+from pals_jax.training.sweep import in_one_step, train_all
 from pals_jax.training.train import train
 from results import baselines, records
 from results.claims import BASELINES, Arm, Claim, Claims
@@ -49,23 +50,28 @@ class Job:
         """What the log calls it, and the folder of its workdirs."""
         return f"{self.arm.name}/{'+'.join(self.tasks)}"
 
-    def missing(self, device: str, pages: Path) -> tuple[int, ...]:
-        """The seeds without a record."""
-        name, tasks = self.arm.name, self.tasks
-        files = {seed: records.run_file(device, name, tasks, seed, pages) for seed in self.seeds}
-        return tuple(seed for seed, file in files.items() if not file.exists())
-
 
 def jobs_of(claims: Claims, claim: Claim, device: str, pages: Path) -> list[Job]:
-    """The jobs that a claim still needs on a device."""
-    jobs = []
+    """The jobs that a claim still needs on a device, one for each arm that is trained and task.
+
+    Raises:
+        UserError: a record is damaged, or of a run with other settings.
+    """
+    missing: dict[tuple[str, tuple[str, ...]], set[int]] = {}
     for name in claim.arms:
         arm = claims.arms[name]
         seeds = (0,) if arm.kind in BASELINES else claim.seeds
         for tasks in [claim.tasks] if arm.together else [(task,) for task in claim.tasks]:
-            if missing := Job(arm, tasks, seeds).missing(device, pages):
-                jobs.append(Job(claims.arms.get(arm.of, arm), tasks, missing))
-    return list({(job.name, job.seeds): job for job in jobs}.values())
+            for seed in seeds:
+                path = records.run_file(device, name, tasks, seed, pages)
+                if path.exists():
+                    records.check(path, records.read(path), claims.settings(device, arm))
+                else:
+                    missing.setdefault((arm.of or name, tasks), set()).add(seed)
+    return [
+        Job(claims.arms[name], tasks, tuple(sorted(seeds)))
+        for (name, tasks), seeds in missing.items()
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +84,7 @@ class Runner:
         data: the directory that results/config.py reads.
         workdirs: where unfinished runs live.
         pages: docs/results.
+        end: when to stop, by `time.monotonic`.
     """
 
     claims: Claims
@@ -85,21 +92,23 @@ class Runner:
     data: Path
     workdirs: Path
     pages: Path = records.PAGES
-    _costs: dict[str, float] = dataclasses.field(default_factory=dict)
+    end: float = math.inf
+    _costs: dict[tuple[str, tuple[int, ...]], float] = dataclasses.field(default_factory=dict)
     _counted: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def config(self, job: Job, seed: int) -> ConfigDict:
         """The configuration of one run."""
-        settings = self.claims.devices[self.device]
         config = load([f"--config={REPOSITORY / self.claims.config}:{self.data}"])
-        chosen = settings["together" if job.arm.together else "alone"]
-        return override(config, {**chosen, **job.arm.overrides, "tasks": job.tasks, "seed": seed})
+        settings = self.claims.settings(self.device, job.arm)
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return override(config, {**tuples, "tasks": job.tasks, "seed": seed})
 
     def cost(self, job: Job) -> float:
-        """FLOPs of the matrix products of a job: training and three evaluations of each run."""
-        if job.name not in self._costs:
-            self._costs[job.name] = self._cost(job)
-        return self._costs[job.name]
+        """FLOPs of the matrix products of a job: training and all evaluations of each run."""
+        key = job.name, job.seeds
+        if key not in self._costs:
+            self._costs[key] = self._cost(job)
+        return self._costs[key]
 
     def _cost(self, job: Job) -> float:
         experiment = Experiment.from_config(self.config(job, job.seeds[0]))
@@ -110,7 +119,9 @@ class Runner:
             whole = sum(self._tokens(experiment, task)["train"] for task in job.tasks)
             return (forward * whole + dev) / len(BASELINES)
         steps = experiment.steps * config.batch_size * self.training_flops(job)
-        return len(job.seeds) * (steps + 3 * dev)
+        variants = sum(job.arm.name in (arm.name, arm.of) for arm in self.claims.arms.values())
+        # One after each epoch, one of the best checkpoint, and those of the records.
+        return len(job.seeds) * (steps + (config.epochs + 1 + variants) * dev)
 
     def training_flops(self, job: Job) -> float:
         """FLOPs of the matrix products of one example's training."""
@@ -146,13 +157,18 @@ class Runner:
         parent = epath.Path(self.workdirs / self.device / job.name)
         configs = {str(seed): self.config(job, seed) for seed in job.seeds}
         frozen = encoder_is_frozen(configs[str(job.seeds[0])])
-        for names in [list(configs)] if frozen else [[name] for name in configs]:
-            with _Stopwatch(Path(parent) / f"{'+'.join(names)}.seconds") as watch:
+        for names in in_one_step(configs, parent) if frozen else [[name] for name in configs]:
+            self.check_time()
+            with _Stopwatch([Path(parent) / f"{name}.seconds" for name in names]) as watch:
                 found = train_all({name: configs[name] for name in names}, parent)
             for name in names:
-                seconds = watch.seconds / len(names)
-                self._write_trained(job, configs[name], parent / name, found[name], seconds)
-        shutil.rmtree(parent)
+                self._write_trained(job, configs[name], parent / name, found[name], watch.seconds)
+                shutil.rmtree(parent / name)
+                (Path(parent) / f"{name}.seconds").unlink()
+
+    def check_time(self) -> None:
+        if time.monotonic() > self.end:
+            raise Preempted("the time is up; run it again to go on.")
 
     def _write_trained(
         self, job: Job, config: ConfigDict, workdir: epath.Path, found: Any, seconds: float
@@ -197,7 +213,7 @@ class Runner:
             "arm": job.arm.name,
             "tasks": job.tasks,
             "seed": seed,
-            "overrides": job.arm.overrides,
+            "settings": self.claims.settings(self.device, job.arm),
             "steps": 0 if job.arm.kind in BASELINES else experiment.steps,
             "seconds": round(seconds, 1),
             "parameters": {
@@ -220,13 +236,11 @@ class Runner:
                 tokenizer = load_tokenizer(huggingface.resolve(experiment.config.encoder))
                 splits = experiment.read_eval(task, tokenizer)
                 targets = {split: x.targets for split, x in splits.items()}
-                train = experiment.read(task, "train", tokenizer)
                 records.write(
                     path,
                     {
                         "task": task.name,
                         "metric": task.metrics[0],
-                        "train_examples": len(train),
                         "answers": records.encode_all({task.name: targets})[task.name],
                     },
                 )
@@ -245,21 +259,21 @@ def _answers(run: Run, active: np.ndarray | None) -> records.Answers:
 
 
 class _Stopwatch:
-    """Adds the time inside to a file, so that it counts over all starts of a run."""
+    """Adds each run's share of the time inside to its file, so that it counts over all starts."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.seconds = path, 0.0
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths, self.seconds = paths, 0.0  # of one run
 
     def __enter__(self) -> "_Stopwatch":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            self.seconds = json.loads(self.path.read_text())
         self.began = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds += time.monotonic() - self.began
-        self.path.write_text(json.dumps(self.seconds))
+        share = (time.monotonic() - self.began) / len(self.paths)
+        for path in self.paths:
+            before = float(path.read_text()) if path.exists() else 0.0
+            self.seconds = before + share
+            storage.write_text(epath.Path(path), str(self.seconds))
 
 
 def cheapest_first(runner: Runner, chosen: Sequence[Claim]) -> Iterator[tuple[Claim, list[Job]]]:
@@ -267,19 +281,23 @@ def cheapest_first(runner: Runner, chosen: Sequence[Claim]) -> Iterator[tuple[Cl
 
     A job that several claims need counts for the first of them.
     """
-    planned: set[str] = set()
+    planned: set[tuple[str, int]] = set()
     waiting = list(chosen)
 
     def needed(claim: Claim) -> list[Job]:
         jobs = jobs_of(runner.claims, claim, runner.device, runner.pages)
-        return [job for job in jobs if job.name not in planned]
+        return [job for job in jobs if not planned.issuperset(_runs(job))]
 
     while waiting:
         claim = min(waiting, key=lambda claim: sum(map(runner.cost, needed(claim))))
         waiting.remove(claim)
         if jobs := sorted(needed(claim), key=runner.cost):
-            planned.update(job.name for job in jobs)
+            planned.update(run for job in jobs for run in _runs(job))
             yield claim, jobs
+
+
+def _runs(job: Job) -> list[tuple[str, int]]:
+    return [(job.name, seed) for seed in job.seeds]
 
 
 def measured_speed(runner: Runner, job: Job) -> float:
@@ -316,17 +334,22 @@ def run(runner: Runner, chosen: Sequence[Claim], hours: float) -> None:
     Raises:
         Preempted: the time is up, or it was told to stop; run again, it goes on where it was.
     """
-    end = time.monotonic() + 3600 * hours
-    if math.isfinite(hours):  # as a preempted machine is told
+    timer = None
+    if math.isfinite(hours):
+        runner = dataclasses.replace(runner, end=time.monotonic() + 3600 * hours)
+        # In the middle of a run, as a preempted machine is told.
         timer = threading.Timer(3600 * hours, os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()
-    for claim, jobs in cheapest_first(runner, chosen):
-        say(f"{claim.name} needs {len(jobs)} jobs: {claim.sentence}")
-        for number, job in enumerate(jobs, 1):
-            if time.monotonic() > end:
-                raise Preempted(f"the {hours} hours are over; run it again to go on.")
-            if job in jobs_of(runner.claims, claim, runner.device, runner.pages):
-                # unless another baseline brought it along
-                say(f"{claim.name}, job {number} of {len(jobs)}: {job.name}, seeds {job.seeds}")
-                runner.run(job)
+    try:
+        for claim, jobs in cheapest_first(runner, chosen):
+            say(f"{claim.name} needs {len(jobs)} jobs: {claim.sentence}")
+            for number, job in enumerate(jobs, 1):
+                runner.check_time()
+                # Another baseline may have brought it along.
+                if job in jobs_of(runner.claims, claim, runner.device, runner.pages):
+                    say(f"{claim.name}, job {number} of {len(jobs)}: {job.name}, {job.seeds}")
+                    runner.run(job)
+    finally:
+        if timer is not None:
+            timer.cancel()

@@ -65,23 +65,26 @@ class Difference:
     high: float
 
 
-def difference(ones: Sequence[Side], others: Sequence[Side], seeds: int) -> Difference:
+def difference(
+    ones: Sequence[Side], others: Sequence[Side], seeds: int, together: bool
+) -> Difference:
     """Compares two arms, task by task on the same seeds and examples.
 
-    The interval is the percentile bootstrap's. Each resample draws, for each task, dev examples and
-    seeds with replacement, the same ones for both arms.
+    The interval is the percentile bootstrap's. Each resample draws dev examples of each task and
+    seeds with replacement, the same ones for both arms. With few seeds it is rather too narrow.
 
     Args:
         ones: the first arm on each task.
         others: the second arm on the same tasks.
         seeds: the number of seeds.
+        together: whether a seed is one model of all tasks, and so drawn once for all of them.
     """
     rng = np.random.default_rng(0)
 
     def mean_difference(*examples: np.ndarray) -> float:
-        points = []
+        points, common = [], rng.integers(0, seeds, seeds)
         for one, other, drawn in zip(ones, others, examples, strict=True):
-            chosen = rng.integers(0, seeds, seeds)
+            chosen = common if together else rng.integers(0, seeds, seeds)
             points.append(one.score(chosen, drawn) - other.score(chosen, drawn))
         return float(np.mean(points))
 

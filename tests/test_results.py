@@ -79,7 +79,10 @@ def runner_of(small: Path, small_claims: claims.Claims, pages: str = "pages") ->
 
 @pytest.mark.slow
 def test_what_is_missing_is_run_and_reported(
-    small_of_module: Path, small_claims: claims.Claims, capsys: pytest.CaptureFixture[str]
+    small_of_module: Path,
+    small_claims: claims.Claims,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Once; a record that is lost is run again, and gives the same answers and pages."""
     runner = runner_of(small_of_module, small_claims)
@@ -111,6 +114,12 @@ def test_what_is_missing_is_run_and_reported(
     capsys.readouterr()
     runs.run(runner, chosen, hours=1.0)
     assert not capsys.readouterr().err
+
+    other = tmp_path / "claims.toml"
+    other.write_text(SMALL.replace("CONFIG", str(CONFIG)).replace("0.01", "0.02"))
+    with pytest.raises(UserError, match=r"is of a run with the settings .*remove the file"):
+        report.write(claims.read(other), runner.pages)
+    assert (runner.pages / "houlsby.md").read_text() == page
 
 
 # ---------------------------------------------------------------- the claims themselves
@@ -203,10 +212,10 @@ def test_an_interval_covers_and_is_the_same_each_time() -> None:
         truth = np.zeros(400)
         better, worse = ((rng.random((3, 400)) > p).astype(float) for p in (0.8, 0.7))
         sides = [Side(1 - x, truth + 1, "accuracy") for x in (better, worse)]
-        found = difference(sides[:1], sides[1:], 3)
+        found = difference(sides[:1], sides[1:], 3, False)
         covered += found.low <= 10.0 <= found.high
     assert covered >= 4
-    assert difference(sides[:1], sides[1:], 3) == found
+    assert difference(sides[:1], sides[1:], 3, False) == found
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
     for one in runs.values():
         Experiment.from_config(one)  # reports errors before any run is trained
     rows: list[dict[str, Any]] = []
-    for names in _in_one_step(runs, workdir):
+    for names in in_one_step(runs, workdir):
         of_all = train_all({name: runs[name] for name in names}, workdir)
         rows += [_row(runs[name], name, overrides[name], of_all[name]) for name in names]
         rows.sort(key=lambda row: -np.inf if row["score"] is None else row["score"], reverse=True)
@@ -99,7 +99,7 @@ def train_all(runs: dict[str, ConfigDict], workdir: epath.Path) -> dict[str, Res
     return {name: train_all({name: config}, workdir)[name] for name, config in runs.items()}
 
 
-def _in_one_step(runs: dict[str, ConfigDict], workdir: epath.Path) -> list[list[str]]:
+def in_one_step(runs: dict[str, ConfigDict], workdir: epath.Path) -> list[list[str]]:
     """Groups the runs' names; one step can train a group, all of which are at the same step."""
     groups: list[list[str]] = []
     for name, config in runs.items():
