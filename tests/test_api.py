@@ -359,7 +359,14 @@ def test_a_directory_of_adapterhub(shared, tmp_path):
     run.save(tmp_path / "run")
     with pytest.raises(UserError, match="came without a head"):
         pals_jax.load(tmp_path / "run").predict("w5 w6")
+    with pytest.raises(UserError, match="no task of the run has a head to evaluate"):
+        run.evaluate()
     with pytest.raises(UserError, match="holds an encoder without a classifier"):
+        pals_jax.load(base)
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "bart"}
+    (base / "config.json").unlink()
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="holds an encoder-decoder"):
         pals_jax.load(base)
 
 

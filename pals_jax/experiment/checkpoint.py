@@ -20,6 +20,7 @@ from pals_jax.runtime.parallel import DataParallel
 
 Tree = TypeVar("Tree")
 
+BEST = "best"  # the folder of a workdir with its best checkpoint
 _KEPT = 2  # the newest checkpoint, and the previous one in case it is damaged
 _DIGESTS = "sha256.json"  # in each checkpoint: the digest of every file that Orbax wrote
 _TIMES = "_CHECKPOINT_METADATA"  # not digested: Orbax rewrites it later and does not need it
@@ -125,7 +126,7 @@ def restore_best(workdir: epath.Path, variables: Tree, parallel: DataParallel) -
     Raises:
         UserError: if there is no checkpoint yet, or it is damaged or belongs to another model.
     """
-    directory = workdir / "best"
+    directory = workdir / BEST
     with _without_warnings():
         manager = _best_manager(workdir, read_only=True) if directory.is_dir() else None
     try:
@@ -153,7 +154,7 @@ def _without_warnings() -> Iterator[None]:
 
 def _best_manager(workdir: epath.Path, read_only: bool = False) -> ocp.CheckpointManager:
     return _manager(
-        workdir / "best",
+        workdir / BEST,
         max_to_keep=1,
         best_fn=lambda metrics: metrics["score"],
         best_mode="max",

@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from pals_jax.convert import huggingface, task_file
+from pals_jax.convert.bart import is_bart
 from pals_jax.convert.task_file import Base
 from pals_jax.data.tasks import Task
 from pals_jax.data.tokenize import FastTokenizer, has_tokenizer, load_tokenizer
@@ -19,7 +20,7 @@ from pals_jax.inference.run import Run
 from pals_jax.models import task_axis
 from pals_jax.models.adapters import serialize
 from pals_jax.runtime import storage
-from pals_jax.runtime.errors import UserError
+from pals_jax.runtime.errors import UserError, reason
 
 _NEED_BASE = ("task", "adapterhub", "peft")
 
@@ -171,7 +172,12 @@ def _format_of(path: epath.Path) -> str:
     try:
         found = [name for name, holds in _HOLDS.items() if holds(Path(path))]
     except OSError as error:  # such as a name that is too long, or a directory of somebody else
-        raise UserError(f"cannot look into {path}: {error.strerror}.") from error
+        raise UserError(f"cannot look into {path}: {reason(error)}.") from error
+    if (Path(path) / "config.json").is_file() and is_bart(Path(path)):
+        raise UserError(
+            f"{path} holds an encoder-decoder, which has no classifier; read it with"
+            " from_huggingface or from_unified_view of pals_jax.convert."
+        )
     if len(found) == 1:
         return found[0]
     if found:

@@ -48,7 +48,7 @@ class Prediction:
         return {"label": self.label} | {f"p({k})": p for k, p in self.probabilities.items()}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Predictions(Sequence[Prediction]):
     """Predictions in the order of the examples; those of several tasks for an example are together.
 

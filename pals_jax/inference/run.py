@@ -16,7 +16,7 @@ from pals_jax.data.examples import Examples
 from pals_jax.data.tasks import Task
 from pals_jax.data.tokenize import FastTokenizer, TextEncoder
 from pals_jax.experiment import workdir as workdir_lib
-from pals_jax.experiment.checkpoint import Checkpoints, restore_best
+from pals_jax.experiment.checkpoint import BEST, Checkpoints, restore_best
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.inference import predict as predict_lib
 from pals_jax.inference.evaluator import Evaluator, Results
@@ -30,7 +30,7 @@ from pals_jax.models.shapes import variable_shapes
 from pals_jax.runtime import storage
 from pals_jax.runtime.compile_cache import keep_compiled
 from pals_jax.runtime.console import say
-from pals_jax.runtime.errors import UserError
+from pals_jax.runtime.errors import UserError, reason
 from pals_jax.runtime.parallel import DataParallel
 
 ALL = "all"  # the name that stands for every task
@@ -167,16 +167,20 @@ class Run:
             UserError: if no task has one, or data are missing or invalid.
         """
         tasks = self.experiment.tasks
-        known = [task for task in tasks if self.experiment.knows_data(task)] or tasks
+        headed = [task for task in tasks if task.has_head]
+        known = [task for task in headed if self.experiment.knows_data(task)] or headed
+        if not known:
+            raise UserError("no task of the run has a head to evaluate; load one that has.")
         if others := ", ".join(task.name for task in tasks if task not in known):
-            say(f"not evaluated, because they came as files without data: {others}")
+            say(f"not evaluated, as they came as files without data, or without a head: {others}")
         splits = {task.name: self.experiment.read_eval(task, self.tokenizer) for task in known}
         return self.evaluator.evaluate(self.variables, splits)
 
     def add(self, file: str | Path) -> None:
-        """Adds the task of a task file, last on the task axis; the other tasks stay as they are.
+        """Adds the task of a task file, last on the task axis; the others keep their parameters.
 
-        Texts are truncated to the largest of the tasks' maximum lengths.
+        Texts are truncated to the largest of the tasks' maximum lengths. If that grows, the answers
+        of all tasks to longer texts may change, which is said.
 
         Args:
             file: a task file of this run's encoder and method.
@@ -202,7 +206,12 @@ class Run:
         config = self.experiment.config.copy_and_resolve_references()
         if method != self._method:
             config.method = serialize.dumps(method)
-        config.data.max_length = max(config.data.max_length, loaded.max_length)
+        if loaded.max_length > config.data.max_length:
+            say(
+                f"all texts are now truncated at {loaded.max_length} tokens, as {task.name} was"
+                f" trained, rather than at {config.data.max_length}"
+            )
+            config.data.max_length = loaded.max_length
         adapters = task_axis.append(adapters, loaded.variables["adapters"])
         self._become(config, (*self.experiment.tasks, task), adapters)
 
@@ -220,6 +229,9 @@ class Run:
         num_outputs = [each.num_outputs for each in tasks]
         adapters = task_axis.take(self.variables["adapters"], num_outputs, kept)
         config = self.experiment.config.copy_and_resolve_references()
+        if task in config.data.own:
+            with config.unlocked():
+                del config.data.own[task]
         self._become(config, tuple(tasks[i] for i in kept), adapters)
 
     def save(self, place: str | Path | epath.Path) -> None:
@@ -235,12 +247,14 @@ class Run:
         if (workdir / workdir_lib.EXPERIMENT_FILE).exists():
             raise UserError(f"{workdir} holds a run already; choose another workdir.")
         try:
-            workdir_lib.save(self.experiment, workdir)
-            workdir_lib.save_tokenizer(self.tokenizer, workdir)
+            if (left := workdir / BEST).exists():  # by an attempt that failed
+                left.rmtree()
             with Checkpoints(workdir, self.evaluator.parallel) as checkpoints:
                 checkpoints.save_best(self.step, self.variables, score=0.0)
+            workdir_lib.save_tokenizer(self.tokenizer, workdir)
+            workdir_lib.save(self.experiment, workdir)  # last: this file makes it a run
         except OSError as error:
-            raise UserError(f"cannot write the run to {workdir}: {error.strerror}.") from error
+            raise UserError(f"cannot write the run to {workdir}: {reason(error)}.") from error
 
     @property
     def _method(self) -> Any:
