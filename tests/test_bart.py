@@ -184,6 +184,7 @@ def test_architectures_that_are_refused(
 # Out to Hugging Face
 
 
+@pytest.mark.slow
 def test_a_merged_task_is_a_model_of_transformers(saved: Any, tmp_path: Path) -> None:
     """The second of two tasks, with LoRA at every attention and layer norms of its own."""
     directory, theirs = saved

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -258,8 +259,8 @@ def test_the_command_lists_every_method(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(("init", "bound"), [("near_identity", 2e-3), (0.1, 0.2)])
 def test_the_initial_scale_of_adapters(init: str | float, bound: float) -> None:
     """Truncated at two standard deviations; the biases are 0."""
-    model = tiny.model(methods.houlsby(size=5, norms=False, init=init))
-    adapters = init_variables(model, jax.random.key(0))["adapters"]["ffn_adapter"]["layers"]
-    kernel = adapters["down"]["kernel"]
+    adapter = methods.houlsby(size=24, init=init)[1]
+    down = adapter.form.parameters(32, 32, tiny.config())["down"]
+    kernel = down["kernel"].init(jax.random.key(0), down["kernel"].shape, jnp.float32)
     assert bound / 2 < abs(kernel).max() < 1.15 * bound  # of the truncated normal, rescaled
-    assert not adapters["up"]["bias"].any()
+    assert not down["bias"].init(jax.random.key(0), (24,), jnp.float32).any()

@@ -71,6 +71,7 @@ def dropout_keys(*seeds: int) -> list[Any]:
     return [{"dropout": jax.random.key(seed)} for seed in seeds]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", ["dropout", "attention_dropout", "activation_dropout"])
 def test_dropout_is_on_exactly_where_a_key_is_passed(rate: str) -> None:
     model = tiny.seq2seq(**{rate: 0.5})
@@ -83,6 +84,7 @@ def test_dropout_is_on_exactly_where_a_key_is_passed(rate: str) -> None:
     assert not np.allclose(one, off, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_two_stacks_have_dropout_masks_of_their_own() -> None:
     """Seen at the embeddings: both stacks have the same words and positions, and nothing else."""
     probe = tiny.Probe()
@@ -99,7 +101,8 @@ def test_the_two_stacks_have_dropout_masks_of_their_own() -> None:
     assert len(masks) == 2 * len(ids)  # each row has its own
 
 
-@pytest.mark.parametrize("model_type", tiny.mostly_slow(MODEL_TYPES, "mbart"))
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_packed_pairs_equal_pairs_alone(model_type: str) -> None:
     """Two pairs in a row of sources and a row of targets; dropout on, in other places of the row.
 
@@ -146,6 +149,7 @@ def test_remat_gives_the_same_gradients() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remat)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_bfloat16_on_float32_parameters() -> None:
     half = tiny.seq2seq(methods.mam(3, 4)).clone(dtype=jnp.bfloat16)
     variables = tiny.variables(half)
@@ -161,6 +165,7 @@ def test_bfloat16_computes_in_bfloat16_on_float32_parameters() -> None:
     assert np.abs(logits - full).mean() < 0.05 < np.asarray(full).std()
 
 
+@pytest.mark.slow
 def test_the_program_does_not_grow_with_depth() -> None:
     def size(depth: int) -> int:
         model = tiny.seq2seq(methods.mam(3, 4), encoder_layers=depth, decoder_layers=depth)
@@ -171,6 +176,7 @@ def test_the_program_does_not_grow_with_depth() -> None:
     assert size(4) == size(12) > 100
 
 
+@pytest.mark.slow
 def test_the_encoder_below_the_first_adapter_can_be_skipped() -> None:
     """Its hidden states, as a cache holds them, give the same as the tokens."""
     upper = Adapter("upper", "ffn.output", Bottleneck(4), layers=(-1,))
@@ -196,7 +202,8 @@ TOGETHER = {
 }
 
 
-@pytest.mark.parametrize("name", tiny.mostly_slow(TOGETHER, next(reversed(TOGETHER))))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOGETHER)
 def test_every_method_keeps_tasks_apart(name: str) -> None:
     """A mixed batch gives what each task gives alone, and a task's loss moves its rows alone."""
     model = tiny.seq2seq(TOGETHER[name])

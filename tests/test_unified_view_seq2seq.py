@@ -97,7 +97,7 @@ def convert(golden: SimpleNamespace, **options: Any) -> Any:
     return from_unified_view(golden.config | options, golden.state_dict, golden.prefix_state)
 
 
-@pytest.fixture(scope="module", params=tiny.mostly_slow(VARIANTS, "bart/mam", "mbart/ffn_pfeiffer"))
+@pytest.fixture(scope="module", params=tiny.mostly_slow(VARIANTS, "bart/mam"))
 def golden(request: pytest.FixtureRequest, shared: Path) -> SimpleNamespace:
     """One variant's file with the model and variables converted from it, and what they give."""
     golden = load(shared, request.param)
