@@ -83,9 +83,9 @@ def without_lower_dropout(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], No
     def turn_off(depth: int) -> None:
         scan = Encoder._scan
 
-        def quiet(self: Encoder, h: Any, rows: Any, keys: Any, *where: Any) -> Any:
+        def quiet(self: Encoder, layers: Any, h: Any, rows: Any, keys: Any, *where: Any) -> Any:
             *_, stop = where
-            return scan(self, h, rows, None if stop <= depth else keys, *where)
+            return scan(self, layers, h, rows, None if stop <= depth else keys, *where)
 
         monkeypatch.setattr(Encoder, "_scan", quiet)
         monkeypatch.setattr(Embeddings, "dropout", lambda self, x, rate, places: x)
