@@ -25,9 +25,11 @@ class Arm:
     Attributes:
         name: its key in the file, and the folder of its runs.
         title: how the tables call it.
-        kind: "train"; "without", trained as another arm and evaluated without the adapters of some
+        kind: "train"; "added", whose tasks are trained one after another, each added to the run
+            before; "without", trained as another arm and evaluated without the adapters of some
             layers; or one of `BASELINES`.
-        together: whether one run trains all tasks of a claim in one model.
+        together: whether one run has all tasks of a claim in one model.
+        length: how long runs are: a key of the devices' settings.
         of: with the kind "without", the arm whose runs are evaluated again.
         layers: with the kind "without", the layers whose adapters are removed, from 0.
         overrides: {dotted key: value} of the configuration.
@@ -37,6 +39,7 @@ class Arm:
     title: str
     kind: str
     together: bool
+    length: str
     of: str
     layers: tuple[int, ...]
     overrides: dict[str, Any]
@@ -56,6 +59,7 @@ class Claim:
         margin: in points of the mean score x 100.
         shown: names of further arms of the table.
         tasks: the tasks whose mean score is compared.
+        trained_with: all tasks of the runs that have several; by default `tasks`.
         seeds: the seeds of every trained arm.
         picture: "size and score", or "scores".
     """
@@ -67,10 +71,15 @@ class Claim:
     published: str
     pairs: tuple[tuple[str, str], ...]
     tasks: tuple[str, ...]
+    trained_with: tuple[str, ...] = ()
     margin: float = 0.0
     shown: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     picture: str = "scores"
+
+    def runs_of(self, arm: Arm) -> list[tuple[str, ...]]:
+        """The tasks of each run of an arm."""
+        return [self.trained_with or self.tasks] if arm.together else [(t,) for t in self.tasks]
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -84,7 +93,7 @@ class Claims:
 
     Attributes:
         config: the configuration file of all trained arms.
-        devices: device -> "alone" or "together" -> overrides of the configuration.
+        devices: device -> length -> overrides of the configuration.
         arms: by name.
         claims: by name, in the order of the file.
     """
@@ -96,8 +105,11 @@ class Claims:
 
     def settings(self, device: str, arm: Arm) -> dict[str, Any]:
         """What an arm's runs change in the configuration, besides task and seed; as in JSON."""
-        length = self.devices[device]["together" if arm.together else "alone"]
-        settings = {**length, **arm.overrides} if arm.kind not in BASELINES else {}
+        settings = (
+            {**self.devices[device][arm.length], **arm.overrides}
+            if arm.kind not in BASELINES
+            else {}
+        )
         return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(settings.items())}
 
     def only(self, names: str) -> list[Claim]:
@@ -141,7 +153,10 @@ def read(file: Path = FILE) -> Claims:
                 )
             trained = arms[arm.of]
             arms[name] = dataclasses.replace(
-                arm, together=trained.together, overrides=trained.overrides
+                arm,
+                together=trained.together,
+                length=trained.length,
+                overrides=trained.overrides,
             )
     claims = [_claim(given, arms, file) for given in content.get("claim", ())]
     by_name = {claim.name: claim for claim in claims}
@@ -149,15 +164,17 @@ def read(file: Path = FILE) -> Claims:
 
 
 def _arm(name: str, given: dict[str, Any], file: Path) -> Arm:
-    kind, together = given.pop("kind", "train"), given.pop("together", False)
+    kind = given.pop("kind", "train")
+    together = given.pop("together", kind == "added")
+    length = given.pop("length", "together" if together and kind != "added" else "alone")
     title = given.pop("title", given.get("method", name))
     of, layers = given.pop("of", ""), tuple(given.pop("layers", ()))
-    if kind not in ("train", "without", *BASELINES):
+    if kind not in ("train", "added", "without", *BASELINES):
         raise UserError(f"{file}: arm {name} is of an unknown kind, {kind!r}.")
     if "learning_rate" in given:
         given["optimizer.learning_rate"] = given.pop("learning_rate")
     overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    return Arm(name, title, kind, together, of, layers, overrides)
+    return Arm(name, title, kind, together, length, of, layers, overrides)
 
 
 def _claim(given: dict[str, Any], arms: dict[str, Arm], file: Path) -> Claim:

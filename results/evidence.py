@@ -29,7 +29,7 @@ class Evidence:
 
     def runs(self, claim: Claim, arm: Arm, task: str) -> list[dict[str, Any]]:
         """The records of an arm's runs of a task, one for each seed that has one."""
-        tasks = claim.tasks if arm.together else (task,)
+        (tasks,) = (tasks for tasks in claim.runs_of(arm) if task in tasks)
         seeds = (0,) if arm.kind in BASELINES else claim.seeds
         paths = [records.run_file(self.device, arm.name, tasks, s, self.pages) for s in seeds]
         found = [(path, record) for path in paths if (record := self.record(path)) is not None]

@@ -93,6 +93,16 @@ def _section(
         one, other = (evidence.claims.arms[name].title for name in pair)
         here = _signed(each) if each else evidence.lacks(claim, pair)
         lines.append(f"- {_code(one)} minus {_code(other)}: {here}")
+    changes = [
+        change
+        for run in evidence.all_runs(claim)
+        if (change := run.get("largest_change_of_earlier_tasks")) is not None
+    ]
+    if changes:
+        lines.append(
+            f"- Largest change of a task's parameters while later tasks were added,"
+            f" {len(changes)} runs: {max(changes):g}"
+        )
     lines += ["", *_table(evidence, claim)]
     if drawn:
         lines += ["", f"![{claim.name}]({claim.name}.png)"]

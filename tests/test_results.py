@@ -13,6 +13,7 @@ from pals_jax.data import metrics
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.runtime.errors import UserError
 from results import claims, records, report, runs
+from results.jobs import Campaign, Job
 from results.statistics import Difference, Side, difference, verdict
 
 SMALL = """
@@ -43,6 +44,11 @@ layers = [0]
 method = "shared"
 together = true
 
+[arm.added]
+kind = "added"
+method = "lhuc"
+trainable = ["adapters/"]
+
 [[claim]]
 name = "X1"
 paper = "houlsby"
@@ -61,6 +67,7 @@ sentence = "Together is better."
 source = "section 2"
 published = "no figure"
 pairs = [["together", "majority"]]
+shown = ["added"]
 tasks = ["colour", "share"]
 seeds = [0]
 """
@@ -74,7 +81,7 @@ def small_claims(tmp_path_factory: pytest.TempPathFactory) -> claims.Claims:
 
 
 def runner_of(small: Path, small_claims: claims.Claims, pages: str = "pages") -> runs.Runner:
-    return runs.Runner(small_claims, "cpu", small, small / "work", small / pages)
+    return runs.Runner(Campaign(small_claims, "cpu", small, small / pages), small / "work")
 
 
 @pytest.mark.slow
@@ -86,31 +93,30 @@ def test_what_is_missing_is_run_and_reported(
 ) -> None:
     """Once; a record that is lost is run again, and gives the same answers and pages."""
     runner = runner_of(small_of_module, small_claims)
-    chosen = small_claims.only("")
+    pages, chosen = runner.campaign.pages, small_claims.only("")
     runs.run(runner, chosen, hours=1.0)
     files = sorted((small_of_module / "pages" / "runs").rglob("*.json"))
-    assert len(files) == 2 * 4 + 2 + 2 + 1  # two seeds of two tasks; baselines; one of both tasks
+    assert len(files) == 2 * 4 + 2 + 2 + 2  # two seeds of two tasks; baselines; two of both tasks
     assert not list((small_of_module / "work").rglob("checkpoints"))
-    report.write(small_claims, runner.pages)
-    page = (runner.pages / "houlsby.md").read_text()
+    report.write(small_claims, pages)
+    page = (pages / "houlsby.md").read_text()
     assert "logistic regression" in page
     assert "runs are missing" not in page
     assert "![X1](X1.png)" in page
-    assert (runner.pages / "X1.png").read_bytes().startswith(b"\x89PNG")
+    assert "while later tasks were added, 1 runs: 0\n" in (pages / "pals.md").read_text()
+    assert (pages / "X1.png").read_bytes().startswith(b"\x89PNG")
 
-    lost = runner.pages / "runs" / "cpu" / "lhuc" / "colour" / "1.json"
+    lost = pages / "runs" / "cpu" / "lhuc" / "colour" / "1.json"
     before = json.loads(lost.read_text())
     lost.unlink()
-    assert [job.seeds for job in runs.jobs_of(small_claims, chosen[0], "cpu", runner.pages)] == [
-        (1,)
-    ]
-    report.write(small_claims, runner.pages)
-    assert "runs are missing" in (runner.pages / "houlsby.md").read_text()
+    assert [job.seeds for job in runner.campaign.missing(chosen[0])] == [(1,)]
+    report.write(small_claims, pages)
+    assert "runs are missing" in (pages / "houlsby.md").read_text()
     runs.run(runner, chosen, hours=1.0)
     again = json.loads(lost.read_text())
     assert again["answers"] == before["answers"]
-    report.write(small_claims, runner.pages)
-    assert (runner.pages / "houlsby.md").read_text() == page
+    report.write(small_claims, pages)
+    assert (pages / "houlsby.md").read_text() == page
     capsys.readouterr()
     runs.run(runner, chosen, hours=1.0)
     assert not capsys.readouterr().err
@@ -118,8 +124,8 @@ def test_what_is_missing_is_run_and_reported(
     other = tmp_path / "claims.toml"
     other.write_text(SMALL.replace("CONFIG", str(CONFIG)).replace("0.01", "0.02"))
     with pytest.raises(UserError, match=r"is of a run with the settings .*remove the file"):
-        report.write(claims.read(other), runner.pages)
-    assert (runner.pages / "houlsby.md").read_text() == page
+        report.write(claims.read(other), pages)
+    assert (pages / "houlsby.md").read_text() == page
 
 
 # ---------------------------------------------------------------- the claims themselves
@@ -130,12 +136,12 @@ def test_every_arm_is_a_configuration(shared: Path) -> None:
     listed = claims.read()
     assert {claim.paper for claim in listed.claims.values()} == set(claims.PAPERS)
     for device in listed.devices:
-        runner = runs.Runner(listed, device, shared, Path("work"))
+        campaign = Campaign(listed, device, shared)
         for name, arm in listed.arms.items():
             users = [claim for claim in listed.claims.values() if name in claim.arms]
             assert users, f"no claim uses {name}"
-            tasks = users[0].tasks if arm.together else users[0].tasks[:1]
-            Experiment.from_config(runner.config(runs.Job(arm, tasks, (0,)), 0))
+            tasks = users[0].runs_of(arm)[0]
+            Experiment.from_config(campaign.config(Job(arm, tasks, (0,)), 0))
 
 
 @pytest.mark.slow

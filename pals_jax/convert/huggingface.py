@@ -184,7 +184,7 @@ def read_config(directory: Path) -> BertConfig:
     )
 
 
-def is_encoder(directory: Path) -> bool:
+def has_model_files(directory: Path) -> bool:
     """Whether a directory has the files of a model; they may be damaged."""
     return all((directory / name).is_file() for name in ("config.json", "model.safetensors"))
 

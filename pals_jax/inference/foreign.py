@@ -48,10 +48,12 @@ class Format:
     Attributes:
         holds: whether a path is of this format, judged by its files' names and configuration.
         read: the checkpoint of a path or a hub id, and the base that was named with it or "".
+        needs_base: it lacks the encoder that it was trained on.
     """
 
     holds: Callable[[Path], bool]
     read: Callable[[str, str], Checkpoint]
+    needs_base: bool = False
 
 
 def _tasks(counts: Iterable[int], name: str | None = None) -> tuple[Task, ...]:
@@ -173,15 +175,19 @@ def _every_tensor(directory: Path) -> dict[str, np.ndarray]:
 
 def _is_huggingface(path: Path) -> bool:
     of_others = any(_config_with(path, key) for key in (_BERT_N_PALS, _UNIFIED_VIEW))
-    return not of_others and huggingface.is_encoder(path) and huggingface.has_classifier(path)
+    return not of_others and huggingface.has_model_files(path) and huggingface.has_classifier(path)
 
 
 FOREIGN: Mapping[str, Format] = {
     "adapterhub": Format(
-        lambda path: _is_adapter(path, "adapter.safetensors", "pytorch_adapter.bin"), _adapterhub
+        lambda path: _is_adapter(path, "adapter.safetensors", "pytorch_adapter.bin"),
+        _adapterhub,
+        needs_base=True,
     ),
     "peft": Format(
-        lambda path: _is_adapter(path, "adapter_model.safetensors", "adapter_model.bin"), _peft
+        lambda path: _is_adapter(path, "adapter_model.safetensors", "adapter_model.bin"),
+        _peft,
+        needs_base=True,
     ),
     "huggingface": Format(_is_huggingface, _huggingface),
     "bert_n_pals": Format(lambda path: bool(_config_with(path, _BERT_N_PALS)), _bert_n_pals),

@@ -22,8 +22,6 @@ from pals_jax.models.adapters import serialize
 from pals_jax.runtime import storage
 from pals_jax.runtime.errors import UserError, reason
 
-_NEED_BASE = ("task", "adapterhub", "peft")
-
 
 def load(
     place: str | Path,
@@ -64,7 +62,8 @@ def load(
         raise UserError(f"there is no format {format!r}; formats are {', '.join(FORMATS)}.")
     path = storage.workdir(str(place))
     name = format or _format_of(path)
-    if base is None and name in _NEED_BASE:
+    needs_base = name == "task" or (name in FOREIGN and FOREIGN[name].needs_base)
+    if base is None and needs_base:
         raise UserError(
             f"{place} ({name}) lacks the encoder; name the one that it was trained on with base=."
         )
@@ -77,7 +76,7 @@ def load(
     origin = "" if base is None else str(storage.workdir(str(base)))
     if name == "task":
         return from_task_files([Path(path)], origin)
-    if name in _NEED_BASE and _is_run(origin):
+    if needs_base and _is_run(origin):
         raise UserError(
             f"{base} is a run; name the encoder itself, as Hugging Face has it, as the base of"
             f" {place} ({name})."
@@ -189,7 +188,7 @@ def _format_of(path: epath.Path) -> str:
             f"there is no {path}; name a place that exists or, for a classifier on the Hugging Face"
             ' hub, add format="huggingface".'
         )
-    if huggingface.is_encoder(Path(path)):
+    if huggingface.has_model_files(Path(path)):
         raise UserError(
             f"{path} holds an encoder without a classifier; load a task file or an adapter, with"
             " this as its base=."

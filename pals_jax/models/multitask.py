@@ -21,7 +21,7 @@ from jax import Array
 from pals_jax.models.adapters import spec as spec_lib
 from pals_jax.models.adapters.bound import TaskAdapters
 from pals_jax.models.adapters.forms import Params, dense, project
-from pals_jax.models.adapters.spec import Method, Stack
+from pals_jax.models.adapters.spec import Method, Repeated
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.encoder import Encoder
 from pals_jax.models.layers import dropout
@@ -70,8 +70,8 @@ class MultiTaskModel(nn.Module):
 
     def _init_head(self) -> Params:
         """kernel [T, D, C] and bias [T, C], zero beyond a task's own number of outputs."""
-        stacks = {k: Stack(v) for k, v in dense(self.config.hidden_size, self._width).items()}
-        head = spec_lib.init(self.make_rng("params"), stacks, len(self.num_outputs))
+        params = {k: Repeated(v) for k, v in dense(self.config.hidden_size, self._width).items()}
+        head = spec_lib.init(self.make_rng("params"), params, len(self.num_outputs))
         exists = self._output_exists()
         return {"kernel": head["kernel"] * exists[:, None, :], "bias": head["bias"] * exists}
 

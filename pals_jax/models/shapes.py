@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pals_jax.models.adapters.bound import TaskAdapters
 from pals_jax.models.adapters.forms import Params, dense
 from pals_jax.models.adapters.places import check, places
-from pals_jax.models.adapters.spec import Stack, TaskCopy
+from pals_jax.models.adapters.spec import Repeated, TaskCopy
 from pals_jax.models.bart import BartConfig
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.encoder import Encoder
@@ -35,15 +35,15 @@ def variable_shapes(model: Model) -> dict[str, Any]:
     """
     tasks, stacks = num_tasks(model), model.config.stacks
 
-    def zeros(stack: Stack) -> Any:
-        return jnp.zeros((tasks, *stack.sizes, *stack.param.shape), jnp.float32)
+    def zeros(leaf: Repeated) -> Any:
+        return jnp.zeros((tasks, *leaf.sizes, *leaf.param.shape), jnp.float32)
 
     def adapters(params: Params) -> Params:
         check(model.method, stacks, params)
         tree: dict[str, Any] = {}
         if isinstance(model, MultiTaskModel):
             head = dense(model.config.hidden_size, max(model.num_outputs))
-            tree["head"] = {name: zeros(Stack(param)) for name, param in head.items()}
+            tree["head"] = {name: zeros(Repeated(param)) for name, param in head.items()}
         for block, config in stacks.items():
             for place in places(model.method, block):
                 if isinstance(place.part, TaskCopy):
@@ -51,8 +51,8 @@ def variable_shapes(model: Model) -> dict[str, Any]:
                     tree[place.name] = place.part.copies(params[block], depth, tasks)
                 else:
                     parameters = place.part.parameters(config)
-                    is_stack = lambda x: isinstance(x, Stack)  # noqa: E731
-                    tree[place.name] = jax.tree.map(zeros, parameters, is_leaf=is_stack)
+                    is_repeated = lambda x: isinstance(x, Repeated)  # noqa: E731
+                    tree[place.name] = jax.tree.map(zeros, parameters, is_leaf=is_repeated)
         return tree
 
     params = _params(model.config)

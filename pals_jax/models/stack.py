@@ -118,7 +118,8 @@ def given_or(module: nn.Module, name: str, init: Callable[[Array], Any]) -> Any:
     """The parameters of that name if they are given, else new ones.
 
     `module.param` alone would trace `init` again to check the shapes of what is given, which takes
-    a third of all tracing where `init` is a whole stack of layers.
+    a third of all tracing where `init` is a whole stack of layers. So nothing checks the shapes of
+    given parameters here: a wrong one fails in the first operation that reads it.
     """
     if module.has_variable("params", name):
         return module.get_variable("params", name)

@@ -126,7 +126,7 @@ class Adapter:
         return () if self.site in OUTSIDE_LAYERS else layer_indices(self.layers, depth)
 
     def parameters(self, config: StackConfig) -> dict[str, Any]:
-        """The parameters of one task: {"shared": ..., "layers": ...} with leaves `Stack`."""
+        """The parameters of one task: {"shared": ..., "layers": ...} with leaves `Repeated`."""
         sizes = {"D": config.hidden_size, "F": config.intermediate_size}
         site = SITES[self.site]
         inputs = sizes[site.block_input if self.reads == "block_input" else site.state]
@@ -144,9 +144,9 @@ class Adapter:
         for name, param in params.items():
             everywhere = name in self.shared or self.site in OUTSIDE_LAYERS
             lead, part = ((), "shared") if everywhere else (count, "layers")
-            stack = partial(Stack, sizes=lead)
+            repeated = partial(Repeated, sizes=lead)
             tree.setdefault(part, {})[name] = jax.tree.map(
-                stack, param, is_leaf=lambda x: isinstance(x, Param)
+                repeated, param, is_leaf=lambda x: isinstance(x, Param)
             )
         return tree
 
@@ -234,28 +234,28 @@ def _check_some(what: str, chosen: Any, known: tuple[str, ...]) -> None:
         raise UserError(f"{what} is a list of some of {', '.join(known)}, not {chosen!r}.")
 
 
-class Stack(NamedTuple):
+class Repeated(NamedTuple):
     """A parameter repeated along leading axes, for example one for each layer."""
 
     param: Param
     sizes: tuple[int, ...] = ()
 
 
-def init(key: Array, stacks: Any, num_tasks: int) -> Params:
+def init(key: Array, params: Any, num_tasks: int) -> Params:
     """Initial values, drawn independently for every task and layer.
 
     Args:
         key: random key.
-        stacks: tree of `Stack`.
+        params: tree of `Repeated`.
         num_tasks: T.
 
     Returns:
         The same tree with float32 leaves [T, *sizes, *shape].
     """
-    leaves, structure = jax.tree.flatten(stacks, is_leaf=lambda x: isinstance(x, Stack))
+    leaves, structure = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, Repeated))
     keys = jax.random.split(key, max(len(leaves), 1))
     values = [
-        stack.param.init(key, (num_tasks, *stack.sizes, *stack.param.shape), jnp.float32)
-        for key, stack in zip(keys, leaves, strict=False)
+        leaf.param.init(key, (num_tasks, *leaf.sizes, *leaf.param.shape), jnp.float32)
+        for key, leaf in zip(keys, leaves, strict=False)
     ]
     return jax.tree.unflatten(structure, values)

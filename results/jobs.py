@@ -1,0 +1,78 @@
+"""What has to be run: the jobs that claims still need, and the configuration of each run."""
+
+import dataclasses
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from pals_jax.experiment.config import load, override
+from results import records
+from results.claims import BASELINES, Arm, Claim, Claims
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An arm on one task, or on all tasks of a claim together, with the seeds that are missing."""
+
+    arm: Arm
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """What the log calls it, and the folder of its workdirs."""
+        return f"{self.arm.name}/{'+'.join(self.tasks)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Campaign:
+    """The claims on one device's data and records.
+
+    Attributes:
+        claims: the claims file.
+        device: "cpu" or "gpu"; its settings are in the claims file.
+        data: the directory that results/config.py reads.
+        pages: docs/results.
+    """
+
+    claims: Claims
+    device: str
+    data: Path
+    pages: Path = records.PAGES
+
+    def missing(self, claim: Claim) -> list[Job]:
+        """The jobs that a claim still needs, one for each arm that is trained and task.
+
+        Raises:
+            UserError: a record is damaged, or of a run with other settings.
+        """
+        found: dict[tuple[str, tuple[str, ...]], set[int]] = {}
+        for name in claim.arms:
+            arm = self.claims.arms[name]
+            seeds = (0,) if arm.kind in BASELINES else claim.seeds
+            for tasks in claim.runs_of(arm):
+                for seed in seeds:
+                    path = self.record(name, tasks, seed)
+                    if path.exists():
+                        records.check(
+                            path, records.read(path), self.claims.settings(self.device, arm)
+                        )
+                    else:
+                        found.setdefault((arm.of or name, tasks), set()).add(seed)
+        return [
+            Job(self.claims.arms[name], tasks, tuple(sorted(seeds)))
+            for (name, tasks), seeds in found.items()
+        ]
+
+    def record(self, arm: str, tasks: tuple[str, ...], seed: int) -> Path:
+        """Where the record of a run is."""
+        return records.run_file(self.device, arm, tasks, seed, self.pages)
+
+    def config(self, job: Job, seed: int) -> ConfigDict:
+        """The configuration of one run."""
+        config = load([f"--config={REPOSITORY / self.claims.config}:{self.data}"])
+        settings = self.claims.settings(self.device, job.arm)
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return override(config, {**tuples, "tasks": job.tasks, "seed": seed})
