@@ -1,7 +1,8 @@
 """PALs and their kin: layers between the projections V^E and V^D (Stickland & Murray, section 3.3).
 
 V^E projects a hidden state into a small space and V^D projects back. Each is one matrix for all
-layers, or one for each, as `Adapter.shared` says.
+layers, or one for each, as `Adapter.shared` says: `spec.Adapter.parameters` keeps one copy of what
+is shared, and `bound.TaskAdapters` gives it to every layer.
 """
 
 from typing import Literal
