@@ -152,7 +152,7 @@ def load(paths: Sequence[Path], base: Base) -> Loaded:
     for file in files:
         model = MultiTaskModel(base.architecture, (file.task.num_outputs,), method)
         _check_tensors(file.path, model, file.tensors)
-        row = unflatten_dict({k: jnp.asarray(x)[None] for k, x in file.tensors.items()}, sep="/")
+        row = unflatten_dict({k: jnp.asarray(x[None]) for k, x in file.tensors.items()}, sep="/")
         adapters = row if adapters is None else append(adapters, row)
     return Loaded(
         {"params": base.params, "adapters": adapters},
@@ -160,6 +160,27 @@ def load(paths: Sequence[Path], base: Base) -> Loaded:
         method,
         max(file.max_length for file in files),
     )
+
+
+def load_another(path: Path, base: Base, method: Method) -> Loaded:
+    """The task of a file, for a run that has tasks already.
+
+    Args:
+        path: the file.
+        base: the encoder of the run.
+        method: the method of the run.
+
+    Raises:
+        UserError: as for `load`, or if the run has another method.
+    """
+    loaded = load([path], base)
+    if loaded.method != method:
+        theirs, ours = (" + ".join(part.name for part in x) for x in (loaded.method, method))
+        raise UserError(
+            f"{path} has another method ({theirs}) than the run ({ours}), or the same in other"
+            " sizes; tasks of one run share a method."
+        )
+    return loaded
 
 
 @dataclasses.dataclass(frozen=True)
