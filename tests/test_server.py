@@ -206,7 +206,7 @@ def test_nobody_administers_a_server_without_a_token(method, path):
         ({"text": "red", "task": ["colour", ""]}, 400, "task must be the name of a task"),
         ({"text": PAIR, "task": "colour"}, 400, "text 1: the number of texts is 2; task colour n"),
         ({"text": "red", "task": "same"}, 400, "task same needs 2 as an array: a, b"),
-        ({"texts": ["red", PAIR], "task": "all"}, 400, "text 2: the number of texts is 2, and 1"),
+        ({"texts": ["red", PAIR], "task": "all"}, 400, "text 2: the number of texts is 2; task"),
         ({"texts": [], "task": "colour"}, 400, "texts must be an array of 1 to 1024 texts"),
         ({"texts": ["red", 3], "task": "colour"}, 400, "two strings; number 2 is not."),
         ({"text": "red", "texts": ["red"], "task": "colour"}, 400, "give text, for one, or texts"),
@@ -361,7 +361,7 @@ def test_commands_that_are_refused(capsys, monkeypatch):
         serve = ["serve", f"--workdir={WRITTEN}"]
         for arguments, message in (
             ([f"--port={taken.getsockname()[1]}"], "address already in use; choose another --host"),
-            (["--port=70000"], "choose another --host or --port"),
+            (["--port=70000"], "there is no port 70000; --port is from 0 (any) to 65535"),
             (["--host=256.1.1.1"], "cannot listen on 256.1.1.1, port 8000"),
             (["--port=0", "--max-tasks=2"], "has 3 tasks, and --max-tasks=2 leaves no room"),
         ):

@@ -23,7 +23,7 @@ _COMPILATION = 20  # the steps that another shape must save, to be worth its com
 _LEAST = 8  # the least positions that an example takes, which bounds the examples in a row
 _SHORTEST, _SOME = 16, 4  # the shortest row, and the rows of a middle shape, of `Packed.few`
 _LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384)  # the rows of `Packed.grid`
-_COUNTS = (1, 4)  # the numbers of rows of `Packed.grid`, but for the largest
+_SHARES = (1, 2, 4)  # the numbers of rows of `Packed.grid`: the largest by these, and one row
 _TOGETHER = 4096  # examples that are packed at a time; more would not fill rows better
 
 Sizes = tuple[np.ndarray, np.ndarray]  # int [n] tasks, int [n] lengths of a batch of n examples
@@ -126,7 +126,7 @@ class Packed:
         """
         least = _least(max_length, prompts)
         lengths = {n for n in _LENGTHS if least <= n < max_length} | {max_length}
-        counts = {_up(min(n, rows), shards) for n in (*_COUNTS, rows)}
+        counts = {_up(n, shards) for n in (1, *(-(-rows // share) for share in _SHARES))}
         shapes = itertools.starmap(Shape, itertools.product(counts, lengths))
         return cls(tuple(sorted(shapes, key=lambda shape: (math.prod(shape), shape))), least)
 

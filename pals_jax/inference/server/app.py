@@ -162,6 +162,7 @@ def _add_administration(
         "/v1/tasks/{name:path}",
         summary="Removes a task",
         status_code=204,
+        response_class=Response,
         responses=_responses(401, 403, 404, 409),
         openapi_extra=security,
     )

@@ -103,7 +103,13 @@ def _token() -> str | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that holds the address and does not listen yet."""
+    """A socket that holds the address and does not listen yet.
+
+    Raises:
+        UserError: if there is no such address here, or it is in use.
+    """
+    if not 0 <= port < 2**16:
+        raise UserError(f"there is no port {port}; --port is from 0 (any) to 65535.")
     listener = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -112,12 +118,11 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:  # a name of a host may be none
         if listener is not None:
             listener.close()
-        why = error.strerror if isinstance(error, OSError) else None
+        why = getattr(error, "strerror", None) or reason(error)
         raise UserError(
-            f"cannot listen on {host}, port {port}: {(why or reason(error)).lower()}; choose"
-            " another --host or --port."
+            f"cannot listen on {host}, port {port}: {why.lower()}; choose another --host or --port."
         ) from error
     return listener
