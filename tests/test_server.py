@@ -151,6 +151,9 @@ def with_task(path: Path, **changes: Any) -> bytes:
         (lambda _, metadata: metadata.update(base="0" * 64), "was trained on another base"),
         (lambda _, metadata: metadata.update(max_length="17"), "trained on texts of 17 tokens"),
         (lambda _, metadata: metadata.update(format="other"), "is not a task file"),
+        (lambda _, metadata: metadata.update(method="-" * 50_000 + "1"), "metadata of"),
+        (lambda _, metadata: metadata.update(task="[" * 50_000), "metadata of"),
+        (lambda _, metadata: metadata.update(task='{"name": "x", "text": {}}'), "is not a list"),
     ],
 )
 def test_task_files_that_are_refused(client, tmp_path, change, message):

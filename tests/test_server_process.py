@@ -60,8 +60,8 @@ def test_from_start_to_end(process, workdir):
     )
 
     many = {"texts": [text] * 1024, "task": "colour"}
-    with ThreadPoolExecutor(4) as threads:
-        accepted = [threads.submit(client.predict, **many) for _ in range(4)]
+    with ThreadPoolExecutor(2) as threads:
+        accepted = [threads.submit(client.predict, **many) for _ in range(2)]
         wait_until(lambda: client.metric("pals_jax_waiting_answers") > 1024)
         process.send_signal(signal.SIGTERM)
         for response in accepted:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -34,6 +33,8 @@ from pals_jax.runtime.errors import UserError, reason
 _FORMAT = "pals_jax task, version 2"
 _FORMATS = {_FORMAT, "pals_jax task, version 1"}  # version 1 has the method as an expression
 _FINGERPRINTS = ("base", "tokenizer")
+# What parsers raise; the last two of texts that are nested too deep.
+_DAMAGE = (ValueError, TypeError, AttributeError, KeyError, RecursionError, MemoryError)
 _KEYS = {"task", "method", "max_length", "architecture", *_FINGERPRINTS}
 
 
@@ -152,7 +153,7 @@ def load(paths: Sequence[Path], base: Base) -> Loaded:
     for file in files:
         model = MultiTaskModel(base.architecture, (file.task.num_outputs,), method)
         _check_tensors(file.path, model, file.tensors)
-        row = unflatten_dict({k: jnp.asarray(x[None]) for k, x in file.tensors.items()}, sep="/")
+        row = unflatten_dict({k: x[None] for k, x in file.tensors.items()}, sep="/")
         adapters = row if adapters is None else append(adapters, row)
     return Loaded(
         {"params": base.params, "adapters": adapters},
@@ -211,7 +212,7 @@ def _read(path: Path) -> _File:
         task.check()
         length = int(metadata["max_length"])
         method = parse_method(metadata["method"])
-    except (ValueError, TypeError, AttributeError, UserError) as error:
+    except (*_DAMAGE, UserError) as error:
         raise UserError(
             f"the metadata of {path} are damaged ({reason(error)}); get the file again."
         ) from error

@@ -208,8 +208,7 @@ class ResidentModel:
                 f"{path} was trained on texts of {loaded.max_length} tokens, and texts are"
                 f" truncated at {max_length} here; make a run with it, and serve that."
             )
-        adapters = jax.device_get(loaded.variables["adapters"])
-        return NewTask(task, task_axis.with_room(adapters, 1, width))
+        return NewTask(task, task_axis.with_room(loaded.variables["adapters"], 1, width))
 
     def write(self, row: int, adapters: Any) -> None:
         """Makes these, leaves [1, ...], the parameters of a row of the task axis, in place."""
@@ -245,4 +244,5 @@ class ResidentModel:
 
     @functools.cached_property
     def _write(self) -> Any:
-        return jax.jit(task_axis.scatter, donate_argnums=0)
+        # What is written has the sharding of what is read, or the next step would be compiled again.
+        return jax.jit(task_axis.scatter, donate_argnums=0, out_shardings=self.parallel.here)

@@ -20,7 +20,7 @@ from pals_jax.runtime.errors import Diverged, UserError
 
 ALL = "all"  # the name that stands for every task, unless a task has it
 MOST_ANSWERS = 1024  # texts times tasks of one request
-MOST_WAITING = 4096  # answers of all requests; about a minute's work of two cores
+MOST_WAITING = 2048  # answers of all requests; about half a minute's work of two cores
 
 
 class Refusal(UserError):  # noqa: N818 - the message describes the error
