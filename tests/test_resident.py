@@ -51,23 +51,25 @@ def test_everything_that_waits_is_computed_once_and_the_oldest_first():
 
 
 def test_rows_are_as_short_as_the_oldest_allows():
-    packing = queue()
+    """They are filled with others of their length; shorter ones take what room is left."""
     tasks, lengths = np.arange(9), np.array([20, 60, 10, 22, 64, 24, 5, 24, 18])
-    chosen, placement = packing.next_batch(tasks, lengths)
+    chosen, placement = queue().next_batch(tasks, lengths)
+    assert placement.shape == Shape(4, 24)  # eight rows would take twice as long for little more
+    assert chosen.tolist() == [0, 3, 5, 7]
+    chosen, placement = queue(lambda shape: 1.0).next_batch(tasks, lengths)
     assert placement.shape == Shape(8, 24)
-    assert chosen.tolist() == [0, 3, 5, 7, 8, 2, 6]  # those of such rows, then shorter ones
-    chosen, placement = packing.next_batch(tasks[1:], lengths[1:])
-    assert placement.shape.length == 64
+    assert chosen.tolist() == [0, 3, 5, 7, 8, 2, 6]
+    chosen, placement = queue().next_batch(tasks[1:], lengths[1:])
+    assert placement.shape == Shape(2, 64)
+    assert chosen.tolist() == [0, 3]
 
 
 def test_texts_of_a_task_share_rows():
-    chosen, placement = queue().next_batch(np.zeros(6, int), np.array([30, 16, 16, 16, 9, 7]))
-    assert placement.shape == Shape(1, 32)
-    assert chosen.tolist() == [0]  # four rows would be mostly empty
-    fixed = queue(lambda shape: 1.0)
-    chosen, placement = fixed.next_batch(np.zeros(6, int), np.array([30, 16, 16, 16, 9, 7]))
-    assert len(chosen) == 6
-    assert placement.row.max() == 3
+    tasks, lengths = np.zeros(6, int), np.array([30, 16, 16, 16, 9, 7])
+    chosen, placement = queue().next_batch(tasks, lengths)
+    assert placement.shape == Shape(2, 32)
+    assert (chosen.tolist(), placement.row.tolist()) == ([0, 1, 2], [0, 1, 1])
+    assert (placement.start.tolist(), placement.slot.tolist()) == ([0, 0, 16], [0, 0, 1])
 
 
 # ------------------------------------------------ a model with room

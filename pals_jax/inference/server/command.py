@@ -39,27 +39,28 @@ def serve(workdir: epath.Path, host: str, port: int, max_tasks: int | None) -> N
             it has more tasks than `max_tasks`.
     """
     token = _token()
-    listener = listen(host, port)  # before the run is loaded, which takes longer
-    run = load(workdir, format="run")
-    if max_tasks is None:
-        max_tasks = len(run.tasks) + _ROOM
-    failures: list[BaseException] = []
+    with listen(host, port) as listener:  # before the run is loaded, which takes longer
+        run = load(workdir, format="run")
+        if max_tasks is None:
+            max_tasks = len(run.tasks) + _ROOM
+        failures: list[BaseException] = []
 
-    def failed(error: BaseException) -> None:
-        failures.append(error)
-        server.should_exit = True
+        def failed(error: BaseException) -> None:
+            failures.append(error)
+            server.should_exit = True
 
-    app = application(run, max_tasks, token, failed)
-    del run  # the memory of its task parameters
-    log_as_json()
-    server = uvicorn.Server(config(app))
-    # uvicorn raises the signal again when it is done, which would end this process by the signal.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    address, port, *_ = listener.getsockname()
-    listener.listen()
-    LOGGER.info("listening", extra={"fields": {"host": address, "port": port}})
-    server.run(sockets=[listener])
+        app = application(run, max_tasks, token, failed)
+        del run  # the memory of its task parameters
+        log_as_json()
+        server = uvicorn.Server(config(app))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # When the server has ended, uvicorn raises the signal again, which must not end this
+            # process with the status of an error.
+            signal.signal(number, server.handle_exit)
+        listener.listen()
+        address, port, *_ = listener.getsockname()
+        LOGGER.info("listening", extra={"fields": {"host": address, "port": port}})
+        server.run(sockets=[listener])
     if failures:
         raise failures[0]
     LOGGER.info("ended")

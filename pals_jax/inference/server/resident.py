@@ -244,5 +244,5 @@ class ResidentModel:
 
     @functools.cached_property
     def _write(self) -> Any:
-        # What is written has the sharding of what is read, or the next step would be compiled again.
+        # With another sharding than before, the next step would be compiled again.
         return jax.jit(task_axis.scatter, donate_argnums=0, out_shardings=self.parallel.here)
