@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import logging
+import re
 import socket
 import struct
 import sys
@@ -347,8 +348,7 @@ def test_pages_ask_nobody_else(client):
     assert (page.status, docs.status) == (200, 200)
     assert "default-src 'none'; script-src 'sha256-" in page.headers["content-security-policy"]
     for text in (page.body, docs.body):
-        assert "http://" not in text
-        assert "https://" not in text
+        assert set(re.findall(r"https?://[^'\"]*", text)) <= {"http://www.w3.org/2000/svg"}
     assert set(client.ask("GET", "/openapi.json").body["paths"]) == {
         *("/v1/predict", "/v1/tasks", "/v1/tasks/{name}", "/healthz", "/readyz", "/metrics")
     }

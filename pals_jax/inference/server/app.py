@@ -219,7 +219,8 @@ def _page() -> tuple[str, str]:
         found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         digests = (b64encode(hashlib.sha256(x.encode()).digest()).decode() for x in found)
         sources.append(f"{tag}-src " + " ".join(f"'sha256-{digest}'" for digest in digests))
-    policy = ["default-src 'none'", *sources, "connect-src 'self'", "base-uri 'none'"]
+    sources += ["connect-src 'self'", "img-src data:"]  # the icon is in the page, too
+    policy = ["default-src 'none'", *sources, "base-uri 'none'"]
     return page, "; ".join([*policy, "form-action 'none'", "frame-ancestors 'none'"])
 
 
