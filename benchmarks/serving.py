@@ -193,7 +193,7 @@ def theirs(work: Work, side: str) -> contextlib.AbstractContextManager[int]:
     """The server around the library; gives its port."""
     python = side_by_side.environment(HOULSBY.name, HOULSBY.requirements)
     path = os.pathsep.join([str(PEERS), *sys.path])
-    command = [str(python), "-c", BEHIND, path, "adapters_server", str(work.folder), side]
+    command = [str(python), "-P", "-c", BEHIND, path, "adapters_server", str(work.folder), side]
     return server(command, work.folder / f"{side}.log")
 
 
