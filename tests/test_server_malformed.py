@@ -48,7 +48,13 @@ headers = st.dictionaries(
     ),
     max_size=3,
 )
-requests = st.tuples(methods | st.just("POST"), paths | st.just("/v1/predict"), headers, bodies)
+proper = {"Authorization": f"Bearer {TOKEN}"}
+requests = st.one_of(
+    st.tuples(st.just("POST"), st.just("/v1/predict"), st.just({}), bodies),
+    st.tuples(st.just("POST"), st.just("/v1/tasks"), st.just(proper) | st.just({}), bodies),
+    st.tuples(methods, paths, headers, bodies),
+    st.binary(max_size=80),  # not even HTTP
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,7 @@ def campaign(client: Client, examples: int) -> set[int | None]:
     @settings(
         max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
-    @given(requests | st.binary(max_size=80))
+    @given(requests)
     def send(request: tuple[str, str, dict[str, str], bytes] | bytes) -> None:
         if isinstance(request, bytes):
             content = request + b"\r\n\r\n"

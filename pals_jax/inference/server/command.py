@@ -95,10 +95,10 @@ def config(app: FastAPI) -> uvicorn.Config:
 
 def _token() -> str | None:
     token = os.environ.pop(TOKEN, None)  # programs that this one starts need not know it
-    if token is not None and len(token) < _SHORTEST_TOKEN:
+    if token is not None and (len(token) < _SHORTEST_TOKEN or not token.isascii()):
         raise UserError(
-            f"the token in {TOKEN} has fewer than {_SHORTEST_TOKEN} characters; take a longer one,"
-            " for example from: openssl rand -hex 16."
+            f"the token in {TOKEN} has fewer than {_SHORTEST_TOKEN} characters, or one that is not"
+            " ASCII; take another, for example from: openssl rand -hex 16."
         )
     return token
 
