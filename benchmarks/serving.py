@@ -49,8 +49,8 @@ LOCUST = ["locust>=2.40,<3"]
 NAMES = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 COPIES = 8  # tasks of each of these
 MORE = 20  # tasks that come and go
-QUESTIONS = 32  # of each task
-CLIENTS, SECONDS, ROUNDS = 64, 15, 5
+QUESTIONS = 16  # of each task
+CLIENTS, SECONDS, ROUNDS = 64, 10, 5
 OURS, EACH, GROUPED = "pals_jax", "per request", "grouped"
 ADMINISTRATOR = "the token of the benchmark"
 # Runs a module of another environment, which finds our packages behind its own: it has a
@@ -264,7 +264,7 @@ def finished(process: subprocess.Popen[str]) -> Asked:
 
 def load_while_tasks_change(work: Work, port: int) -> Asked:
     """A full load, while all tasks of the files are added, asked, and removed."""
-    process = start_load(work, port, None, 4 * SECONDS)
+    process = start_load(work, port, None, 6 * SECONDS)
     for file in work.files.values():
         ask(port, "POST", "/v1/tasks", file.read_bytes())
     for line in work.of_files.read_text().splitlines()[:: QUESTIONS // 2]:

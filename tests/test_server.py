@@ -300,6 +300,19 @@ def test_a_client_that_goes_away_costs_nothing(client, gate):
         assert stays.result().status == 200
 
 
+def test_a_batch_that_fails_fails_alone(client, monkeypatch):
+    model = client.app.state.service.model
+
+    def fail(plan: Any) -> None:
+        raise RuntimeError("secret words")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "compute", fail)
+        failed = client.predict(text=TEXT, task="colour")
+    assert (failed.status, "its log says where" in failed.body["error"]) == (500, True)
+    assert client.predict(text=TEXT, task="colour").status == 200
+
+
 # ------------------------------------------------ what it says
 
 
