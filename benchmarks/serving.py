@@ -114,44 +114,44 @@ class Work:
         """Makes the tasks, and asks the model offline."""
         self.folder, self.workdir = folder, folder / "run"
         self.questions, self.of_files = folder / "questions.jsonl", folder / "of_files.jsonl"
+        self._base = folder / "encoder"
+        self._base.mkdir()
+        write_encoder(self._base, huggingface.resolve(encoder), None)
         tasks = [
             dataclasses.replace(GLUE[name], name=f"{name}_{copy}")
             for copy, name in itertools.product(range(COPIES), NAMES)
         ]
+        run = self._run(tasks, seed=0)
+        run.save(self.workdir)
+        self._write_theirs(run)
+        self._ask(run, glue, self.questions)
         more = [dataclasses.replace(task, name=f"new_{task.name}") for task in tasks[:MORE]]
-        run = self._run(encoder, [*tasks, *more])
+        run = self._run(more, seed=1)
         self.files = {task.name: folder / f"{task.name}.task" for task in more}
         for name, file in self.files.items():
             export(run, name, "task", file)
-        self._ask(run, glue, more, self.of_files)
-        for name in self.files:
-            run.remove(name)
-        run.save(self.workdir)
-        self._ask(run, glue, tasks, self.questions)
-        self._write_theirs(run)
+        self._ask(run, glue, self.of_files)
 
-    def _run(self, encoder: str, tasks: Sequence[Task]) -> Run:
+    def _run(self, tasks: Sequence[Task], seed: int) -> Run:
         """A run of these tasks, whose parameters are random and not the identity."""
-        base = self.folder / "encoder"
-        base.mkdir()
-        write_encoder(base, huggingface.resolve(encoder), None)
+        base = self._base
         architecture = huggingface.architecture(str(base))
         config = config_lib.default()
         config.encoder, config.method = str(base), HOULSBY.method(architecture.hidden_size)
         config.tasks = tuple(task.name for task in tasks)
         experiment = Experiment(config, tuple(tasks), architecture)
-        variables = huggingface.load_variables(experiment.model(), base, seed=0)
-        rng = np.random.default_rng(0)
+        variables = huggingface.load_variables(experiment.model(), base, seed)
+        rng = np.random.default_rng(seed)
         adapters = jax.tree.map(
             lambda x: x + 0.02 * rng.standard_normal(x.shape, np.float32), variables["adapters"]
         )
         return Run.of(experiment, load_tokenizer(base), {**variables, "adapters": adapters})
 
-    def _ask(self, run: Run, glue: str, tasks: Sequence[Task], out: Path) -> None:
+    def _ask(self, run: Run, glue: str, out: Path) -> None:
         """Writes questions with the answers of the model offline."""
         source, rng = GlueDir(Path(glue)), np.random.default_rng(1)
         with out.open("w") as file:
-            for task in tasks:
+            for task in run.experiment.tasks:
                 of_glue = GLUE[task.name.removeprefix("new_").split("_")[0]]
                 texts = source.read(of_glue, of_glue.eval_splits[0]).texts
                 some = [texts[i] for i in rng.choice(len(texts), QUESTIONS, replace=False)]
@@ -164,13 +164,14 @@ class Work:
     def _write_theirs(self, run: Run) -> None:
         """Writes the same adapters and heads for the library."""
         model, heads = run.experiment.model(), list[tables.Slot]()
+        variables = jax.device_get(run.variables)
         for i, task in enumerate(run.experiment.tasks):
-            to_adapterhub(model, run.variables, i, self.folder / task.name)
+            to_adapterhub(model, variables, i, self.folder / task.name)
             heads += tables.head(task.name, i, task.num_outputs)
-        tensors = tables.write(run.variables, heads)
+        tensors = tables.write(variables, heads)
         tensor_files.write_tensors(self.folder / "heads.safetensors", tensors, {})
         given = {
-            "encoder": str(self.folder / "encoder"),
+            "encoder": str(self._base),
             "tokenizer": str(self.workdir / "tokenizer"),
             "max_length": run.experiment.config.data.max_length,
             "tasks": {name: task.num_outputs for name, task in run.tasks.items()},
@@ -246,7 +247,8 @@ def load(work: Work, port: int, rate: float | None = None, seconds: float = SECO
 def start_load(work: Work, port: int, rate: float | None, seconds: float) -> subprocess.Popen[str]:
     """Starts the load tool."""
     python = side_by_side.environment("locust", LOCUST)
-    command = [python, PEERS / "load.py", str(port), work.questions, str(CLIENTS), str(seconds)]
+    command = [str(python), str(PEERS / "load.py"), str(port), str(work.questions)]
+    command += [str(CLIENTS), str(seconds)]
     command += [] if rate is None else [str(rate)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 

@@ -135,7 +135,7 @@ def _add_administration(
 ) -> None:
     app.state.administration = token is not None
     file = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-    security = {"security": [{"administrator": []}]}
+    security: dict[str, Any] = {"security": [{"administrator": []}]}
     refusals = _responses(400, 401, 403, 408, 409, 413, 503, 504)
 
     @app.post(
@@ -248,7 +248,7 @@ async def _body(request: Request, most: int, seconds: float) -> AsyncIterator[by
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """The result of some work, which ends when the client goes away, or with the time limit."""
     working = asyncio.create_task(work)
-    leaving = asyncio.create_task(request.receive())  # after the body, only a disconnection
+    leaving = asyncio.ensure_future(request.receive())  # after the body, only a disconnection
     try:
         await asyncio.wait(
             [working, leaving], timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED

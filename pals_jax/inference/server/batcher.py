@@ -6,7 +6,7 @@ The event loop's thread keeps the queue; one other thread computes.
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -44,7 +44,7 @@ class Model(Protocol):
     def choose(self, waiting: Sequence[Item]) -> Any:
         """The `Plan` of the next batch, given what waits, the oldest first."""
 
-    def compute(self, plan: Any) -> Sequence[np.ndarray]:
+    def compute(self, plan: Any) -> Iterable[Any]:
         """The logits of the chosen items."""
 
 
