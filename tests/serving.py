@@ -1,19 +1,23 @@
-"""A server of the run of the previous release, in a thread, and a client."""
+"""A server of the run of the previous release, in a thread or a process, and a client."""
 
 import contextlib
 import http.client
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import uvicorn
-from fastapi import FastAPI
 from test_written_before import WRITTEN
 
 import pals_jax
+from pals_jax.inference.server.command import TOKEN as VARIABLE
 from pals_jax.inference.server.command import application, config, listen
 from pals_jax.inference.server.service import Service
 
@@ -32,7 +36,7 @@ class Response(NamedTuple):
 class Client:
     """Asks a server; each request has a connection of its own."""
 
-    def __init__(self, port: int, app: FastAPI) -> None:
+    def __init__(self, port: int, app: Any) -> None:
         self.port, self.app = port, app
 
     @property
@@ -81,6 +85,21 @@ def serving(token: str | None = TOKEN) -> Iterator[Client]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextlib.contextmanager
+def serving_process(workdir: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], Client]]:
+    """`pals-jax serve` as a process that listens, and a client; its log goes to a file."""
+    command = [sys.executable, "-m", "pals_jax", "serve", f"--workdir={workdir}", "--port=0"]
+    environment = os.environ | {VARIABLE: TOKEN, "JAX_PLATFORMS": "cpu"}
+    with log.open("w") as file, subprocess.Popen(command, stderr=file, env=environment) as process:
+        try:
+            wait_until(lambda: "\n" in log.read_text())
+            listening = json.loads(log.read_text().splitlines()[0])
+            assert (listening["event"], listening["host"]) == ("listening", "127.0.0.1")
+            yield process, Client(listening["port"], None)
+        finally:
+            process.kill()
 
 
 def wait_until(condition: Any, seconds: float = 60) -> None:
