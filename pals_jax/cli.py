@@ -139,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict = commands.add_parser("predict", help="predict with the best checkpoint")
     predict.set_defaults(run=_predict)
+    server = commands.add_parser("serve", help="answer over HTTP with the best checkpoint")
+    server.set_defaults(run=_serve)
+    server.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
+    server.add_argument("--port", type=int, default=8000, help="default: 8000")
+    server.add_argument(
+        "--max-tasks", type=int, metavar="N", help="default: the run's tasks and 16 more"
+    )
 
     convert = commands.add_parser(
         "convert",
@@ -161,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (train, counts, plan):
         command.add_argument("--config", required=True, metavar="FILE[:ARG]", help=_CONFIG_HELP)
-    for command in (train, evaluator, predict, convert):
+    for command in (train, evaluator, predict, server, convert):
         command.add_argument(
             "--workdir",
             required=True,
@@ -318,6 +325,16 @@ def _predict(args: argparse.Namespace) -> None:
     tasks = run.chosen(args.task)
     predictions = predict.predict(run, tasks, texts.from_file(args.input))
     predict.write(predictions, args.json, sys.stdout)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    try:
+        from pals_jax.inference.server.command import serve
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"serve needs {error.name}, which is not here: pip install 'pals_jax[serve]'."
+        ) from error
+    serve(args.workdir, args.host, args.port, args.max_tasks)
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from serving import serve
 from torch import nn
+from worker import serve
 
 
 class LayerNorm(nn.Module):

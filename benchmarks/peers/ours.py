@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from serving import Peak, serve
+from worker import Peak, serve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from glue_mix import Mix, taken

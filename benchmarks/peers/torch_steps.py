@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from serving import Peak, serve
 from torch import Tensor, nn
+from worker import Peak, serve
 
 Batch = dict[str, Tensor]
 TOKENS = ("input_ids", "token_type_ids", "attention_mask")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -34,6 +33,8 @@ from pals_jax.runtime.errors import UserError, reason
 _FORMAT = "pals_jax task, version 2"
 _FORMATS = {_FORMAT, "pals_jax task, version 1"}  # version 1 has the method as an expression
 _FINGERPRINTS = ("base", "tokenizer")
+# What parsers raise; the last two of texts that are nested too deep.
+_DAMAGE = (ValueError, TypeError, AttributeError, KeyError, RecursionError, MemoryError)
 _KEYS = {"task", "method", "max_length", "architecture", *_FINGERPRINTS}
 
 
@@ -152,7 +153,7 @@ def load(paths: Sequence[Path], base: Base) -> Loaded:
     for file in files:
         model = MultiTaskModel(base.architecture, (file.task.num_outputs,), method)
         _check_tensors(file.path, model, file.tensors)
-        row = unflatten_dict({k: jnp.asarray(x)[None] for k, x in file.tensors.items()}, sep="/")
+        row = unflatten_dict({k: x[None] for k, x in file.tensors.items()}, sep="/")
         adapters = row if adapters is None else append(adapters, row)
     return Loaded(
         {"params": base.params, "adapters": adapters},
@@ -160,6 +161,27 @@ def load(paths: Sequence[Path], base: Base) -> Loaded:
         method,
         max(file.max_length for file in files),
     )
+
+
+def load_another(path: Path, base: Base, method: Method) -> Loaded:
+    """The task of a file, for a run that has tasks already.
+
+    Args:
+        path: the file.
+        base: the encoder of the run.
+        method: the method of the run.
+
+    Raises:
+        UserError: as for `load`, or if the run has another method.
+    """
+    loaded = load([path], base)
+    if loaded.method != method:
+        theirs, ours = (" + ".join(part.name for part in x) for x in (loaded.method, method))
+        raise UserError(
+            f"{path} has another method ({theirs}) than the run ({ours}), or the same in other"
+            " sizes; tasks of one run share a method."
+        )
+    return loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +212,7 @@ def _read(path: Path) -> _File:
         task.check()
         length = int(metadata["max_length"])
         method = parse_method(metadata["method"])
-    except (ValueError, TypeError, AttributeError, UserError) as error:
+    except (*_DAMAGE, UserError) as error:
         raise UserError(
             f"the metadata of {path} are damaged ({reason(error)}); get the file again."
         ) from error

@@ -75,9 +75,7 @@ class TrainBatches:
         if len(draw.trained_ids) == 1:
             of_rows = np.repeat(draw.trained_ids, self.shards.local)
         else:
-            of_rows = np.full(placement.shape.rows, draw.trained_ids[0])
-            of_rows[placement.row] = tasks
-            of_rows = of_rows[self.shards.mine(placement.shape.rows)]
+            of_rows = _of_rows(tasks, placement, self.shards)
         task_ids = self.shards.split(of_rows.astype(np.int32) + self.first_task)
         batch = _batch(items, placement, task_ids, self.layout, self.shards)
         if self.all_may_move or len(draw.trained_ids) >= self.num_tasks:
@@ -114,6 +112,25 @@ def eval_batches(
         examples = np.full((placement.shape.rows, placement.slots), -1)
         examples[placement.row, placement.slot] = indices
         yield batch, examples
+
+
+def mixed_batch(
+    items: Sequence[tuple[TokenizedSplit, int]],
+    tasks: np.ndarray,
+    placement: Placement,
+    layout: Layout,
+    shards: Shards,
+) -> Batch:
+    """This host's part of a batch of the examples (split, index) of any tasks, int [n]."""
+    task_ids = shards.split(_of_rows(tasks, placement, shards).astype(np.int32))
+    return _batch(items, placement, task_ids, layout, shards)
+
+
+def _of_rows(tasks: np.ndarray, placement: Placement, shards: Shards) -> np.ndarray:
+    """The tasks of this host's rows, given those of the examples; a row without any has another."""
+    of_rows = np.full(placement.shape.rows, tasks[0])
+    of_rows[placement.row] = tasks
+    return of_rows[shards.mine(placement.shape.rows)]
 
 
 def _batch(

@@ -22,6 +22,8 @@ _WORTH = 0.01  # the share of all work that another shape must save
 _COMPILATION = 20  # the steps that another shape must save, to be worth its compilation
 _LEAST = 8  # the least positions that an example takes, which bounds the examples in a row
 _SHORTEST, _SOME = 16, 4  # the shortest row, and the rows of a middle shape, of `Packed.few`
+_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384)  # the rows of `Packed.grid`
+_SHARES = (1, 2, 4)  # the numbers of rows of `Packed.grid`: the largest by these, and one row
 _TOGETHER = 4096  # examples that are packed at a time; more would not fill rows better
 
 Sizes = tuple[np.ndarray, np.ndarray]  # int [n] tasks, int [n] lengths of a batch of n examples
@@ -117,6 +119,18 @@ class Packed:
         return cls(tuple(sorted(shapes, key=math.prod)), least)
 
     @classmethod
+    def grid(cls, rows: int, max_length: int, shards: int = 1, prompts: int = 0) -> "Packed":
+        """For what waits in a queue: each of a few lengths with each of a few numbers of rows.
+
+        Arguments as for `choose`.
+        """
+        least = _least(max_length, prompts)
+        lengths = {n for n in _LENGTHS if least <= n < max_length} | {max_length}
+        counts = {_up(n, shards) for n in (1, *(-(-rows // share) for share in _SHARES))}
+        shapes = itertools.starmap(Shape, itertools.product(counts, lengths))
+        return cls(tuple(sorted(shapes, key=lambda shape: (math.prod(shape), shape))), least)
+
+    @classmethod
     def choose(
         cls,
         samples: Iterable[Sizes],
@@ -197,7 +211,7 @@ class Packed:
             alike = np.zeros_like(lengths[some])
             of_some, start[some] = _best_fit(alike, lengths[some], shape.length, self.least)
             row[some], rows = rows + of_some, rows + of_some.max() + 1
-        slot, slots, order = _ranks(row, start), shape.length // self.least, np.argsort(row)
+        slot, slots, order = ranks(row, start), shape.length // self.least, np.argsort(row)
         begins = np.searchsorted(row[order], np.arange(0, rows, shape.rows))
         for begin, end in itertools.pairwise([*begins, len(order)]):
             here = order[begin:end]
@@ -218,7 +232,7 @@ class Packed:
         row, start = _best_fit(tasks, lengths, shape.length, self.least)
         if row.max() >= shape.rows:
             return None
-        return Placement(shape, shape.length // self.least, row, _ranks(row, start), start)
+        return Placement(shape, shape.length // self.least, row, ranks(row, start), start)
 
 
 def _least(max_length: int, prompts: int) -> int:
@@ -259,7 +273,7 @@ def _rows_needed(tasks: np.ndarray, lengths: np.ndarray, room: int, least: int) 
     return int(_best_fit(tasks, lengths, room, least)[0].max()) + 1
 
 
-def _ranks(row: np.ndarray, start: np.ndarray) -> np.ndarray:
+def ranks(row: np.ndarray, start: np.ndarray) -> np.ndarray:
     """int64 [n]: for each example, the number of examples that start before it in its row."""
     order = np.lexsort((start, row))
     begins = np.searchsorted(row[order], row[order])

@@ -55,6 +55,9 @@ class Task:
         Raises:
             TypeError: if a field is of another kind, or there are too many text columns.
         """
+        lists = self.text, self.labels, self.metrics
+        if not all(isinstance(x, tuple) for x in lists) or not isinstance(self.has_head, bool):
+            raise TypeError("a list of the task is not a list, or has_head is not true or false")
         words = (self.name, self.label, *self.text, *self.labels, *self.metrics)
         if not self.name or not all(isinstance(word, str) for word in words):
             raise TypeError("a name, column, label or metric of the task is not a text")

@@ -133,6 +133,16 @@ class TokenizedSplit:
         """int64 [N], tokens per example, special tokens included."""
         return np.diff(self.offsets)
 
+    def alone(self, i: int) -> Self:
+        """Example i as a split of its own."""
+        begin, end = self.offsets[i : i + 2]
+        one = slice(i, i + 1)
+        hidden = None if self.hidden is None else self.hidden[begin:end]
+        offsets = np.array([0, end - begin])
+        return type(self)(
+            self.tokens[begin:end], offsets, self.first[one], self.targets[one], hidden
+        )
+
     def save(self, directory: Path) -> None:
         """Writes one `.npy` file per array into a new directory."""
         directory.mkdir()

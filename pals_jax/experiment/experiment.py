@@ -181,6 +181,11 @@ class Experiment:
         placing = Packed.few(rows, max_length, shards.total, self._prompts)
         return eval_batches(split, task_id, self.layout, placing, shards)
 
+    def queue_placing(self, shards: Shards) -> Packed:
+        """How examples of any tasks that wait in a queue are placed in rows."""
+        rows, max_length = self.config.eval_batch_size, self.config.data.max_length
+        return Packed.grid(rows, max_length, shards.total, self._prompts)
+
     @property
     def _prompts(self) -> int:
         """The number of prompt positions that the model adds to each example."""

@@ -69,7 +69,7 @@ class Evaluator:
         task_id = self.experiment.tasks.index(task)
         batches = self.experiment.eval_batches(split, task_id, self.parallel.shards)
         out = _of_examples(lambda batch: self.eval_step((variables, active), batch), batches)
-        return _finite(task, out[:, : task.num_outputs])
+        return finite(task, out[:, : task.num_outputs])
 
     def answers(
         self, variables: Any, tasks: Sequence[Task], split: TokenizedSplit
@@ -84,20 +84,20 @@ class Evaluator:
         batches = self.experiment.answer_batches(split, ids[0], self.parallel.shards)
         if len(tasks) == 1:
             out = _of_examples(lambda batch: self.eval_step((variables, None), batch), batches)
-            return [_finite(tasks[0], out[:, : tasks[0].num_outputs])]
+            return [finite(tasks[0], out[:, : tasks[0].num_outputs])]
         out = _of_examples(
             lambda batch: np.moveaxis(np.asarray(self.every_task_step(variables, batch)), 0, 2),
             batches,
         )
         pairs = zip(ids, tasks, strict=True)
-        return [_finite(task, out[:, i, : task.num_outputs]) for i, task in pairs]
+        return [finite(task, out[:, i, : task.num_outputs]) for i, task in pairs]
 
     def vectors(self, variables: Any, task: Task, split: TokenizedSplit) -> np.ndarray:
         """float32 [examples, D]: what the task's head reads, in the split's order."""
         task_id = self.experiment.tasks.index(task)
         batches = self.experiment.answer_batches(split, task_id, self.parallel.shards)
         out = _of_examples(lambda batch: self.pool_step(variables, batch), batches)
-        return _finite(task, out.astype(np.float32))
+        return finite(task, out.astype(np.float32))
 
     def evaluate(self, variables: Any, splits: Splits, active: np.ndarray | None = None) -> Results:
         """The metrics of every task of `splits` on each split, over the whole split at once."""
@@ -132,7 +132,7 @@ def _of_examples(
     return np.concatenate(values)[order]
 
 
-def _finite(task: Task, outputs: np.ndarray) -> np.ndarray:
+def finite(task: Task, outputs: np.ndarray) -> np.ndarray:
     """The outputs; raises Diverged if they are not finite."""
     if not np.isfinite(outputs).all():
         raise Diverged(

@@ -11,22 +11,18 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeVar, cast
+from typing import Any, BinaryIO, Self, TypeVar
 
 import jax
 import numpy as np
 import optax
-from jax import Array
 
-from pals_jax.data.batch import Batch
 from pals_jax.data.tokenize import TokenizedSplit
 from pals_jax.experiment.experiment import Experiment
-from pals_jax.models.adapters.bound import TaskAdapters
+from pals_jax.inference.lower_layers import LowerLayers
 from pals_jax.models.encoder import Encoder
-from pals_jax.models.shapes import adapter_shapes
-from pals_jax.models.stack import layers_below
 from pals_jax.runtime import storage
 from pals_jax.runtime.console import in_bytes, progress, say
 from pals_jax.runtime.errors import UserError
@@ -51,7 +47,7 @@ def with_hidden(experiment: Experiment, variables: optax.Params, splits: Tree) -
     files = {below.file(split): split for split in jax.tree.leaves(splits)}
     size = in_bytes(sum(map(below.size, files.values())))
     say(
-        f"the hidden states of the lowest {below.encoder.config.num_hidden_layers} of"
+        f"the hidden states of the lowest {below.layers.depth} of"
         f" {experiment.architecture.num_hidden_layers} layers are computed once for each example"
         f" and cached in {experiment.cache_dir}: {size}"
     )
@@ -93,32 +89,28 @@ class HiddenCache:
     """The layers below the first adapter, and the cache of their hidden states.
 
     Attributes:
-        encoder: an encoder of these layers alone.
-        params: the parameters of these layers alone.
+        layers: these layers, on the devices of this host. Each host fills its own cache,
+            independently of others.
         experiment: the experiment with the texts.
-        parallel: the devices of this host. Each host fills its own cache, independently of others.
     """
 
-    encoder: Encoder
-    params: optax.Params
+    layers: LowerLayers
     experiment: Experiment
-    parallel: DataParallel
 
     @classmethod
     def of(cls, experiment: Experiment, params: optax.Params) -> Self:
         """The cache of an experiment; `params` are the parameters of its whole encoder."""
-        model = experiment.model()
-        depth = layers_below(adapter_shapes(model))
-        architecture = dataclasses.replace(model.config, num_hidden_layers=depth)
-        layers = jax.tree.map(lambda x: x[:depth], params["layers"])
         parallel = DataParallel.over(jax.local_devices())
-        own = parallel.put({"embeddings": params["embeddings"], "layers": layers})
-        return cls(Encoder(architecture, model.dtype), own, experiment, parallel)
+        return cls(LowerLayers.of(experiment.model(), params, parallel), experiment)
+
+    @property
+    def _encoder(self) -> Encoder:
+        return self.layers.encoder
 
     @property
     def _token_size(self) -> int:
         """Bytes of one token's hidden state."""
-        return self.encoder.config.hidden_size * self.encoder.dtype.itemsize
+        return self._encoder.config.hidden_size * self._encoder.dtype.itemsize
 
     def size(self, split: TokenizedSplit) -> int:
         """Bytes of a split's hidden states."""
@@ -133,8 +125,8 @@ class HiddenCache:
 
     def complete(self, split: TokenizedSplit) -> TokenizedSplit:
         """The split with its cached hidden states, memory-mapped."""
-        shape = len(split.tokens), self.encoder.config.hidden_size
-        hidden = np.memmap(self.file(split), self.encoder.dtype, "r", shape=shape)
+        shape = len(split.tokens), self._encoder.config.hidden_size
+        hidden = np.memmap(self.file(split), self._encoder.dtype, "r", shape=shape)
         return dataclasses.replace(split, hidden=hidden)
 
     def write(self, missing: Mapping[Path, TokenizedSplit]) -> None:
@@ -158,8 +150,9 @@ class HiddenCache:
 
     def _compute(self, split: TokenizedSplit, file: BinaryIO, bar: Any) -> None:
         """Writes the hidden states of a split, at the offsets of the examples' tokens."""
-        for batch, examples in self.experiment.eval_batches(split, 0, self.parallel.shards):
-            hidden = np.asarray(self._step(self.params, batch))
+        shards = self.layers.parallel.shards
+        for batch, examples in self.experiment.eval_batches(split, 0, shards):
+            hidden = self.layers(batch)
             begins = batch.first.reshape(examples.shape)
             for row, slot in np.argwhere(examples >= 0).tolist():
                 start, stop = split.offsets[examples[row, slot] :][:2].tolist()
@@ -169,27 +162,12 @@ class HiddenCache:
                 bar.update()
 
     @functools.cached_property
-    def _step(self) -> Callable[[optax.Params, Batch], Array]:
-        """The compiled step from parameters and batch to hidden states [B, L, D]."""
-        axis_name = self.parallel.axis_name
-        nothing = TaskAdapters((), {}, self.encoder.config)
-
-        def step(params: optax.Params, batch: Batch) -> Array:
-            apply = cast(Callable[..., Array], self.encoder.apply)
-            hidden = apply({"params": params}, *batch.tokens, nothing, batch.first)
-            if axis_name is None:
-                return hidden
-            return jax.lax.all_gather(hidden, axis_name, tiled=True)
-
-        return self.parallel.compile(step)
-
-    @functools.cached_property
     def digest(self) -> Any:
         """The digest of everything that the hidden states depend on besides the texts."""
         # The backend is included because different kinds of devices round differently.
-        facts = _FORMAT, self.encoder.config, self.encoder.dtype, jax.default_backend()
+        facts = _FORMAT, self._encoder.config, self._encoder.dtype, jax.default_backend()
         digest = hashlib.sha256(repr(facts).encode())
-        for path, x in jax.tree.leaves_with_path(self.params):
+        for path, x in jax.tree.leaves_with_path(self.layers.params):
             digest.update(jax.tree_util.keystr(path).encode())
             digest.update(np.ascontiguousarray(x).data)
         return digest

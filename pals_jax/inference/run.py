@@ -189,19 +189,13 @@ class Run:
             UserError: if it is not a task file or is damaged, belongs to another encoder, has
                 another method, or holds a task whose name the run has already.
         """
-        loaded = task_file.load([Path(file)], self.base)
+        # Task files hold prefixes without their networks.
+        method, adapters = flat_prefixes(self._method, self.variables["adapters"])
+        loaded = task_file.load_another(Path(file), self.base, method)
         (task,) = loaded.tasks
         if task.name in self.tasks:
             raise UserError(
                 f"{file} holds a task {task.name!r}, which the run has already; remove that first."
-            )
-        # Task files hold prefixes without their networks.
-        method, adapters = flat_prefixes(self._method, self.variables["adapters"])
-        if method != loaded.method:
-            theirs, ours = (" + ".join(part.name for part in x) for x in (loaded.method, method))
-            raise UserError(
-                f"{file} has another method ({theirs}) than the run ({ours}), or the same in other"
-                " sizes; tasks of one run share a method."
             )
         config = self.experiment.config.copy_and_resolve_references()
         if method != self._method:

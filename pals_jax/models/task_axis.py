@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from pals_jax.models.adapters.spec import Method
@@ -54,6 +55,27 @@ def append(first: Tree, second: Tree) -> Tree:
         return jnp.concatenate([a, b])
 
     return jax.tree_util.tree_map_with_path(rows, first, second)
+
+
+def with_room(tree: Tree, tasks: int, width: int) -> Tree:
+    """The same tasks with room for others: zeros behind their rows and their heads' outputs.
+
+    Args:
+        tree: leaves [T, ...], NumPy arrays.
+        tasks: the length of the task axis; at least T.
+        width: the width of the heads; at least the tree's.
+
+    Returns:
+        Leaves [tasks, ...], NumPy arrays: nothing is compiled.
+    """
+
+    def rows(path: Any, x: np.ndarray) -> np.ndarray:
+        room = [(0, tasks - len(x))] + [(0, 0)] * (x.ndim - 1)
+        if _is_head(path):
+            room[-1] = (0, width - x.shape[-1])
+        return np.pad(x, room)
+
+    return jax.tree_util.tree_map_with_path(rows, tree)
 
 
 def gather(tree: Tree, tasks: Array | None) -> Tree:

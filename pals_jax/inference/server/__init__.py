@@ -1,0 +1,1 @@
+"""The server: the tasks of a run over HTTP, in one process."""
