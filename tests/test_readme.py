@@ -73,7 +73,8 @@ def test_imports_point_down():
 
 def test_the_map_has_every_room_and_module():
     """The contributors' map lists the rooms in the order of the imports, with all their modules."""
-    rows = (REPOSITORY / "CONTRIBUTING.md").read_text().split("    pals_jax/\n")[1].split("\n\n")[0].splitlines()
+    page = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    rows = page.split("    pals_jax/\n")[1].split("\n\n")[0].splitlines()
     names = [re.split(" {2,}", row.strip())[0].strip("/") for row in rows]
     assert [name for name in names if name in ROOMS] == ROOMS
     words = set(re.findall(r"[a-z0-9_]+", " ".join(rows)))
