@@ -249,7 +249,11 @@ def test_a_task_file_that_is_refused(run, tmp_path, change, message):
 
 def test_places_that_hold_nothing(tmp_path):
     (tmp_path / "text").write_text("hello")
+    (tmp_path / "both").mkdir()
+    shutil.copy(WRITTEN / "experiment.json", tmp_path / "both")
+    (tmp_path / "both" / "pals_config.json").write_text('{"hidden_size_aug": 6}')
     for place, options, message in (
+        (tmp_path / "both", {}, "several formats, run and bert_n_pals; name one with format="),
         (tmp_path, {}, r"holds nothing to load; it needs the files of one of run, task, "),
         (tmp_path / "text", {}, "holds nothing to load"),
         (tmp_path / "none", {}, r'there is no .*none; .* format="huggingface"'),
@@ -297,6 +301,17 @@ def test_a_text_of_a_million_characters(run):
     """Is truncated, as in training."""
     long, short = run.predict(["red box " * 125_000, "red box " * 100], task="colour")
     assert long.probabilities == short.probabilities
+
+
+def test_a_workdir_that_vanishes(tmp_path):
+    """A loaded run is in memory, and still answers."""
+    shutil.copytree(WRITTEN, tmp_path / "run")
+    run = pals_jax.load(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    for text, (label, _) in COLOUR.items():
+        assert run.predict(text, task="colour")[0].label == label
+    with pytest.raises(UserError, match=r"there is no .*run"):
+        pals_jax.load(tmp_path / "run")
 
 
 def test_a_saved_tokenizer_is_the_one_of_transformers(tiny_encoder, tiny_roberta, tmp_path):

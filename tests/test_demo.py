@@ -42,7 +42,7 @@ def test_the_demo_learns_all_four_tasks(minilm, tmp_path, capsys):
     results = json.loads(capsys.readouterr().out)["results"]
     # Majority baselines: 0.50, 0.50, 0.33 and a correlation of 0.
     assert results["sentiment"]["dev"]["accuracy"] > 0.85
-    assert results["paraphrase"]["dev"]["accuracy"] > 0.53
+    assert results["paraphrase"]["dev"]["accuracy"] > 0.85
     assert results["entailment"]["dev"]["accuracy"] > 0.45
-    assert results["similarity"]["dev"]["pearson"] > 0.5
+    assert results["similarity"]["dev"]["pearson"] > 0.7
     assert metrics.pals_average(results) is None

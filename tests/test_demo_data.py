@@ -122,6 +122,19 @@ def test_a_bag_of_words_is_not_enough(task: str, columns: slice, limit: float) -
     assert _bag_of_words_accuracy(task, columns) < limit
 
 
+def test_common_words_do_not_tell_a_paraphrase() -> None:
+    def counts(split: str) -> np.ndarray:
+        pairs = [
+            [set(re.findall(r"\w+", text.lower())) for text in row[:2]]
+            for row in read("paraphrase", split)
+        ]
+        return np.array([[len(x & y), len(x - y), len(y - x)] for x, y in pairs])
+
+    labels = {split: [row[-1] for row in read("paraphrase", split)] for split in ("train", "dev")}
+    model = LogisticRegression(max_iter=2000).fit(counts("train"), labels["train"])
+    assert model.score(counts("dev"), labels["dev"]) < 0.65
+
+
 @pytest.mark.parametrize("task", CLASSES)
 def test_lengths_do_not_give_the_label_away(task: str) -> None:
     train, dev = (

@@ -35,7 +35,7 @@ def default() -> ConfigDict:
     config.data = ConfigDict()
     config.data.source = "tfds"  # where GLUE tasks come from: tfds or glue_dir
     config.data.dir = ""  # the source's directory; empty: the default of tensorflow_datasets
-    config.data.own = ConfigDict()  # your own tasks: name -> declaration, see the README
+    config.data.own = ConfigDict()  # your own tasks: name -> declaration, see docs/own_tasks.md
     config.data.max_length = 128  # maximum tokens of an example (one text or a pair)
     config.data.cache_dir = "~/.cache/pals_jax"
 

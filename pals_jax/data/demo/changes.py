@@ -74,6 +74,20 @@ def other_object(draw: Draw, event: Event) -> Event | None:
     return event.with_object(noun=noun) if fits or not event.object.adjective else None
 
 
+def other_verb(draw: Draw, event: Event) -> Event | None:
+    """Something else that can be done to the object, or the opposite."""
+    noun = event.object.noun
+    others = [
+        action
+        for action in event.domain.actions
+        if noun in action.choices("train") and action.verb != event.verb
+    ]
+    if not others:
+        return opposite(draw, event)
+    action = draw.one(others)
+    return dataclasses.replace(event, action=action, verb=action.verb)
+
+
 def add_detail(draw: Draw, event: Event) -> Event | None:
     """One more detail: a quality, a place or a time."""
     details: list[Event] = []

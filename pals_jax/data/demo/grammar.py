@@ -79,6 +79,12 @@ class Event:
         return dataclasses.replace(self, object=dataclasses.replace(self.object, **changes))
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The words for who, what was done, to what, of what quality, and where."""
+        noun, adjective = self.object.noun, self.object.adjective
+        return self.subject.noun, self.verb, noun, adjective, self.place
+
+    @property
     def has_passive(self) -> bool:
         """Whether a passive sentence says it well."""
         said_of_each = self.subject.determiner in ("the", "a", "two", "three", "four", "five")

@@ -1,39 +1,42 @@
-"""The task `paraphrase`: do two sentences say the same?
+"""The task `paraphrase`: do two sentences tell of the same event?
 
-Both labels reword the sentence in the same ways (synonyms, passive, order); "different" also
-changes one part of the meaning, or who does what to whom.
+"Same" says it in other words. "Different" keeps the words and tells something else: two of who did
+what to what where have changed. So the share of common words does not give the label away.
 """
 
 from pals_jax.data.demo import changes
-from pals_jax.data.demo.grammar import Draw, draw_event, draw_wording, reword, say
-from pals_jax.data.demo.relations import draw_relation
+from pals_jax.data.demo.grammar import Draw, Event, draw_event, draw_wording, reword, say
 
 LABELS = ("different", "same")
+_CHANGED = 2  # parts of an event; at least as many have other words where it stays the same
 _CHANGES: tuple[changes.Change, ...] = (
-    changes.opposite,
-    changes.other_quality,
-    changes.other_place,
-    changes.other_time,
     changes.other_subject,
+    changes.other_verb,
     changes.other_object,
-    changes.negate,
+    changes.other_place,
 )
 
 
 def example(draw: Draw, split: str, label: str) -> tuple[str, str, str] | None:
     """Two sentences and their label; None if this draw makes no pair."""
-    if draw.chance(0.35):
-        relation = draw_relation(draw, split)
-        different = draw.one((relation.excluded, relation.unknown))
-        return relation.text, relation.same if label == "same" else different, label
-
     event = draw_event(draw, split, detail=0.6)
-    if draw.chance(0.15):
-        event = changes.negate(draw, event)
-    other_event = event if label == "same" else draw.one(_CHANGES)(draw, event)
-    if other_event is None:
+    in_other_words = reword(draw, event, 1.0)
+    if sum(x != y for x, y in zip(event.parts, in_other_words.parts, strict=True)) < _CHANGED:
         return None
-    # "Same" changes more words, so that the share of common words does not give the label away.
-    other_event = reword(draw, other_event, 1.0 if label == "same" else 0.5)
-    pair = say(event, draw_wording(draw)), say(other_event, draw_wording(draw))
-    return *pair, label
+    if label == "same":
+        one, two = draw.several((event, in_other_words), 2)
+    else:
+        other = _other(draw, event)
+        if other is None:
+            return None
+        rate = draw.one((0.0, 1.0))  # both in the usual words, or both in synonyms
+        one, two = reword(draw, event, rate), reword(draw, other, rate)
+    return say(one, draw_wording(draw)), say(two, draw_wording(draw)), label
+
+
+def _other(draw: Draw, event: Event) -> Event | None:
+    """Another event of the same domain."""
+    other: Event | None = event
+    for change in draw.several(_CHANGES, _CHANGED):
+        other = other and change(draw, other)
+    return other

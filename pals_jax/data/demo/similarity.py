@@ -27,7 +27,7 @@ def _change(draw: Draw, event: Event) -> Event:
     """The event with any number of its roles changed."""
     kept = draw.one((0.1, 0.3, 0.5, 0.7, 0.9))
     roles: tuple[changes.Change, ...] = (
-        _other_verb,
+        changes.other_verb,
         changes.other_object,
         changes.other_quality,
         changes.other_place,
@@ -41,39 +41,15 @@ def _change(draw: Draw, event: Event) -> Event:
     return event
 
 
-def _other_verb(draw: Draw, event: Event) -> Event | None:
-    """Something else that can be done to the object, or the opposite."""
-    noun = event.object.noun
-    others = [
-        action
-        for action in event.domain.actions
-        if noun in action.choices("train") and action.verb != event.verb
-    ]
-    if not others:
-        return changes.opposite(draw, event)
-    action = draw.one(others)
-    return dataclasses.replace(event, action=action, verb=action.verb)
-
-
 def score(event: Event, other: Event, reworded: Event) -> float:
     """The score of an event and another, which is said with the words of `reworded`."""
-    roles = list(zip(_roles(event), _roles(other), _roles(reworded), strict=True))
+    roles = list(zip(event.parts, other.parts, reworded.parts, strict=True))
     filled = [role for role in roles if role[0] or role[1]]
     verbs = {event.action.verb, *event.action.opposites}
     groups = [verbs, *map(set, lexicon.MEMBERS.values())]
     noun = event.object.noun
     groups += [{value[0] for value in group} for group in lexicon.qualities(noun)]
     return 5 * sum(_closeness(*role, groups) for role in filled) / len(filled)
-
-
-def _roles(event: Event) -> tuple[str, ...]:
-    return (
-        event.subject.noun,
-        event.verb,
-        event.object.noun,
-        event.object.adjective,
-        event.place,
-    )
 
 
 def _closeness(word: str, other: str, said: str, groups: list[set[str]]) -> float:
