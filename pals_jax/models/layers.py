@@ -75,7 +75,8 @@ def dot_product_attention(
         query: [B, H, L, K]. The softmax is computed in float32 whatever its dtype.
         key: [B, H, J, K].
         value: [B, H, J, K].
-        segments: their mask says which keys a query may attend to.
+        segments: their mask says which keys a query may attend to; with a cache, of the keys and
+            values that `key` and `value` extend.
         dropout_rate: probability with which an attention weight is dropped.
         dropout_key: random key; None turns dropout off.
 
@@ -83,6 +84,8 @@ def dot_product_attention(
         The output of the heads, [B, H, L, K] in the dtype of `value`, and the log of each softmax's
         denominator, float32 [B, H, L].
     """
+    if segments.cache is not None:
+        key, value = segments.cache.extend(key, value)
     scores = jnp.einsum("bhqk,bhsk->bhqs", query, key, preferred_element_type=jnp.float32)
     # Barrier between scores and softmax, also in the backward pass: otherwise XLA:TPU computes the
     # softmax gradient twice, for queries and for keys, or overflows its stack (v6e).
