@@ -5,15 +5,15 @@ A text that needs more room than its bucket has is computed again in the next on
 attend to few positions.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 import optax
 
 from pals_jax.inference.generation.config import GenerationConfig
-from pals_jax.inference.generation.program import make_generate
+from pals_jax.inference.generation.program import Sources, Texts, make_generate
 from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.models.task_rows import check_task_ids
 from pals_jax.runtime.errors import UserError
@@ -92,16 +92,31 @@ class Generator:
         waiting: list[list[int]] = [[] for _ in self._lengths]
         for index, source in enumerate(sources):
             waiting[self._bucket(index, len(source))].append(index)
+
+        def call(bucket: int, chosen: list[int]) -> Texts:
+            size = self._size(bucket)
+            ids, mask = self._padded_sources([sources[i] for i in chosen], bucket)
+            start, count = _padded(starts[chosen], size), np.int32(len(chosen))
+            of_each = tasks if tasks.ndim == 0 else _padded(tasks[chosen], size)
+            given = Sources(ids, mask, start, count, of_each)
+            return cast(Texts, jax.device_get(self._program(bucket)(variables, given)))
+
+        return self._generate(sources, waiting, call)
+
+    def _generate(
+        self,
+        sources: Sequence[Sequence[int]],
+        waiting: list[list[int]],
+        call: Callable[[int, list[int]], Texts],
+    ) -> Iterator[Generated]:
+        """The texts, by `call` for some sources of a bucket; `waiting` has those of each bucket."""
         for bucket, indices in enumerate(waiting):
             # The longest first, so that the last ones in a call are short.
             indices.sort(key=lambda index: -len(sources[index]))
             size = self._size(bucket)
             for first in range(0, len(indices), size):
                 chosen = indices[first : first + size]
-                inputs = self._inputs(bucket, [sources[i] for i in chosen], starts[chosen])
-                of_tasks = tasks if tasks.ndim == 0 else _padded(tasks[chosen], size)
-                texts = jax.device_get(self._program(bucket)(variables, *inputs, of_tasks))
-                for index, tokens, score, ended in zip(chosen, *texts, strict=False):
+                for index, tokens, score, ended in zip(chosen, *call(bucket, chosen), strict=False):
                     if ended:
                         yield Generated(index, self._cut(tokens), float(score))
                     else:
@@ -134,16 +149,15 @@ class Generator:
             self._programs[bucket] = jax.jit(program)
         return self._programs[bucket]
 
-    def _inputs(
-        self, bucket: int, sources: Sequence[Sequence[int]], starts: np.ndarray
-    ) -> tuple[np.ndarray, ...]:
-        """The arrays of a call: `input_ids`, `attention_mask`, `start` and `count`."""
-        size = self._size(bucket)
-        ids = np.full((size, self._lengths[bucket]), self.config.pad_token_id, np.int32)
+    def _padded_sources(
+        self, sources: Sequence[Sequence[int]], bucket: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The sources of a call of a bucket's program and their mask, int [N, J] both."""
+        ids = np.full((self._size(bucket), self._lengths[bucket]), self.config.pad_token_id)
         mask = np.zeros_like(ids)
         for row, source in enumerate(sources):
             ids[row, : len(source)], mask[row, : len(source)] = source, 1
-        return ids, mask, _padded(starts, size), np.int32(len(sources))
+        return ids.astype(np.int32), mask.astype(np.int32)
 
     def _cut(self, tokens: np.ndarray) -> np.ndarray:
         """The text without the padding behind it."""

@@ -1,13 +1,14 @@
 """Generation on the device: the encoder once per source, then a loop of steps of the decoder.
 
-The loop works on a few slots, each with the search for one source. When a search is done, the next
+The loop has a few slots, each with the search for one source. When a search is done, the next
 source takes its slot, so that short texts do not wait for long ones. Positions therefore differ
 between slots, but all slots write to the same place of the key-value cache, which is a ring. Nor do
-beams move in it: a live text knows in which beam each of its positions was computed.
+beams move in the cache: a live text knows in which beam each of its positions was computed.
 
 Dimension letters: see `pals_jax.models.layers`; S slots, N sources, K beams, L tokens of a text.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -17,10 +18,32 @@ import optax
 from jax import Array, lax
 
 from pals_jax.inference.generation.config import GenerationConfig
-from pals_jax.inference.generation.constraints import constrain
-from pals_jax.inference.generation.search import Search, advance, candidates
+from pals_jax.inference.generation.constraints import log_probabilities
+from pals_jax.inference.generation.search import Search, advance
 from pals_jax.models.seq2seq import ReadSource, Seq2SeqModel
 from pals_jax.models.stack import unstacked
+
+
+class Sources(NamedTuple):
+    """What texts are generated for.
+
+    Attributes:
+        input_ids: int [N, J].
+        attention_mask: int [N, J]; 0 at padding.
+        start: int [N]; the token that each text begins with.
+        count: int scalar; how many of the N there are, the first ones.
+        task_ids: int, the task of all, or of each, [N].
+    """
+
+    input_ids: Array
+    attention_mask: Array
+    start: Array
+    count: Array
+    task_ids: Array
+
+    def tasks(self, index: Array) -> Array:
+        """The tasks of some sources: int, a scalar or [n]."""
+        return self.task_ids if self.task_ids.ndim == 0 else self.task_ids[index]
 
 
 class Texts(NamedTuple):
@@ -43,8 +66,8 @@ class _State(NamedTuple):
     Attributes:
         place: int scalar; where in the ring of the cache the next keys go, from 0 to L - 1.
         search: leaves [S, ...].
-        beam_at: int [S, K, L]; the beam in which the position of a live text was computed that is
-            at each place of the ring.
+        beam_at: int [S, K, L]; for each live text and place of the ring, the beam in which the
+            text's position there was computed.
         source: int [S]; the source of each slot, N if it has none.
         read: leaves [S, ...]; what the steps need of it.
         entries: leaves [S, ...]; of the cache.
@@ -64,12 +87,8 @@ class _State(NamedTuple):
 
 def make_generate(
     model: Seq2SeqModel, config: GenerationConfig, slots: int, room: int
-) -> Callable[..., Texts]:
+) -> Callable[[optax.Params, Sources], Texts]:
     """The pure function from variables and sources to their texts.
-
-    Its arguments are the variables; `input_ids` and `attention_mask`, int [N, J]; `start`, int [N],
-    the token that each text begins with; `count`, an int scalar, how many of the N sources there
-    are; and `task_ids`, int, a scalar or [N].
 
     Args:
         model: the model.
@@ -77,135 +96,159 @@ def make_generate(
         slots: S, the number of sources in a step; it divides N.
         room: L, the most tokens of a text.
     """
-    beams = config.num_beams
 
-    def generate(
-        variables: optax.Params,
-        input_ids: Array,
-        attention_mask: Array,
-        start: Array,
-        count: Array,
-        task_ids: Array,
-    ) -> Texts:
-        sources = len(input_ids)
+    def generate(variables: optax.Params, sources: Sources) -> Texts:
         layers = unstacked(variables["params"]["decoder"]["layers"])
-        begin = jax.vmap(lambda token: Search.begin(token, room, config))
-
-        def tasks_of(source: Array) -> Array:
-            return task_ids if task_ids.ndim == 0 else task_ids[source]
-
-        def apply(method: str, *inputs: Any) -> Any:
-            return model.apply(variables, *inputs, method=method)
-
-        def read_block(first: Array) -> ReadSource:
-            texts = (lax.dynamic_slice_in_dim(x, first, slots) for x in (input_ids, attention_mask))
-            rows = first + jnp.arange(slots)
-            return cast(ReadSource, apply("read", layers, *texts, tasks_of(rows)))
-
-        def decode(state: _State) -> tuple[Array, Any]:
-            """The last hidden states of the live texts, [S, K, D], and the cache."""
-            position = state.search.length - 1
-            age = (state.place - jnp.arange(room)) % room  # of the places of the ring
-            own = state.beam_at[..., None] == jnp.arange(beams)[None, None, None]
-            visible = (age[None] <= position[:, None])[:, None, :, None] & own
-            return cast(
-                tuple[Array, Any],
-                apply(
-                    "step",
-                    layers,
-                    _at(state.search.tokens, position),
-                    position,
-                    visible.reshape(slots, beams, room * beams),
-                    state.place * beams,
-                    state.read,
-                    state.entries,
-                    tasks_of(jnp.minimum(state.source, sources - 1)),
-                ),
-            )
-
-        def search_on(search: Search, logits: Array) -> tuple[Search, Array]:
-            constrained = constrain(logits, search.tokens, search.length, config)
-            return advance(search, *candidates(logits, constrained, config), config)
-
-        def step(state: _State) -> _State:
-            here = jnp.arange(room)[None, None] == state.place
-            state = state._replace(
-                beam_at=jnp.where(here, jnp.arange(beams)[None, :, None], state.beam_at)
-            )
-            hidden, entries = decode(state)
-            search, parents = jax.vmap(search_on)(state.search, apply("logits", hidden))
-            beam_at = jnp.take_along_axis(state.beam_at, parents[..., None], axis=1)
-            place = (state.place + 1) % room
-            return deal(
-                collect(
-                    state._replace(place=place, search=search, beam_at=beam_at, entries=entries)
-                )
-            )
-
-        def collect(state: _State) -> _State:
-            """Takes the texts of the searches that have come to an end, and frees their slots."""
-            search = state.search
-            full = search.done | (search.length == room)
-            at = jnp.where(full, state.source, sources)  # else none, which is dropped
-            found = Texts(search.ended[:, 0], search.ended_scores[:, 0], search.done)
-            texts = jax.tree.map(
-                lambda all_texts, x: all_texts.at[at].set(x, mode="drop"), state.texts, found
-            )
-            new = begin(jnp.zeros(slots, jnp.int32))
-            search = jax.tree.map(lambda old, x: jnp.where(_like(full, x), x, old), search, new)
-            return state._replace(
-                search=search, texts=texts, source=jnp.where(full, sources, state.source)
-            )
-
-        def deal(state: _State) -> _State:
-            """Gives the free slots the next sources, as far as there are any."""
-
-            def is_free(state: _State) -> Array:
-                return (state.dealt < count) & (state.source == sources).any()
-
-            def fill(state: _State) -> _State:
-                slot = jnp.argmax(state.source == sources)
-                new = begin(start[state.dealt][None]), jax.tree.map(lambda x: x[state.dealt], read)
-                put = lambda old, x: lax.dynamic_update_index_in_dim(old, x, slot, 0)  # noqa: E731
-                return state._replace(
-                    search=jax.tree.map(put, state.search, new[0]),
-                    read=jax.tree.map(put, state.read, new[1]),
-                    source=put(state.source, state.dealt),
-                    dealt=state.dealt + 1,
-                )
-
-            return lax.while_loop(is_free, fill, state)
-
-        def read_all() -> ReadSource:
-            def next_block(block: Array, read: ReadSource) -> ReadSource:
-                first = block * slots
-                put = lambda old, x: lax.dynamic_update_slice_in_dim(old, x, first, 0)  # noqa: E731
-                return jax.tree.map(put, read, read_block(first))
-
-            empty = _zeros(jax.eval_shape(read_block, jnp.zeros((), jnp.int32)), sources)
-            return lax.fori_loop(0, (count + slots - 1) // slots, next_block, empty)
-
-        read = read_all()
-        nothing = Texts(
-            jnp.full((sources, room), config.pad_token_id, jnp.int32),
-            jnp.zeros(sources),
-            jnp.zeros(sources, bool),
-        )
-        zero = jnp.zeros((), jnp.int32)
-        state = _State(
-            place=zero,
-            search=begin(jnp.zeros(slots, jnp.int32)),
-            beam_at=jnp.zeros((slots, beams, room), jnp.int32),
-            source=jnp.full(slots, sources),
-            read=jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), read),
-            entries=None,
-            dealt=zero,
-            texts=nothing,
-        )
-        state = state._replace(entries=_zeros(jax.eval_shape(decode, state)[1], slots))
-        return lax.while_loop(lambda state: (state.source < sources).any(), step, deal(state)).texts
+        return _Loop(model, config, slots, room, variables, layers, sources).texts()
 
     return generate
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """The loop, while it is traced; attributes as above, `layers` the decoder's, `unstacked`."""
+
+    model: Seq2SeqModel
+    config: GenerationConfig
+    slots: int
+    room: int
+    variables: optax.Params
+    layers: tuple[Any, ...]
+    sources: Sources
+
+    @property
+    def none(self) -> int:
+        """N, the index of no source."""
+        return len(self.sources.input_ids)
+
+    def texts(self) -> Texts:
+        """The texts for all sources."""
+        read = self._read_all()
+        state = self._deal(self._first_state(read), read)
+        return lax.while_loop(
+            lambda state: (state.source < self.none).any(),
+            lambda state: self._deal(self._collect(self._step(state)), read),
+            state,
+        ).texts
+
+    def _apply(self, method: str, *inputs: Any) -> Any:
+        return self.model.apply(self.variables, *inputs, method=method)
+
+    def _read_all(self) -> ReadSource:
+        """What the steps need of the sources, leaves [N, ...]; read in blocks of S."""
+
+        def read_block(first: Array) -> ReadSource:
+            texts = self.sources.input_ids, self.sources.attention_mask
+            block = (lax.dynamic_slice_in_dim(x, first, self.slots) for x in texts)
+            tasks = self.sources.tasks(first + jnp.arange(self.slots))
+            return cast(ReadSource, self._apply("read", self.layers, *block, tasks))
+
+        def next_block(block: Array, read: ReadSource) -> ReadSource:
+            first = block * self.slots
+            put = lambda old, x: lax.dynamic_update_slice_in_dim(old, x, first, 0)  # noqa: E731
+            return jax.tree.map(put, read, read_block(first))
+
+        empty = _zeros(jax.eval_shape(read_block, jnp.zeros((), jnp.int32)), self.none)
+        blocks = (self.sources.count + self.slots - 1) // self.slots
+        return lax.fori_loop(0, blocks, next_block, empty)
+
+    def _first_state(self, read: ReadSource) -> _State:
+        """The state in which no slot has a source yet."""
+        zero, pad = jnp.zeros((), jnp.int32), self.config.pad_token_id
+        texts = Texts(
+            jnp.full((self.none, self.room), pad, jnp.int32),
+            jnp.zeros(self.none),
+            jnp.zeros(self.none, bool),
+        )
+        state = _State(
+            place=zero,
+            search=self._begin(jnp.full(self.slots, pad, jnp.int32)),
+            beam_at=jnp.zeros((self.slots, self.config.num_beams, self.room), jnp.int32),
+            source=jnp.full(self.slots, self.none, jnp.int32),
+            read=_zeros(read, self.slots),
+            entries=None,
+            dealt=zero,
+            texts=texts,
+        )
+        return state._replace(entries=_zeros(jax.eval_shape(self._decode, state)[1], self.slots))
+
+    def _begin(self, start: Array) -> Search:
+        """New searches, leaves [S, ...], in texts that begin with the tokens `start`, [S]."""
+        return jax.vmap(lambda token: Search.begin(token, self.room, self.config))(start)
+
+    def _step(self, state: _State) -> _State:
+        """Continues every search by a token."""
+
+        def search_on(search: Search, logits: Array) -> tuple[Search, Array]:
+            known = search.tokens, search.length
+            return advance(search, log_probabilities(logits, *known, self.config), self.config)
+
+        here = (jnp.arange(self.room) == state.place)[None, None]
+        beams = jnp.arange(self.config.num_beams)[None, :, None]
+        state = state._replace(beam_at=jnp.where(here, beams, state.beam_at))
+        hidden, entries = self._decode(state)
+        search, parents = jax.vmap(search_on)(state.search, self._apply("logits", hidden))
+        return state._replace(
+            place=(state.place + 1) % self.room,
+            search=search,
+            beam_at=jnp.take_along_axis(state.beam_at, parents[..., None], axis=1),
+            entries=entries,
+        )
+
+    def _decode(self, state: _State) -> tuple[Array, Any]:
+        """The last hidden states of the live texts, [S, K, D], and the entries of the cache."""
+        beams = self.config.num_beams
+        position = state.search.length - 1
+        age = (state.place - jnp.arange(self.room)) % self.room  # of what is there in the ring
+        is_seen = (age[None] <= position[:, None])[:, None, :, None]
+        is_own = state.beam_at[..., None] == jnp.arange(beams)[None, None, None]
+        return cast(
+            tuple[Array, Any],
+            self._apply(
+                "step",
+                self.layers,
+                _at(state.search.tokens, position),
+                position,
+                (is_seen & is_own).reshape(self.slots, beams, self.room * beams),
+                state.place * beams,
+                state.read,
+                state.entries,
+                self.sources.tasks(jnp.minimum(state.source, self.none - 1)),
+            ),
+        )
+
+    def _collect(self, state: _State) -> _State:
+        """Takes the texts of the searches that have come to an end, and frees their slots."""
+        search = state.search
+        is_over = search.done | (search.length == self.room)
+        at = jnp.where(is_over, state.source, self.none)  # what is not there is dropped
+        found = Texts(search.ended[:, 0], search.ended_scores[:, 0], search.done)
+        put = lambda old, x: old.at[at].set(x, mode="drop")  # noqa: E731
+        new = self._begin(jnp.full(self.slots, self.config.pad_token_id, jnp.int32))
+        return state._replace(
+            search=jax.tree.map(lambda old, x: jnp.where(_like(is_over, x), x, old), search, new),
+            texts=jax.tree.map(put, state.texts, found),
+            source=jnp.where(is_over, self.none, state.source),
+        )
+
+    def _deal(self, state: _State, read: ReadSource) -> _State:
+        """Gives the free slots the next sources, as far as there are any."""
+
+        def is_free(state: _State) -> Array:
+            return (state.dealt < self.sources.count) & (state.source == self.none).any()
+
+        def fill(state: _State) -> _State:
+            slot, source = jnp.argmax(state.source == self.none), state.dealt
+            search = Search.begin(self.sources.start[source], self.room, self.config)
+            put = lambda old, x: lax.dynamic_update_index_in_dim(old, x, slot, 0)  # noqa: E731
+            return state._replace(
+                search=jax.tree.map(put, state.search, search),
+                read=jax.tree.map(lambda old, x: put(old, x[source]), state.read, read),
+                source=put(state.source, source),
+                dealt=source + 1,
+            )
+
+        return lax.while_loop(is_free, fill, state)
 
 
 def _at(tokens: Array, position: Array) -> Array:

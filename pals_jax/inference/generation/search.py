@@ -47,39 +47,21 @@ class Search(NamedTuple):
         return cls(empty.at[:, 0].set(start), scores, length, empty, none, jnp.zeros((), bool))
 
 
-def candidates(logits: Array, constrained: Array, config: GenerationConfig) -> tuple[Array, Array]:
-    """The 2K best next tokens of each live text.
-
-    Args:
-        logits: float32 [K, V].
-        constrained: the same, with what is forbidden; see `constraints`.
-        config: the settings.
-
-    Returns:
-        Their log p, float32 [K, 2K], and the tokens, int [K, 2K].
-    """
-    values, tokens = best(constrained, 2 * config.num_beams)
-    of_all = constrained if config.renormalize_logits else logits
-    return values - jax.nn.logsumexp(of_all, axis=-1, keepdims=True), tokens
-
-
-def advance(
-    search: Search, log_probs: Array, next_tokens: Array, config: GenerationConfig
-) -> tuple[Search, Array]:
+def advance(search: Search, log_probs: Array, config: GenerationConfig) -> tuple[Search, Array]:
     """The search one token later.
 
     Args:
         search: the search so far.
-        log_probs: float32 [K, 2K]; as `candidates` gives them.
-        next_tokens: int [K, 2K].
+        log_probs: float32 [K, V]; of the next token of each live text.
         config: the settings.
 
     Returns:
         The search, and for each of its live texts which of the old ones it continues, int [K].
     """
     beams, length = config.num_beams, search.length
-    totals, index = jax.lax.top_k((search.scores[:, None] + log_probs).reshape(-1), 2 * beams)
-    parents, token = index // (2 * beams), next_tokens.reshape(-1)[index]
+    of_each, tokens = best(log_probs, 2 * beams)
+    totals, index = jax.lax.top_k((search.scores[:, None] + of_each).reshape(-1), 2 * beams)
+    parents, token = index // (2 * beams), tokens.reshape(-1)[index]
     texts = jnp.where(
         jnp.arange(search.tokens.shape[1])[None] == length,
         token[:, None],
@@ -108,22 +90,21 @@ def advance(
 
 
 def best(x: Array, count: int) -> tuple[Array, Array]:
-    """The `count` largest values along the last axis of x [..., V], and their indices.
+    """The `count` largest values in each row of x [K, V], and their indices, both [K, count].
 
-    It is `jax.lax.top_k` for a long axis, several times as fast on CPUs: the largest values are in
+    It is `jax.lax.top_k` for long rows, several times as fast on CPUs: the largest values are in
     the blocks with the largest maxima.
     """
-    size = x.shape[-1]
+    rows, size = x.shape
     blocks = size // _WIDTH
     if blocks <= count:
         return jax.lax.top_k(x, count)
-    rest = x[..., blocks * _WIDTH :]
-    maxima = x[..., : blocks * _WIDTH].reshape(*x.shape[:-1], blocks, _WIDTH).max(-1)
+    whole = blocks * _WIDTH
+    maxima = x[:, :whole].reshape(rows, blocks, _WIDTH).max(-1)
     _, chosen = jax.lax.top_k(maxima, count)
     chosen = jnp.sort(chosen, axis=-1)  # so that of equal values the first comes first
-    index = (chosen[..., None] * _WIDTH + jnp.arange(_WIDTH)).reshape(*x.shape[:-1], -1)
-    values = jnp.take_along_axis(x, index, axis=-1)
-    values = jnp.concatenate([values, rest], axis=-1)
-    tail = jnp.broadcast_to(jnp.arange(blocks * _WIDTH, size), rest.shape)
-    values, place = jax.lax.top_k(values, count)
-    return values, jnp.take_along_axis(jnp.concatenate([index, tail], axis=-1), place, axis=-1)
+    index = (chosen[..., None] * _WIDTH + jnp.arange(_WIDTH)[None, None]).reshape(rows, -1)
+    rest = jnp.broadcast_to(jnp.arange(whole, size), (rows, size - whole))
+    index = jnp.concatenate([index, rest], axis=1)
+    values, place = jax.lax.top_k(jnp.take_along_axis(x, index, axis=1), count)
+    return values, jnp.take_along_axis(index, place, axis=1)
