@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+from pals_jax.models import kv_cache
 from pals_jax.models.adapters import methods
 from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.models.stack import unstacked
@@ -34,24 +35,26 @@ def stepped(
     rows = slice(None, None, VARIANTS)  # variants of a text have one source, and one task
     tasks = tasks[rows]
     sources = model.apply(variables, layers, ids[rows], mask[rows], tasks, method="read")
-    entries, hidden = None, []
+    entries, hidden = None, []  # at first there is no cache yet
     of_variant = np.arange(VARIANTS)[:, None, None] == np.arange(VARIANTS)
     for position in range(LENGTH):
         seen = np.zeros(LENGTH, bool)
-        seen[(BEGIN + np.arange(position + 1)) % LENGTH] = True
+        seen[(BEGIN + np.arange(position)) % LENGTH] = True
         visible = (of_variant & seen[:, None]).reshape(VARIANTS, -1)
-        h, entries = model.apply(
+        h, left = model.apply(
             variables,
             layers,
             targets[:, position].reshape(ROWS, VARIANTS),
             jnp.full(ROWS, position),
             jnp.broadcast_to(visible, (ROWS, *visible.shape)),
-            (BEGIN + position) % LENGTH * VARIANTS,
             sources,
             entries,
             tasks,
             method="step",
         )
+        if entries is None:
+            entries = kv_cache.empty(left, LENGTH * VARIANTS)
+        entries = kv_cache.write(entries, left, (BEGIN + position) % LENGTH * VARIANTS)
         hidden.append(h.reshape(ROWS * VARIANTS, -1))
     return jnp.stack(hidden, axis=1)
 

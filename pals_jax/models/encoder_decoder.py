@@ -120,7 +120,10 @@ class TextStack(Stack):
             segments: of the variants; see `next_position`.
             adapters: the adapters of the rows' task.
             read: the keys and values of the source, and the segments of its positions.
-            entries: of the cache, as the step before has returned them. None: there was none.
+            entries: of the cache. None: all are zero.
+
+        Returns:
+            The hidden states, and what the attentions have left in the cache.
         """
         keys_and_values, of_source = read
         attention = cross_segments(segments, of_source)

@@ -1,8 +1,8 @@
 """The key-value cache: what the attentions of a text have computed at earlier positions.
 
 A step of generation computes one position of each text. An attention among the positions of a text,
-be it a layer's own or an adapter's, takes the keys and values of the earlier positions from the
-cache and leaves those of its own there.
+be it a layer's own or an adapter's, takes the keys and values of earlier positions from the cache,
+and leaves those of its own, which the caller writes there after the step.
 
 Dimension letters: see `pals_jax.models.layers`.
 """
@@ -17,47 +17,54 @@ from jax import Array
 class KeyValueCache:
     """The keys and values of one layer's attentions, in the order in which it computes them.
 
-    It lives while a step is traced: `entries` of the step before go in, and `left` comes out.
+    It lives while a step is traced: entries go in, and `left` comes out.
     """
 
-    def __init__(self, begin: Array, length: int, entries: Any = None) -> None:
+    def __init__(self, length: int, entries: Any = None) -> None:
         """Args:
-        begin: int scalar; where in the cache the step's keys and values go.
-        length: J, the keys that the cache has room for.
-        entries: for each attention its keys and values [B, H, J, K], as `left` holds them. None:
-            there are none yet, and all will be zero but for the step's.
+        length: J, how many keys the cache has room for.
+        entries: for each attention its keys and values [B, H, J, K]. None: all are zero.
         """
-        self._begin, self._length = begin, length
+        self._length = length
         self._entries = None if entries is None else iter(entries)
         self._left: list[Any] = []
 
     @property
     def left(self) -> tuple[Any, ...]:
-        """The entries, with those of this step in."""
+        """The keys and values of this step, for each attention, [B, H, L, K] both."""
         return tuple(self._left)
 
-    def extend(self, key: Array, value: Array) -> tuple[Array, Array]:
-        """A step's keys and values [B, H, L, K] -> those of all positions [B, H, J, K]."""
+    def exchange(self, key: Array, value: Array) -> tuple[Array, Array]:
+        """Leaves keys and values [B, H, L, K] of an attention, and takes those [B, H, J, K]."""
         entry = self.take()
-        if entry is None:
-            shape = (*key.shape[:2], self._length, key.shape[3])
-            entry = jnp.zeros(shape, key.dtype), jnp.zeros(shape, value.dtype)
-        begin = (0, 0, self._begin, 0)
-        entry = tuple(
-            jax.lax.dynamic_update_slice(old, new, begin)
-            for old, new in zip(entry, (key, value), strict=True)
-        )
-        self.leave(entry)
-        return entry
+        self.leave((key, value))
+        if entry is not None:
+            return entry
+        shape = (*key.shape[:2], self._length, key.shape[3])
+        return jnp.zeros(shape, key.dtype), jnp.zeros(shape, value.dtype)
 
     def take(self) -> Any:
-        """The next entry of the step before; None: there is none yet."""
+        """The entry of the next attention; None: it is zero."""
         return None if self._entries is None else next(self._entries)
 
     def leave(self, entry: Any) -> None:
-        """Leaves an entry, which the next step takes in the same order."""
+        """Leaves what the next step takes in the same order."""
         self._left.append(entry)
 
     def inner(self, entries: Any) -> "KeyValueCache":
         """The cache of one of several layers, with its own entries."""
-        return KeyValueCache(self._begin, self._length, entries)
+        return KeyValueCache(self._length, entries)
+
+
+def empty(left: Any, length: int) -> Any:
+    """Entries of zeros with room for `length` keys, for what a step leaves, or its shapes."""
+    return jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], length, x.shape[-1]), x.dtype), left)
+
+
+def write(entries: Any, left: Any, begin: Array) -> Any:
+    """The entries of the cache with what a step has left, in place of their keys from `begin`."""
+
+    def put(old: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, begin, axis=old.ndim - 2)
+
+    return jax.tree.map(put, entries, left)

@@ -132,19 +132,17 @@ def cross_segments(target: Segments, source: Segments) -> Segments:
     return target._replace(mask=mask, key_position=source.places.position, cache=None)
 
 
-def next_position(position: Array, visible: Array, begin: Array) -> Segments:
+def next_position(position: Array, visible: Array) -> Segments:
     """The segments of a step of generation: one position of each row, computed in K variants.
 
     Args:
         position: int [B]; the position within the text.
-        visible: bool [B, K, J]; which keys of the cache a variant attends to, its own included.
-        begin: int scalar; where in the cache the K new keys go.
+        visible: bool [B, K, J]; which keys of the cache a variant attends to.
     """
     rows, variants, length = visible.shape
     places = Places(jnp.broadcast_to(position[:, None], (rows, variants)))
     first, ids = jnp.zeros((rows, 1), jnp.int32), jnp.ones((rows, variants), jnp.int32)
-    cache = KeyValueCache(begin, length)
-    return Segments(visible[:, None], places, first, ids, None, cache)
+    return Segments(visible[:, None], places, first, ids, None, KeyValueCache(length))
 
 
 def _same_example(queries: Array, keys: Array, count: int) -> Array:

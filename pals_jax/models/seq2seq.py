@@ -191,7 +191,6 @@ class Seq2SeqModel(nn.Module):
         tokens: Array,
         position: Array,
         visible: Array,
-        begin: Array,
         sources: ReadSource,
         entries: Entries | None,
         task_ids: Array,
@@ -204,22 +203,21 @@ class Seq2SeqModel(nn.Module):
             layers: as for `read`.
             tokens: int [B, K]; the token of each variant at the position.
             position: int [B].
-            visible: bool [B, K, J]; which keys of the cache a variant attends to, its own included.
-            begin: int scalar; the step's keys are in the cache from here, the K of each row.
+            visible: bool [B, K, J]; which keys of the cache a variant attends to, beside its own.
             sources: what `read` has returned.
-            entries: of the cache, [B, ...], as the step before has returned them. None: there was
-                none.
+            entries: of the cache, leaves [B, ..., J, size of a head]. None: all are zero.
             task_ids: as for `read`.
 
         Returns:
-            The last hidden states [B, K, D] in `dtype`, and the entries of the cache.
+            The last hidden states [B, K, D] in `dtype`, and what to `kv_cache.write` to the cache,
+            leaves [B, ..., K, size of a head].
         """
 
         def step(adapter_params: Any, task: Array, own: Own, *row: Any) -> tuple[Array, Entries]:
             tokens, position, visible, sources, entries = row
             stack, params, adapters = self._stack("decoder", adapter_params)
             read = sources.keys_and_values, make_segments(sources.segment_ids, own.first)
-            segments = next_position(position, visible, begin)
+            segments = next_position(position, visible)
             inputs = layers, self._vocabulary(tokens), segments, adapters, read, entries
             return stack.apply({"params": params}, *inputs, method="step")
 

@@ -102,7 +102,7 @@ class Stack(nn.Module):
             segments: of the L variants of the position; see `next_position`.
             adapters: those of the rows' task.
             sources: what the cross attention of each layer reads.
-            entries: what the step before has left. None: there was none.
+            entries: of the cache, for each layer. None: all are zero.
         """
         left = []
         for i, (params, source) in enumerate(zip(layers, sources, strict=True)):

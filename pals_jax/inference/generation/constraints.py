@@ -1,4 +1,4 @@
-"""What a text may not contain: constraints on the probabilities of its next token.
+"""What a text may not contain: constraints on the logits of its next token.
 
 Functions of one source's K live texts; `jax.vmap` extends them to many. In the order of
 transformers, whose results they give.
@@ -13,24 +13,35 @@ from pals_jax.inference.generation.config import GenerationConfig
 FORBIDDEN = -jnp.inf
 
 
-def log_probabilities(
+def constrain(
     logits: Array, tokens: Array, length: Array, config: GenerationConfig
-) -> Array:
-    """log p of the next tokens, float32 [K, V]; `FORBIDDEN` where they are not allowed.
+) -> tuple[Array, Array]:
+    """The logits of the next tokens, and the logarithm of the sum of their exponentials.
 
     Args:
         logits: float32 [K, V].
         tokens: int [K, L]; the texts so far.
         length: int scalar; how many tokens they have.
         config: the settings.
+
+    Returns:
+        float32 [K, V], `FORBIDDEN` at tokens that are not allowed, and float32 [K, 1]. The
+        difference is log p, and is 0 for a token that is forced.
     """
     if config.renormalize_logits:
-        return jax.nn.log_softmax(_constrain(logits, tokens, length, config))
-    return _constrain(jax.nn.log_softmax(logits), tokens, length, config)
+        logits = _constrain(logits, tokens, length, config, jnp.zeros((1, 1)))
+        return logits, _log_sum(logits)
+    log_sum = _log_sum(logits)
+    return _constrain(logits, tokens, length, config, log_sum), log_sum
 
 
-def _constrain(x: Array, tokens: Array, length: Array, config: GenerationConfig) -> Array:
-    """The log probabilities or logits x [K, V], with the constraints."""
+def _log_sum(logits: Array) -> Array:
+    return jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _constrain(
+    x: Array, tokens: Array, length: Array, config: GenerationConfig, forced_logit: Array
+) -> Array:
     token = jnp.arange(x.shape[1])[None]
     if config.no_repeat_ngram_size:
         x = _forbid_repeated(x, tokens, length, config.no_repeat_ngram_size)
@@ -44,7 +55,7 @@ def _constrain(x: Array, tokens: Array, length: Array, config: GenerationConfig)
         (config.forced_eos_token_id, config.max_length - 1),
     ):
         if forced is not None:
-            only = jnp.where(token == forced, 0.0, FORBIDDEN)
+            only = jnp.where(token == forced, forced_logit, FORBIDDEN)
             x = jnp.where(length == when, only, x)
     return x
 

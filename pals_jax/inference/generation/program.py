@@ -18,8 +18,9 @@ import optax
 from jax import Array, lax
 
 from pals_jax.inference.generation.config import GenerationConfig
-from pals_jax.inference.generation.constraints import log_probabilities
+from pals_jax.inference.generation.constraints import constrain
 from pals_jax.inference.generation.search import Search, advance
+from pals_jax.models import kv_cache
 from pals_jax.models.seq2seq import ReadSource, Seq2SeqModel
 from pals_jax.models.stack import unstacked
 
@@ -70,7 +71,8 @@ class _State(NamedTuple):
             text's position there was computed.
         source: int [S]; the source of each slot, N if it has none.
         read: leaves [S, ...]; what the steps need of it.
-        entries: leaves [S, ...]; of the cache.
+        entries: leaves [S, ...]; of the cache, but for the step before.
+        left: leaves [S, ...]; what that step has left for it.
         dealt: int scalar; how many sources have had a slot.
         texts: the texts so far.
     """
@@ -81,6 +83,7 @@ class _State(NamedTuple):
     source: Array
     read: ReadSource
     entries: Any
+    left: Any
     dealt: Array
     texts: Texts
 
@@ -167,10 +170,15 @@ class _Loop:
             source=jnp.full(self.slots, self.none, jnp.int32),
             read=_zeros(read, self.slots),
             entries=None,
+            left=None,
             dealt=zero,
             texts=texts,
         )
-        return state._replace(entries=_zeros(jax.eval_shape(self._decode, state)[1], self.slots))
+        beams = self.config.num_beams
+        _, left = jax.eval_shape(self._decode, state)
+        return state._replace(
+            entries=kv_cache.empty(left, self.room * beams), left=kv_cache.empty(left, beams)
+        )
 
     def _begin(self, start: Array) -> Search:
         """New searches, leaves [S, ...], in texts that begin with the tokens `start`, [S]."""
@@ -180,27 +188,30 @@ class _Loop:
         """Continues every search by a token."""
 
         def search_on(search: Search, logits: Array) -> tuple[Search, Array]:
-            known = search.tokens, search.length
-            return advance(search, log_probabilities(logits, *known, self.config), self.config)
+            of_next = constrain(logits, search.tokens, search.length, self.config)
+            return advance(search, *of_next, self.config)
 
-        here = (jnp.arange(self.room) == state.place)[None, None]
-        beams = jnp.arange(self.config.num_beams)[None, :, None]
-        state = state._replace(beam_at=jnp.where(here, beams, state.beam_at))
-        hidden, entries = self._decode(state)
+        beams = self.config.num_beams
+        # Before the attentions read the cache, or XLA would copy it.
+        before = (state.place - 1) % self.room * beams
+        state = state._replace(entries=kv_cache.write(state.entries, state.left, before))
+        hidden, left = self._decode(state)
         search, parents = jax.vmap(search_on)(state.search, self._apply("logits", hidden))
+        here = (jnp.arange(self.room) == state.place)[None, None]
+        beam_at = jnp.where(here, jnp.arange(beams)[None, :, None], state.beam_at)
         return state._replace(
             place=(state.place + 1) % self.room,
             search=search,
-            beam_at=jnp.take_along_axis(state.beam_at, parents[..., None], axis=1),
-            entries=entries,
+            beam_at=jnp.take_along_axis(beam_at, parents[..., None], axis=1),
+            left=left,
         )
 
     def _decode(self, state: _State) -> tuple[Array, Any]:
-        """The last hidden states of the live texts, [S, K, D], and the entries of the cache."""
+        """The last hidden states of the live texts, [S, K, D], and what belongs into the cache."""
         beams = self.config.num_beams
         position = state.search.length - 1
         age = (state.place - jnp.arange(self.room)) % self.room  # of what is there in the ring
-        is_seen = (age[None] <= position[:, None])[:, None, :, None]
+        is_seen = ((age[None] > 0) & (age[None] <= position[:, None]))[:, None, :, None]
         is_own = state.beam_at[..., None] == jnp.arange(beams)[None, None, None]
         return cast(
             tuple[Array, Any],
@@ -210,7 +221,6 @@ class _Loop:
                 _at(state.search.tokens, position),
                 position,
                 (is_seen & is_own).reshape(self.slots, beams, self.room * beams),
-                state.place * beams,
                 state.read,
                 state.entries,
                 self.sources.tasks(jnp.minimum(state.source, self.none - 1)),
@@ -234,21 +244,28 @@ class _Loop:
     def _deal(self, state: _State, read: ReadSource) -> _State:
         """Gives the free slots the next sources, as far as there are any."""
 
-        def is_free(state: _State) -> Array:
-            return (state.dealt < self.sources.count) & (state.source == self.none).any()
+        class Slots(NamedTuple):  # what changes; the cache in the loop would be copied
+            search: Search
+            read: ReadSource
+            source: Array
+            dealt: Array
 
-        def fill(state: _State) -> _State:
-            slot, source = jnp.argmax(state.source == self.none), state.dealt
+        def is_free(slots: Slots) -> Array:
+            return (slots.dealt < self.sources.count) & (slots.source == self.none).any()
+
+        def fill(slots: Slots) -> Slots:
+            slot, source = jnp.argmax(slots.source == self.none), slots.dealt
             search = Search.begin(self.sources.start[source], self.room, self.config)
             put = lambda old, x: lax.dynamic_update_index_in_dim(old, x, slot, 0)  # noqa: E731
-            return state._replace(
-                search=jax.tree.map(put, state.search, search),
-                read=jax.tree.map(lambda old, x: put(old, x[source]), state.read, read),
-                source=put(state.source, source),
+            return Slots(
+                search=jax.tree.map(put, slots.search, search),
+                read=jax.tree.map(lambda old, x: put(old, x[source]), slots.read, read),
+                source=put(slots.source, source),
                 dealt=source + 1,
             )
 
-        return lax.while_loop(is_free, fill, state)
+        slots = Slots(state.search, state.read, state.source, state.dealt)
+        return state._replace(**lax.while_loop(is_free, fill, slots)._asdict())
 
 
 def _at(tokens: Array, position: Array) -> Array:

@@ -47,20 +47,24 @@ class Search(NamedTuple):
         return cls(empty.at[:, 0].set(start), scores, length, empty, none, jnp.zeros((), bool))
 
 
-def advance(search: Search, log_probs: Array, config: GenerationConfig) -> tuple[Search, Array]:
+def advance(
+    search: Search, logits: Array, log_sum: Array, config: GenerationConfig
+) -> tuple[Search, Array]:
     """The search one token later.
 
     Args:
         search: the search so far.
-        log_probs: float32 [K, V]; of the next token of each live text.
+        logits: float32 [K, V]; of the next token of each live text.
+        log_sum: float32 [K, 1]; what they exceed log p by.
         config: the settings.
 
     Returns:
         The search, and for each of its live texts which of the old ones it continues, int [K].
     """
     beams, length = config.num_beams, search.length
-    of_each, tokens = best(log_probs, 2 * beams)
-    totals, index = jax.lax.top_k((search.scores[:, None] + of_each).reshape(-1), 2 * beams)
+    of_each, tokens = best(logits, 2 * beams)
+    totals = search.scores[:, None] + (of_each - log_sum)
+    totals, index = jax.lax.top_k(totals.reshape(-1), 2 * beams)
     parents, token = index // (2 * beams), tokens.reshape(-1)[index]
     texts = jnp.where(
         jnp.arange(search.tokens.shape[1])[None] == length,

@@ -104,10 +104,11 @@ class Blocks:
             return block.apply({"params": block_params}, z, segments, rngs=rngs), segments.left
 
         z = project(params["down"], x) if self.size else x
-        entries = None if cache is None else cache.take()
+        # In the cache, rows come before blocks.
+        entries = None if cache is None else _swapped(cache.take())
         z, left = jax.lax.scan(body, z, (params["blocks"], jnp.arange(self.count), entries))
         if cache is not None:
-            cache.leave(left)
+            cache.leave(_swapped(left))
         return project(params["up"], z) if self.size else z
 
     def _config(self, config: StackConfig) -> StackConfig:
@@ -122,3 +123,8 @@ class Blocks:
     def _block(self, config: StackConfig, dtype: Any = jnp.float32) -> Any:
         block = {"attention": _AttentionBlock, "ffn": _FeedForwardBlock, "layer": Layer}
         return block[self.kind](config, dtype, parent=None)
+
+
+def _swapped(tree: Any) -> Any:
+    """Leaves [B, N, ...] <-> [N, B, ...]."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), tree)
