@@ -256,9 +256,18 @@ class Seq2SeqModel(nn.Module):
         params = {"params": self.parts["vocabulary"]}
         return cast(Array, module.apply(params, *inputs, **kwargs))
 
-    def logits(self, hidden: Array) -> Array:
-        """The decoder's last hidden states [B, L, D] -> float32 [B, L, V]."""
-        return self._vocabulary(hidden, method="logits")
+    def logits(self, hidden: Array, columns: Array | None = None) -> Array:
+        """The decoder's last hidden states [B, L, D] -> float32 [B, L, V].
+
+        Args:
+            hidden: the hidden states.
+            columns: `self.columns()`, where they are computed once for many calls.
+        """
+        return self._vocabulary(hidden, columns, method="logits")
+
+    def columns(self) -> Array:
+        """The words as columns, [D, V] in `dtype`."""
+        return self._vocabulary(method="columns")
 
     def _by_row(
         self, run: Callable[..., Any], task_ids: Array, packing: Packing | None, *inputs: Any

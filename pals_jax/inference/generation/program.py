@@ -102,14 +102,19 @@ def make_generate(
 
     def generate(variables: optax.Params, sources: Sources) -> Texts:
         layers = unstacked(variables["params"]["decoder"]["layers"])
-        return _Loop(model, config, slots, room, variables, layers, sources).texts()
+        columns = model.apply(variables, method="columns")
+        return _Loop(model, config, slots, room, variables, layers, columns, sources).texts()
 
     return generate
 
 
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-    """The loop, while it is traced; attributes as above, `layers` the decoder's, `unstacked`."""
+    """The loop, while it is traced.
+
+    Attributes, beside the arguments above, are what is computed once for all steps: `layers` of the
+    decoder, `unstacked`, and `columns` of the vocabulary.
+    """
 
     model: Seq2SeqModel
     config: GenerationConfig
@@ -117,6 +122,7 @@ class _Loop:
     room: int
     variables: optax.Params
     layers: tuple[Any, ...]
+    columns: Array
     sources: Sources
 
     @property
@@ -196,7 +202,8 @@ class _Loop:
         before = (state.place - 1) % self.room * beams
         state = state._replace(entries=kv_cache.write(state.entries, state.left, before))
         hidden, left = self._decode(state)
-        search, parents = jax.vmap(search_on)(state.search, self._apply("logits", hidden))
+        logits = self._apply("logits", hidden, self.columns)
+        search, parents = jax.vmap(search_on)(state.search, logits)
         here = (jnp.arange(self.room) == state.place)[None, None]
         beam_at = jnp.where(here, jnp.arange(beams)[None, :, None], state.beam_at)
         return state._replace(
