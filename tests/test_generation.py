@@ -90,11 +90,12 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return theirs, *from_huggingface(directory)
 
 
-def theirs_of(model: Any, sources: list[list[int]], config: dict[str, Any], **more: Any) -> Any:
+def theirs_of(model: Any, sources: list[list[int]], config: dict[str, Any]) -> Any:
     """What transformers generates for each source: the tokens without padding, and the scores."""
     found = []
+    generation = transformers_config(config)
+    model.generation_config = generation  # whose settings would count where these have none
     for source in sources:
-        generation = transformers_config(config | more)
         out = model.generate(torch.tensor([source]), generation_config=generation)
         scores = out.sequences_scores if config.get("num_beams", 1) > 1 else [None]
         tokens = out.sequences[0].numpy()
