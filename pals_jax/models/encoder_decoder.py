@@ -3,7 +3,7 @@
 Dimension letters: see `pals_jax.models.layers`.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jax import Array
@@ -15,6 +15,11 @@ from pals_jax.models.layers import dropout
 from pals_jax.models.segments import Segments, cross_segments, make_segments, one_position
 from pals_jax.models.stack import Stack, given_or, layers_below
 from pals_jax.models.transformer import Source, layer_norm
+
+# Of each layer of a decoder, the keys and values of a source, [B, H, J, K] both.
+KeysAndValues: TypeAlias = tuple[tuple[Array, Array], ...]
+# Of the cache: those of each layer, and those of what is above all layers.
+Entries: TypeAlias = tuple[tuple[Any, ...], Any]
 
 PARTS = ("encoder", "decoder", "vocabulary")  # of the `params` collection
 
@@ -84,6 +89,52 @@ class TextStack(Stack):
         h = self.through_layers(self.layers, h, segments, keys, adapters, read, begin)
         h = self.norm(h) if self.config.pre_norm else h
         return adapters.sites(segments, above)("top", h, h), segments
+
+    def read_source(
+        self, layers: tuple[Any, ...], hidden: Array, segments: Segments, adapters: TaskAdapters
+    ) -> KeysAndValues:
+        """Of a decoder, the keys and values of the cross attention of each layer, [B, H, J, K].
+
+        Args:
+            layers: the parameters of each layer; see `stack.unstacked`.
+            hidden: [B, J, D] in `dtype`; what the encoder returned, with
+            segments: of its J positions.
+            adapters: the adapters of the rows' task.
+        """
+        return self.read_through_layers(layers, Source(hidden, segments, segments), adapters)
+
+    def step(
+        self,
+        layers: tuple[Any, ...],
+        words: Array,
+        segments: Segments,
+        adapters: TaskAdapters,
+        read: tuple[KeysAndValues, Segments],
+        entries: Entries | None,
+    ) -> tuple[Array, Entries]:
+        """Of a decoder, the last hidden states [B, L, D] of L variants of one position of a text.
+
+        Args:
+            layers: the parameters of each layer; see `stack.unstacked`.
+            words: [B, L, D] in `dtype`; the embeddings of the tokens.
+            segments: of the variants; see `next_position`.
+            adapters: the adapters of the rows' task.
+            read: the keys and values of the source, and the segments of its positions.
+            entries: of the cache. None: all are zero.
+
+        Returns:
+            The hidden states, and what the attentions have left in the cache.
+        """
+        keys_and_values, of_source = read
+        attention = cross_segments(segments, of_source)
+        sources = tuple(Source(None, of_source, attention, own) for own in keys_and_values)
+        h = self.embeddings(words, segments.places.position, adapters.sites(segments, None))
+        before, above = (None, None) if entries is None else entries
+        h, left = self.step_through_layers(layers, h, segments, adapters, sources, before)
+        h = self.norm(h) if self.config.pre_norm else h
+        segments = segments.inner(above)
+        h = adapters.sites(segments, None)("top", h, h)
+        return h, (left, segments.left)
 
 
 def init_params(config: BartConfig, part: str, key: Array) -> Params:

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from pals_jax.models.dropout import mask_bits
+from pals_jax.models.kv_cache import KeyValueCache
 from pals_jax.models.segments import Places, Segments
 
 
@@ -75,7 +76,8 @@ def dot_product_attention(
         query: [B, H, L, K]. The softmax is computed in float32 whatever its dtype.
         key: [B, H, J, K].
         value: [B, H, J, K].
-        segments: their mask says which keys a query may attend to.
+        segments: their mask says which keys a query may attend to. With a cache, it is of the keys
+            there, and each query attends also to the key of its own index.
         dropout_rate: probability with which an attention weight is dropped.
         dropout_key: random key; None turns dropout off.
 
@@ -83,6 +85,8 @@ def dot_product_attention(
         The output of the heads, [B, H, L, K] in the dtype of `value`, and the log of each softmax's
         denominator, float32 [B, H, L].
     """
+    if segments.cache is not None:
+        return _attention_to_cache(query, key, value, segments.mask, segments.cache)
     scores = jnp.einsum("bhqk,bhsk->bhqs", query, key, preferred_element_type=jnp.float32)
     # Barrier between scores and softmax, also in the backward pass: otherwise XLA:TPU computes the
     # softmax gradient twice, for queries and for keys, or overflows its stack (v6e).
@@ -93,6 +97,21 @@ def dot_product_attention(
     places = segments.places
     weights = dropout(weights, dropout_rate, dropout_key, places, segments.key_position)
     heads = jnp.einsum("bhqs,bhsk->bhqk", weights, value)
+    return heads, jax.nn.logsumexp(scores, axis=-1)
+
+
+def _attention_to_cache(
+    query: Array, key: Array, value: Array, mask: Array, cache: KeyValueCache
+) -> tuple[Array, Array]:
+    """`dot_product_attention` of one position of a text, in L variants."""
+    keys, values = cache.exchange(key, value)
+    earlier = jnp.einsum("bhqk,bhsk->bhqs", query, keys, preferred_element_type=jnp.float32)
+    own = jnp.einsum("bhqk,bhqk->bhq", query, key, preferred_element_type=jnp.float32)
+    earlier = jnp.where(mask, earlier, jnp.finfo(jnp.float32).min)
+    scores = jnp.concatenate([earlier, own[..., None]], axis=-1)
+    scores = scores / jnp.sqrt(jnp.float32(query.shape[-1]))
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    heads = jnp.einsum("bhqs,bhsk->bhqk", weights[..., :-1], values) + weights[..., -1:] * value
     return heads, jax.nn.logsumexp(scores, axis=-1)
 
 

@@ -7,10 +7,12 @@ dropout masks in any row, beside any other examples.
 Dimension letters: see `pals_jax.models.layers`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+
+from pals_jax.models.kv_cache import KeyValueCache
 
 _PROMPTS = 2048  # positions of prompts begin here, behind those of any text
 
@@ -61,14 +63,26 @@ class Segments(NamedTuple):
         segment_ids: int [B, L]; 0 at padding, else, from 1, which of its row's examples a position
             belongs to.
         key_position: int [B, J]; the places, within their examples, of the positions that are
-            attended to.
+            attended to. None: dropout is off.
+        cache: of a step of generation, the keys and values of earlier positions. None: all
+            positions are here.
     """
 
     mask: Array
     places: Places
     first: Array
     segment_ids: Array
-    key_position: Array
+    key_position: Array | None
+    cache: KeyValueCache | None = None
+
+    def inner(self, entries: Any) -> "Segments":
+        """The same for one of several layers, with its own entries of the cache."""
+        return self if self.cache is None else self._replace(cache=self.cache.inner(entries))
+
+    @property
+    def left(self) -> Any:
+        """What has been left in the cache; None: there is no cache."""
+        return None if self.cache is None else self.cache.left
 
 
 def make_segments(
@@ -115,7 +129,20 @@ def cross_segments(target: Segments, source: Segments) -> Segments:
         source: of those that are attended to, [B, J]; with as many examples in each row.
     """
     mask = _same_example(target.segment_ids, source.segment_ids, source.first.shape[1])
-    return target._replace(mask=mask, key_position=source.places.position)
+    return target._replace(mask=mask, key_position=source.places.position, cache=None)
+
+
+def next_position(position: Array, visible: Array) -> Segments:
+    """The segments of a step of generation: one position of each row, computed in K variants.
+
+    Args:
+        position: int [B]; the position within the text.
+        visible: bool [B, K, J]; which keys of the cache a variant attends to.
+    """
+    rows, variants, length = visible.shape
+    places = Places(jnp.broadcast_to(position[:, None], (rows, variants)))
+    first, ids = jnp.zeros((rows, 1), jnp.int32), jnp.ones((rows, variants), jnp.int32)
+    return Segments(visible[:, None], places, first, ids, None, KeyValueCache(length))
 
 
 def _same_example(queries: Array, keys: Array, count: int) -> Array:

@@ -13,7 +13,7 @@ Dimension letters: see `pals_jax.models.layers`; a source has J positions, a tar
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -24,11 +24,29 @@ from pals_jax.models.adapters.bound import TaskAdapters
 from pals_jax.models.adapters.forms import Params
 from pals_jax.models.adapters.spec import Method
 from pals_jax.models.bart import BartConfig, Vocabulary
-from pals_jax.models.encoder_decoder import PARTS, TextStack, init_params
-from pals_jax.models.segments import Packing, Segments
+from pals_jax.models.encoder_decoder import (
+    PARTS,
+    Entries,
+    KeysAndValues,
+    TextStack,
+    init_params,
+)
+from pals_jax.models.segments import Packing, Segments, make_segments, next_position
 from pals_jax.models.stack import given_or
 from pals_jax.models.task_rows import Own, by_row, declare
 from pals_jax.runtime.errors import UserError
+
+
+class ReadSource(NamedTuple):
+    """What the steps of generation need of a source.
+
+    Attributes:
+        keys_and_values: of the cross attention of each layer of the decoder, [B, H, J, K] both.
+        segment_ids: int [B, J]; 0 at padding.
+    """
+
+    keys_and_values: KeysAndValues
+    segment_ids: Array
 
 
 class Seq2SeqModel(nn.Module):
@@ -145,6 +163,67 @@ class Seq2SeqModel(nn.Module):
 
         return self._by_row(encode, task_ids, packing, (input_ids, attention_mask), hidden)
 
+    def read(
+        self, layers: tuple[Any, ...], input_ids: Array, attention_mask: Array, task_ids: Array
+    ) -> ReadSource:
+        """What the steps of generation need of the sources; leaves [B, ...].
+
+        Args:
+            layers: the parameters of each layer of the decoder; see `stack.unstacked`.
+            input_ids: int [B, J]; the sources.
+            attention_mask: int [B, J]; 0 at padding.
+            task_ids: int, a scalar or [G]; see `__call__`.
+        """
+        self._check_length("source", input_ids.shape[1])
+
+        def read(adapter_params: Any, task: Array, own: Own, *source: Array) -> ReadSource:
+            encoded, segments = self._run("encoder", adapter_params, own, source)
+            stack, params, adapters = self._stack("decoder", adapter_params)
+            inputs = layers, encoded, segments, adapters
+            read = stack.apply({"params": params}, *inputs, method="read_source")
+            return ReadSource(read, segments.segment_ids)
+
+        return self._by_row(read, task_ids, None, input_ids, attention_mask)
+
+    def step(
+        self,
+        layers: tuple[Any, ...],
+        tokens: Array,
+        position: Array,
+        visible: Array,
+        sources: ReadSource,
+        entries: Entries | None,
+        task_ids: Array,
+    ) -> tuple[Array, Entries]:
+        """One step of generation: the decoder at one position of each row, in K variants of a text.
+
+        It equals `decode` at that position, if the rows have been through all positions before.
+
+        Args:
+            layers: as for `read`.
+            tokens: int [B, K]; the token of each variant at the position.
+            position: int [B].
+            visible: bool [B, K, J]; which keys of the cache a variant attends to, beside its own.
+            sources: what `read` has returned.
+            entries: of the cache, leaves [B, ..., J, size of a head]. None: all are zero.
+            task_ids: as for `read`.
+
+        Returns:
+            The last hidden states [B, K, D] in `dtype`, and what to `kv_cache.write` to the cache,
+            leaves [B, ..., K, size of a head].
+        """
+
+        def step(adapter_params: Any, task: Array, own: Own, *row: Any) -> tuple[Array, Entries]:
+            tokens, position, visible, sources, entries = row
+            stack, params, adapters = self._stack("decoder", adapter_params)
+            read = sources.keys_and_values, make_segments(sources.segment_ids, own.first)
+            segments = next_position(position, visible)
+            inputs = layers, self._vocabulary(tokens), segments, adapters, read, entries
+            return stack.apply({"params": params}, *inputs, method="step")
+
+        rows = tokens, position, visible, sources, entries
+        return self._by_row(step, task_ids, None, *rows)
+
     def _run(
         self,
         block: str,
@@ -158,28 +237,41 @@ class Seq2SeqModel(nn.Module):
 
         `text` is the tokens and, of each, the example it belongs to, int [B, L] both.
         """
-        config = self.config.stacks[block]
-        # Without a parent, because some of the parameters may be a task's copies.
-        stack = TextStack(config, self.dtype, self.remat, block == "decoder", parent=None)
-        adapters = TaskAdapters(self.method, adapter_params, config, block=block)
-        params = adapters.own_outside(self.parts[block])
+        stack, params, adapters = self._stack(block, adapter_params)
         ids, segment_ids = text
         inputs = self._vocabulary(ids), segment_ids, adapters, own.first, own.salts
         out = stack.apply({"params": params}, *inputs, source, hidden, rngs=own.rngs)
         return cast(tuple[Array, Segments], out)
+
+    def _stack(self, block: str, adapter_params: Params) -> tuple[TextStack, Params, TaskAdapters]:
+        """The encoder or the decoder, its parameters and its adapters, for rows of one task."""
+        config = self.config.stacks[block]
+        # Without a parent, because some of the parameters may be a task's copies.
+        stack = TextStack(config, self.dtype, self.remat, block == "decoder", parent=None)
+        adapters = TaskAdapters(self.method, adapter_params, config, block=block)
+        return stack, adapters.own_outside(self.parts[block]), adapters
 
     def _vocabulary(self, *inputs: Array, **kwargs: Any) -> Array:
         module = Vocabulary(self.config, self.dtype, parent=None)
         params = {"params": self.parts["vocabulary"]}
         return cast(Array, module.apply(params, *inputs, **kwargs))
 
-    def logits(self, hidden: Array) -> Array:
-        """The decoder's last hidden states [B, L, D] -> float32 [B, L, V]."""
-        return self._vocabulary(hidden, method="logits")
+    def logits(self, hidden: Array, columns: Array | None = None) -> Array:
+        """The decoder's last hidden states [B, L, D] -> float32 [B, L, V].
+
+        Args:
+            hidden: the hidden states.
+            columns: `self.columns()`, where they are computed once for many calls.
+        """
+        return self._vocabulary(hidden, columns, method="logits")
+
+    def columns(self) -> Array:
+        """The words as columns, [D, V] in `dtype`."""
+        return self._vocabulary(method="columns")
 
     def _by_row(
-        self, run: Callable[..., Array], task_ids: Array, packing: Packing | None, *inputs: Any
-    ) -> Array:
+        self, run: Callable[..., Any], task_ids: Array, packing: Packing | None, *inputs: Any
+    ) -> Any:
         """Maps `run(adapter_params, task, own, *inputs)` over the rows, each a batch of one."""
         collection = {name: v.value for name, v in self.adapter_params.items()}
         key = self.make_rng("dropout") if self.has_rng("dropout") else None

@@ -82,6 +82,54 @@ class Stack(nn.Module):
                 h = self._scan(layers, h, segments, keys, adapters, source, start, stop)
         return h
 
+    def step_through_layers(
+        self,
+        layers: tuple[Any, ...],
+        h: Array,
+        segments: Segments,
+        adapters: TaskAdapters,
+        sources: tuple[Source, ...],
+        entries: tuple[Any, ...] | None,
+    ) -> tuple[Array, tuple[Any, ...]]:
+        """What the layers make of one position of each text, and what they leave in the cache.
+
+        The layers follow each other in the program, because a scan would copy the slices of their
+        parameters and of the cache in every step.
+
+        Args:
+            layers: the parameters of each layer, `unstacked`.
+            h: [B, L, D].
+            segments: of the L variants of the position; see `next_position`.
+            adapters: those of the rows' task.
+            sources: what the cross attention of each layer reads.
+            entries: of the cache, for each layer. None: all are zero.
+        """
+        left = []
+        for i, (params, source) in enumerate(zip(layers, sources, strict=True)):
+            here = segments.inner(None if entries is None else entries[i])
+            sites = adapters.sites(here, None, adapters.layer(i))
+            own = {"params": adapters.own_layer(params, i)}
+            h = self._layer().apply(own, h, here, sites, source)
+            left.append(here.left)
+        return h, tuple(left)
+
+    def read_through_layers(
+        self, layers: tuple[Any, ...], source: Source, adapters: TaskAdapters
+    ) -> tuple[tuple[Array, Array], ...]:
+        """For each layer the keys and values of its cross attention, [B, H, J, K].
+
+        Args:
+            layers: the parameters of each layer, `unstacked`.
+            source: what cross attention reads.
+            adapters: those of the rows' task.
+        """
+        read = []
+        for i, params in enumerate(layers):
+            sites = adapters.sites(source.segments, None, adapters.layer(i))
+            own = {"params": adapters.own_layer(params, i)}
+            read.append(self._layer().apply(own, source, sites, method="read_source"))
+        return tuple(read)
+
     def _scan(
         self,
         layers: Any,
@@ -112,6 +160,12 @@ class Stack(nn.Module):
         params = adapters.own_layers(params, start, stop)
         h, _ = jax.lax.scan(body, h, (params, adapters.layers(start, stop), keys, active))
         return h
+
+
+def unstacked(layers: Any) -> tuple[Any, ...]:
+    """The parameters of each layer, of leaves [N, ...]."""
+    depth = len(jax.tree.leaves(layers)[0])
+    return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(depth))
 
 
 def given_or(module: nn.Module, name: str, init: Callable[[Array], Any]) -> Any:

@@ -136,7 +136,8 @@ class Block(nn.Module):
     config: Any  # a StackConfig
     dtype: Any = jnp.float32
 
-    def dense(self, features: int, name: str) -> nn.Dense:
+    def dense(self, features: int, name: str | None = None) -> nn.Dense:
+        """A projection; within `setup`, without a name."""
         init = nn.initializers.normal(self.config.initializer_range)
         return nn.Dense(features, dtype=self.dtype, kernel_init=init, name=name)
 
@@ -159,20 +160,27 @@ class Source(NamedTuple):
     """What the cross attention of a decoder's layers reads.
 
     Attributes:
-        hidden: [B, J, D]; the last hidden states of the encoder.
+        hidden: [B, J, D]; the last hidden states of the encoder. None: `keys_and_values` is given.
         segments: of their J positions.
         attention: of the attention of the decoder's positions to them; see `cross_segments`.
+        keys_and_values: [B, H, J, K] both; what `Layer.read_source` has computed of `hidden`, for
+            one layer.
     """
 
-    hidden: Array
+    hidden: Array | None
     segments: Segments
     attention: Segments
+    keys_and_values: tuple[Array, Array] | None = None
 
 
 class Attention(Block):
     """Multi-head attention and its output projection; its name begins those of its sites."""
 
-    @nn.compact
+    def setup(self) -> None:
+        size = self.config.hidden_size
+        self.query, self.key, self.value = (self.dense(size) for _ in range(3))
+        self.output = self.dense(size)
+
     def __call__(
         self,
         x: Array,
@@ -182,17 +190,12 @@ class Attention(Block):
     ) -> Array:
         """x: [B, L, D] -> [B, L, D]; keys and values are of `source`, or of x."""
         config, name = self.config, self.name
-        read, of_attention, there = x, segments, sites
-        if source is not None:
-            read, of_attention = source.hidden, source.attention
-            there = partial(sites, segments=source.segments)
-        to_query, to_key, to_value = (
-            self.dense(config.hidden_size, part) for part in ("query", "key", "value")
-        )
-        split = partial(split_heads, num_heads=config.num_attention_heads)
-        query = split(sites(f"{name}.query", to_query(x), x))
-        key = split(there(f"{name}.key", to_key(read), read))
-        value = split(there(f"{name}.value", to_value(read), read))
+        of_attention = segments if source is None else source.attention
+        query = self._split(sites(f"{name}.query", self.query(x), x))
+        if source is None:
+            key, value = self._keys_and_values(x, sites)
+        else:
+            key, value = source.keys_and_values or self.read(source, sites)
         heads, log_normaliser = dot_product_attention(
             query,
             key,
@@ -207,10 +210,22 @@ class Attention(Block):
             *(z, x),
             query=query,
             log_normaliser=log_normaliser,
-            to_query=lambda x: split(to_query(x)),
+            to_query=lambda x: self._split(self.query(x)),
         )
-        y = sites(f"{name}.projection", self.dense(config.hidden_size, "output")(z), z)
+        y = sites(f"{name}.projection", self.output(z), z)
         return self.dropout(y, config.hidden_dropout_prob, segments.places)
+
+    def read(self, source: Source, sites: Sites) -> tuple[Array, Array]:
+        """The keys and values of a source, [B, H, J, K] both."""
+        assert source.hidden is not None
+        return self._keys_and_values(source.hidden, partial(sites, segments=source.segments))
+
+    def _keys_and_values(self, x: Array, sites: Sites) -> tuple[Array, Array]:
+        key = self._split(sites(f"{self.name}.key", self.key(x), x))
+        return key, self._split(sites(f"{self.name}.value", self.value(x), x))
+
+    def _split(self, x: Array) -> Array:
+        return split_heads(x, self.config.num_attention_heads)
 
 
 class FeedForward(Block):
@@ -234,6 +249,11 @@ class Layer(Block):
     With a source, cross attention to it comes between the two blocks.
     """
 
+    def setup(self) -> None:
+        block = {"config": self.config, "dtype": self.dtype}
+        self.attention, self.cross_attention = Attention(**block), Attention(**block)
+        self.ffn = FeedForward(**block)
+
     @nn.compact
     def __call__(
         self,
@@ -243,17 +263,17 @@ class Layer(Block):
         source: Source | None = None,
     ) -> Array:
         """h: [B, L, D] -> [B, L, D]."""
-        block = {"config": self.config, "dtype": self.dtype}
-        attention = Attention(**block, name="attention")
-        a = self.residual("attention", h, lambda x: attention(x, segments, sites), sites)
+        a = self.residual("attention", h, lambda x: self.attention(x, segments, sites), sites)
         if source is not None:
-            cross = Attention(**block, name="cross_attention")
-            attend = partial(cross, segments=segments, sites=sites, source=source)
+            attend = partial(self.cross_attention, segments=segments, sites=sites, source=source)
             a = self.residual("cross_attention", a, attend, sites)
-        ffn = FeedForward(**block, name="ffn")
         whole = lambda y: sites("layer", y, h)  # noqa: E731
-        y = self.residual("ffn", a, lambda x: ffn(x, segments, sites), sites, whole)
+        y = self.residual("ffn", a, lambda x: self.ffn(x, segments, sites), sites, whole)
         return sites("layer.output", y, h)
+
+    def read_source(self, source: Source, sites: Sites = no_sites) -> tuple[Array, Array]:
+        """The keys and values of its cross attention, [B, H, J, K] both."""
+        return self.cross_attention.read(source, sites)
 
     def residual(
         self,

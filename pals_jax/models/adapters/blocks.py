@@ -95,15 +95,20 @@ class Blocks:
 
     def __call__(self, params: Params, x: Array, context: Context) -> Array:
         block = self._block(self._config(context.config), x.dtype)
-        key = context.dropout_key
+        key, cache = context.dropout_key, context.segments.cache
 
-        def body(z: Any, step: Any) -> tuple[Any, None]:
-            block_params, index = step
+        def body(z: Any, step: Any) -> tuple[Any, Any]:
+            block_params, index, entries = step
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
-            return block.apply({"params": block_params}, z, context.segments, rngs=rngs), None
+            segments = context.segments.inner(entries)
+            return block.apply({"params": block_params}, z, segments, rngs=rngs), segments.left
 
         z = project(params["down"], x) if self.size else x
-        z, _ = jax.lax.scan(body, z, (params["blocks"], jnp.arange(self.count)))
+        # In the cache, rows come before blocks.
+        entries = None if cache is None else _swapped(cache.take())
+        z, left = jax.lax.scan(body, z, (params["blocks"], jnp.arange(self.count), entries))
+        if cache is not None:
+            cache.leave(_swapped(left))
         return project(params["up"], z) if self.size else z
 
     def _config(self, config: StackConfig) -> StackConfig:
@@ -118,3 +123,8 @@ class Blocks:
     def _block(self, config: StackConfig, dtype: Any = jnp.float32) -> Any:
         block = {"attention": _AttentionBlock, "ffn": _FeedForwardBlock, "layer": Layer}
         return block[self.kind](config, dtype, parent=None)
+
+
+def _swapped(tree: Any) -> Any:
+    """Leaves [B, N, ...] <-> [N, B, ...]."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), tree)

@@ -109,6 +109,15 @@ class TaskAdapters:
                 layers = overlay(layers, mine)
         return layers
 
+    def layer(self, index: int) -> dict[str, Params]:
+        """The parameters of the adapters that one layer carries."""
+        return jax.tree.map(lambda x: x[0], self.layers(index, index + 1))
+
+    def own_layer(self, layer: Params, index: int) -> Params:
+        """One layer's parameters `layer`, with the task's copies in."""
+        layers = self.own_layers(jax.tree.map(lambda x: x[None], layer), index, index + 1)
+        return jax.tree.map(lambda x: x[0], layers)
+
     def own_outside(self, stack: Params) -> Params:
         """The stack's parameters with the task's copies of those outside the layers in place."""
         for name, _ in self._task_copies:

@@ -1,0 +1,1 @@
+"""Generation with encoder-decoders: greedy and beam search, each source under its own task."""

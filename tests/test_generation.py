@@ -1,0 +1,260 @@
+"""Generated tokens equal those of transformers and of He et al.; refusals.
+
+The steps of the decoder: `test_steps`.
+"""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_bart import CLASSES
+from test_bart import write as write_model
+from test_unified_view_seq2seq import VARIANTS, convert, load
+
+from pals_jax.convert import from_huggingface
+from pals_jax.inference.generation import generate, search
+from pals_jax.inference.generation.config import GenerationConfig, read_generation_config
+from pals_jax.inference.generation.generate import Generated, Generator
+from pals_jax.models.adapters import methods
+from pals_jax.runtime.errors import UserError
+
+TOKENS = {"decoder_start_token_id": 1, "eos_token_id": 2, "pad_token_id": 1}
+
+
+def in_order(texts: Any) -> list[Generated]:
+    return sorted(texts, key=lambda text: text.source)
+
+
+# Against the code of He et al.
+
+
+def settings(golden: Any, name: str) -> GenerationConfig:
+    given = golden.config | golden.config["generation"][name]
+    given["early_stopping"] = given["early_stopping"] or "original"
+    return GenerationConfig.from_mapping(given)
+
+
+def assert_generates(variant: str, names: tuple[str, ...], shared: Path) -> None:
+    golden = load(shared, variant)
+    model, variables = convert(golden)
+    lengths = golden.arrays["attention_mask"].sum(1)
+    sources = [x[:n] for x, n in zip(golden.arrays["input_ids"], lengths, strict=True)]
+    for name in names:
+        if name not in golden.config["generation"]:
+            continue
+        texts = in_order(Generator(model, settings(golden, name), rows=8)(variables, sources))
+        for text, expected in zip(texts, golden.arrays[name], strict=True):
+            np.testing.assert_array_equal(text.tokens, expected[: len(text.tokens)], name)
+            assert (expected[len(text.tokens) :] == golden.config["pad_token_id"]).all()
+        if (score := f"{name}_score") in golden.arrays:
+            scores = [text.score for text in texts]
+            np.testing.assert_allclose(scores, golden.arrays[score], rtol=0, atol=1e-5)
+
+
+def test_tokens_of_the_original(shared: Path) -> None:
+    assert_generates("bart/mam", ("generated_beam4_lp06",), shared)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_of_every_variant_of_the_original(variant: str, shared: Path) -> None:
+    """Of prefix_gated there are none: the original cannot generate with it."""
+    names = ("generated_greedy", "generated_beam4", "generated_beam4_lp2", "generated_beam4_lp06")
+    assert_generates(variant, names, shared)
+
+
+# Against transformers
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "greedy": {"forced_eos_token_id": 2},
+    "greedy, no repetition": {"no_repeat_ngram_size": 2, "min_length": 5},
+    "beams": {"num_beams": 3, "length_penalty": 2.0, "min_length": 4, "suppress_tokens": [1, 17]},
+    "beams, early": {"num_beams": 4, "early_stopping": True, "no_repeat_ngram_size": 1},
+    "beams, forced": {
+        **{"num_beams": 2, "forced_bos_token_id": 5, "forced_eos_token_id": 2},
+        **{"length_penalty": 0.5, "renormalize_logits": True, "suppress_tokens": [9]},
+    },
+}
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """PyTorch's model, and ours with its variables."""
+    directory = tmp_path_factory.mktemp(request.param)
+    theirs = write_model(directory, request.param)
+    return theirs, *from_huggingface(directory)
+
+
+def theirs_of(model: Any, sources: list[list[int]], config: dict[str, Any]) -> Any:
+    """What transformers generates for each source: the tokens without padding, and the scores."""
+    found = []
+    generation = transformers_config(config)
+    model.generation_config = generation  # whose settings would count where these have none
+    for source in sources:
+        out = model.generate(torch.tensor([source]), generation_config=generation)
+        scores = out.sequences_scores if config.get("num_beams", 1) > 1 else [None]
+        tokens = out.sequences[0].numpy()
+        (ends,) = np.nonzero(tokens[1:] == generation.eos_token_id)
+        tokens = tokens[: ends[0] + 2] if len(ends) else tokens
+        found.append((tokens, None if scores[0] is None else float(scores[0])))
+    return found
+
+
+def transformers_config(config: dict[str, Any]) -> Any:
+    from transformers import GenerationConfig
+
+    options = {"return_dict_in_generate": True, "output_scores": True, "do_sample": False}
+    return GenerationConfig(**TOKENS | options | config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_of_transformers(models: Any, name: str) -> None:
+    """Lengths are bounded by the model's nine positions."""
+    theirs, model, variables = models
+    config = CONFIGS[name] | {"max_length": 9}
+    rng = np.random.default_rng(0)
+    sources = [rng.integers(3, 31, n).tolist() for n in (3, 9, 1, 5, 7, 4, 6)]
+    generator = Generator(model, GenerationConfig.from_mapping(TOKENS | config), rows=6)
+    texts = in_order(generator(variables, sources))
+    for text, (tokens, score) in zip(texts, theirs_of(theirs, sources, config), strict=True):
+        np.testing.assert_array_equal(text.tokens, tokens)
+        if score is not None:
+            assert text.score == pytest.approx(score, abs=1e-5)
+
+
+# Programs
+
+
+def config(**changes: Any) -> GenerationConfig:
+    return GenerationConfig(**TOKENS | {"max_length": 9} | changes)
+
+
+def test_each_source_under_its_own_task_in_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More sources than slots, in two buckets; a text too long for the first moves to the next."""
+    monkeypatch.setattr(generate, "LENGTHS", (2, 4))
+    monkeypatch.setattr(generate, "_POSITIONS", 8)
+    model = tiny.seq2seq(methods.lora(2) + methods.pals(6, 3))
+    variables = tiny.variables(model)
+    settings = config(num_beams=2, min_length=5, no_repeat_ngram_size=2)
+    generator = Generator(model, settings, rows=4)
+    rng = np.random.default_rng(0)
+    sources = [rng.integers(3, 31, n).tolist() for n in (2, 4, 1, 2, 9, 3, 2, 1)]
+    tasks = [2, 0, 1, 1, 2, 0, 0, 2]
+    mixed = in_order(generator(variables, sources, tasks))
+    assert generator.compilations == 3
+    alone = [in_order(generator(variables, sources, task)) for task in range(3)]
+    assert generator.compilations == 6  # one task for all is a scalar; which one does not matter
+    for index, (text, task) in enumerate(zip(mixed, tasks, strict=True)):
+        np.testing.assert_array_equal(text.tokens, alone[task][index].tokens)
+        assert text.score == pytest.approx(alone[task][index].score, abs=1e-5)
+    assert len({tuple(text.tokens.tolist()) for text in mixed}) > 4
+
+
+def test_the_largest_values_of_a_long_axis() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 300, (3, 2000)).astype(np.float32)  # many are equal
+    for count in (1, 8, 40):
+        tiny.assert_same(search.best(x, count), tuple(jax.lax.top_k(x, count)))
+    x = np.where(rng.random(x.shape) < 0.999, -np.inf, x)
+    values, index = search.best(x, 8)
+    np.testing.assert_array_equal(values, jax.lax.top_k(x, 8)[0])
+    np.testing.assert_array_equal(values, np.take_along_axis(x, np.asarray(index), 1))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_beams": 0}, "num_beams of the generation must be a whole number from 1, not 0"),
+        ({"max_length": 1}, "max_length of the generation must be a whole number from 2, not 1"),
+        ({"max_length": None}, "whole number from 2, not None"),
+        ({"min_length": 9}, "min_length 9 of the generation is not below its max_length 9"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size of the generation must be a whole"),
+        ({"early_stopping": "never"}, "is True, False or 'original', not 'never'"),
+        ({"max_length": 10}, "max_length 10 of the generation is above the 9 positions"),
+        ({"forced_bos_token_id": 31}, "forced_bos_token_id 31 of the generation is not among"),
+    ],
+)
+def test_settings_that_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Generator(tiny.seq2seq(), config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"repetition_penalty": 1.2}, "repetition_penalty 1.2 of the model's generation settings"),
+        ({"do_sample": True}, "do_sample True of the model's generation settings"),
+        ({"bad_words_ids": [[3], [4, 5]]}, r"bad_words_ids .* has \[4, 5\], of several tokens"),
+        ({"max_length": None}, "the model's generation settings have no max_length; add it"),
+    ],
+)
+def test_settings_of_transformers_that_are_not_held(changes: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        GenerationConfig.from_mapping(TOKENS | {"max_length": 9} | changes)
+
+
+def test_settings_of_a_directory(shared: Path) -> None:
+    directory = shared / "models" / "opus-mt-en-fr"
+    assert read_generation_config(directory, num_beams=6) == GenerationConfig(
+        **{"decoder_start_token_id": 59513, "eos_token_id": 0, "pad_token_id": 59513},
+        **{"max_length": 512, "num_beams": 6, "forced_eos_token_id": 0},
+        **{"suppress_tokens": (59513,), "renormalize_logits": True},
+    )
+
+
+@pytest.mark.parametrize(
+    ("sources", "tasks", "message"),
+    [
+        ([[3], []], 0, "source 1 has 0 tokens; give from 1 to 9"),
+        ([[3] * 10], 0, "source 0 has 10 tokens; give from 1 to 9"),
+        ([[3]], 3, "task id 3 is out of range; the 3 tasks are 0 to 2"),
+        ([[3], [4]], [0, -1], "task id -1 is out of range"),
+    ],
+)
+def test_sources_that_are_refused(sources: Any, tasks: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list(Generator(tiny.seq2seq(), config())({}, sources, tasks))
+
+
+# The real Marian
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("beams", [1, 4, 6])
+def test_the_real_marian(beams: int, shared: Path) -> None:
+    """English software strings to French, with the settings of the authors of the model."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("sentencepiece")
+    directory = shared / "models" / "opus-mt-en-fr"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    lines = (shared / "seq2seq" / "en_ro" / "dev.tsv").read_text().splitlines()[1:201]
+    sources = tokenizer([line.split("\t")[0] for line in lines])["input_ids"]
+    theirs = transformers.MarianMTModel.from_pretrained(directory, dtype=torch.float32).eval()
+    model, variables = from_huggingface(directory)
+    config = read_generation_config(directory, num_beams=beams)
+    generator = Generator(model, config)
+    texts = in_order(generator(variables, sources))
+    assert generator.compilations <= 8
+    ties = 0
+    for source, text in zip(sources, texts, strict=True):
+        out = theirs.generate(
+            torch.tensor([source]),
+            num_beams=beams,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        tokens = out.sequences[0].numpy()
+        if not np.array_equal(text.tokens, tokens):
+            ties += 1
+            assert beams > 1
+            assert text.score == pytest.approx(float(out.sequences_scores[0]), abs=1e-5)
+    assert ties <= 2, list(itertools.islice(texts, 3))
