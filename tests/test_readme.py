@@ -71,13 +71,19 @@ def test_imports_point_down():
             assert not wrong, f"{path} imports {wrong}"
 
 
-def test_the_map_has_every_room_and_module():
-    """The contributors' map lists the rooms in the order of the imports, with all their modules."""
-    page = (REPOSITORY / "CONTRIBUTING.md").read_text()
-    rows = page.split("    pals_jax/\n")[1].split("\n\n")[0].splitlines()
-    names = [re.split(" {2,}", row.strip())[0].strip("/") for row in rows]
-    assert [name for name in names if name in ROOMS] == ROOMS
-    words = set(re.findall(r"[a-z0-9_]+", " ".join(rows)))
+def map_rows(page: str) -> list[str]:
+    """The rows of a page's map below `pals_jax/`."""
+    lines = (REPOSITORY / page).read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("    pals_jax/")) + 1
+    return lines[start : lines.index("", start)]
+
+
+def test_the_maps_have_every_room_and_module():
+    """They list the rooms in the order of the imports; the contributors' names all modules."""
+    for page in ("README.md", "CONTRIBUTING.md"):
+        names = [re.split(" {2,}", row.strip())[0].strip("/") for row in map_rows(page)]
+        assert [name for name in names if name in ROOMS] == ROOMS, page
+    words = set(re.findall(r"[a-z0-9_]+", " ".join(map_rows("CONTRIBUTING.md"))))
     modules = {path.stem for path in PACKAGE.rglob("[a-z]*.py") if "demo" not in path.parts}
     assert not modules - words
 
