@@ -73,7 +73,7 @@ def test_imports_point_down():
 
 def map_rows(page: str) -> list[str]:
     """The rows of a page's map below `pals_jax/`."""
-    lines = (REPOSITORY / page).read_text().splitlines()
+    lines = [*(REPOSITORY / page).read_text().splitlines(), ""]
     start = next(i for i, line in enumerate(lines) if line.startswith("    pals_jax/")) + 1
     return lines[start : lines.index("", start)]
 
