@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,11 @@ def main() -> None:
 
         ours()  # compiles
         tried = {
-            size: _timed(lambda size=size, beams=beams: with_pytorch(theirs, sources, beams, size))[
-                0
-            ]
-            for size in BATCHES
+            size: _timed(partial(with_pytorch, theirs, sources, beams, size))[0] for size in BATCHES
         }
         size = min(tried, key=lambda size: tried[size])
         rounds = [
-            (_timed(ours), _timed(lambda b=beams, s=size: with_pytorch(theirs, sources, b, s)))
+            (_timed(ours), _timed(partial(with_pytorch, theirs, sources, beams, size)))
             for _ in range(args.rounds)
         ]
         ratios = [other / own for (own, _), (other, _) in rounds]

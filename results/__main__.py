@@ -45,14 +45,16 @@ def main() -> int:
 def _run(args: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu" if args.device == "cpu" else "cuda"
     from pals_jax.runtime import distributed
-    from results import runs
+    from results import costs, runs
+    from results.jobs import Campaign
 
     listed = claims.read()
-    runner = runs.Runner(listed, args.device, args.data, args.workdirs)
+    campaign = Campaign(listed, args.device, args.data)
     with distributed.ended_by_sigterm():
         if args.plan:
-            runs.plan(runner, listed.only(args.only))
+            costs.plan(costs.Costs(campaign), listed.only(args.only))
         else:
+            runner = runs.Runner(campaign, args.workdirs)
             runs.run(runner, listed.only(args.only), args.hours)
 
 

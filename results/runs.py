@@ -65,13 +65,7 @@ class Runner:
         for names in in_one_step(configs, parent) if one_step else [[name] for name in configs]:
             self.check_time()
             with _Stopwatch([Path(parent) / f"{name}.seconds" for name in names]) as watch:
-                if added:
-                    runs = {name: _add_tasks(configs[name], parent / name) for name in names}
-                else:
-                    found = train_all({name: configs[name] for name in names}, parent)
-                    runs = {
-                        n: Run.load(parent / n) if found[n] is not None else None for n in names
-                    }
+                runs = _train(job, {name: configs[name] for name in names}, parent)
             for name in names:
                 change = _largest_change(configs[name], parent / name) if added else None
                 self._write_trained(job, configs[name], runs[name], watch.seconds, change)
@@ -175,6 +169,14 @@ def _answers(run: Run, active: np.ndarray | None) -> records.Answers:
     return found
 
 
+def _train(job: Job, configs: dict[str, ConfigDict], parent: epath.Path) -> dict[str, Run | None]:
+    """Trains the runs of these configurations, by name; None where one diverged."""
+    if job.arm.kind == "added":
+        return {name: _add_tasks(config, parent / name) for name, config in configs.items()}
+    found = train_all(configs, parent)
+    return {n: Run.load(parent / n) if found[n] is not None else None for n in configs}
+
+
 def _add_tasks(config: ConfigDict, workdir: epath.Path) -> Run:
     """Trains the tasks of a configuration one after another, each added to the run before."""
     base = None
@@ -188,7 +190,9 @@ def _largest_change(config: ConfigDict, workdir: epath.Path) -> float:
     """The largest change of a task's parameters while later tasks were added; 0 if none moved."""
 
     def rows(run: Run, task: int) -> Any:
-        return task_axis.take(run.variables["adapters"], run.model.num_outputs, (task,))
+        return task_axis.take(
+            run.variables["adapters"], run.experiment.model().num_outputs, (task,)
+        )
 
     last, largest = Run.load(workdir / config.tasks[-1]), 0.0
     for task, name in enumerate(config.tasks):

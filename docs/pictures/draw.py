@@ -5,6 +5,7 @@ The design space comes from the methods themselves, so that it has every method 
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ HERE = Path(__file__).parent
 INK, FAINT = "#22303c", "#e9eef2"
 PARALLEL, SERIAL, OTHER = "#1f6f8b", "#d1495b", "#5c6b73"
 TASKS = {"sentiment": "#d1495b", "entailment": "#1f6f8b", "similarity": "#66a182"}
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "pals_jax", "font.family": "sans-serif"}
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "pals_jax", "font.family": "sans-serif"}
 
 
 def main() -> None:
@@ -37,7 +38,9 @@ def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _box(axes: Axes, x: float, y: float, width: float, height: float, text: str, **style) -> None:
+def _box(
+    axes: Axes, x: float, y: float, width: float, height: float, text: str, **style: Any
+) -> None:
     look = {"fc": FAINT, "ec": "none", "boxstyle": "round,pad=0,rounding_size=0.6"} | style
     colour = look.pop("color", INK)
     size = look.pop("size", 10)
@@ -47,8 +50,13 @@ def _box(axes: Axes, x: float, y: float, width: float, height: float, text: str,
     )
 
 
-def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], **style) -> None:
-    look = {"arrowstyle": "-|>", "mutation_scale": 10, "color": INK, "lw": 1.1} | style
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
+    look: dict[str, Any] = {
+        "arrowstyle": "-|>",
+        "mutation_scale": 10,
+        "color": INK,
+        "lw": 1.1,
+    } | style
     axes.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **look))
 
 
@@ -85,7 +93,7 @@ def system() -> Figure:
 
 
 # What a layer computes, from its input on: the sites at which methods act, then the next operation.
-_LAYER = (
+_LAYER: tuple[tuple[tuple[str, ...], str], ...] = (
     (("embeddings",), "project to queries, keys, values"),
     (("attention.query", "attention.key", "attention.value"), "attend"),
     (("attention.heads",), "project the heads' output"),
@@ -107,11 +115,11 @@ def sites() -> Figure:
     figure, axes = _canvas(92, 121)
     x, y, ends = 23, 4.0, []
     axes.text(x, 1, "h, the layer's input", ha="center", size=10, color=INK)
-    for names, operation in (*_LAYER, (("layer.output", "top"), "")):
-        bottom, y = y, y + 2.2 + 3.8 * len(names)
+    for sites_here, operation in (*_LAYER, (("layer.output", "top"), "")):
+        bottom, y = y, y + 2.2 + 3.8 * len(sites_here)
         _arrow(axes, (x, bottom), (x, y))
-        for i, name in enumerate(names):
-            at = bottom + (y - 1.8 - bottom) * (i + 0.5) / len(names)
+        for i, name in enumerate(sites_here):
+            at = bottom + (y - 1.8 - bottom) * (i + 0.5) / len(sites_here)
             axes.plot([x], [at], "o", ms=7, color=SERIAL)
             axes.plot([x, 40], [at, at], color=SERIAL, lw=0.8, ls=":")
             axes.text(41, at + 0.2, name, size=9.5, va="center", color=SERIAL, weight="bold")

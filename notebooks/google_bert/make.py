@@ -30,12 +30,13 @@ CONFIG: dict[str, Any] = {
 def shapes() -> dict[str, tuple[int, ...]]:
     """The variables of the encoder, by Google's names."""
     width, inner = CONFIG["hidden_size"], CONFIG["intermediate_size"]
-    found = {
+    found: dict[str, tuple[int, ...]] = {
         "bert/embeddings/word_embeddings": (CONFIG["vocab_size"], width),
         "bert/embeddings/position_embeddings": (CONFIG["max_position_embeddings"], width),
         "bert/embeddings/token_type_embeddings": (CONFIG["type_vocab_size"], width),
     }
-    norms, dense = ["bert/embeddings"], {"bert/pooler/dense": (width, width)}
+    norms = ["bert/embeddings"]
+    dense: dict[str, tuple[int, ...]] = {"bert/pooler/dense": (width, width)}
     for number in range(CONFIG["num_hidden_layers"]):
         layer = f"bert/encoder/layer_{number}"
         for name in ("query", "key", "value"):

@@ -176,14 +176,16 @@ class Seq2SeqModel(nn.Module):
         """
         self._check_length("source", input_ids.shape[1])
 
-        def read(adapter_params: Any, task: Array, own: Own, *source: Array) -> ReadSource:
-            encoded, segments = self._run("encoder", adapter_params, own, source)
+        def read(adapter_params: Any, task: Array, own: Own, ids: Array, mask: Array) -> ReadSource:
+            encoded, segments = self._run("encoder", adapter_params, own, (ids, mask))
             stack, params, adapters = self._stack("decoder", adapter_params)
             inputs = layers, encoded, segments, adapters
             read = stack.apply({"params": params}, *inputs, method="read_source")
+            read = cast(tuple[tuple[Array, Array], ...], read)
             return ReadSource(read, segments.segment_ids)
 
-        return self._by_row(read, task_ids, None, input_ids, attention_mask)
+        source = input_ids, attention_mask
+        return cast(ReadSource, self._by_row(read, task_ids, None, *source))
 
     def step(
         self,
@@ -219,10 +221,11 @@ class Seq2SeqModel(nn.Module):
             read = sources.keys_and_values, make_segments(sources.segment_ids, own.first)
             segments = next_position(position, visible)
             inputs = layers, self._vocabulary(tokens), segments, adapters, read, entries
-            return stack.apply({"params": params}, *inputs, method="step")
+            out = stack.apply({"params": params}, *inputs, method="step")
+            return cast(tuple[Array, Entries], out)
 
         rows = tokens, position, visible, sources, entries
-        return self._by_row(step, task_ids, None, *rows)
+        return cast(tuple[Array, Entries], self._by_row(step, task_ids, None, *rows))
 
     def _run(
         self,
@@ -251,7 +254,7 @@ class Seq2SeqModel(nn.Module):
         adapters = TaskAdapters(self.method, adapter_params, config, block=block)
         return stack, adapters.own_outside(self.parts[block]), adapters
 
-    def _vocabulary(self, *inputs: Array, **kwargs: Any) -> Array:
+    def _vocabulary(self, *inputs: Array | None, **kwargs: Any) -> Array:
         module = Vocabulary(self.config, self.dtype, parent=None)
         params = {"params": self.parts["vocabulary"]}
         return cast(Array, module.apply(params, *inputs, **kwargs))

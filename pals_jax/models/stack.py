@@ -9,7 +9,7 @@ Dimension letters: see `pals_jax.models.layers`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -109,7 +109,7 @@ class Stack(nn.Module):
             here = segments.inner(None if entries is None else entries[i])
             sites = adapters.sites(here, None, adapters.layer(i))
             own = {"params": adapters.own_layer(params, i)}
-            h = self._layer().apply(own, h, here, sites, source)
+            h = cast(Array, self._layer().apply(own, h, here, sites, source))
             left.append(here.left)
         return h, tuple(left)
 
@@ -127,7 +127,8 @@ class Stack(nn.Module):
         for i, params in enumerate(layers):
             sites = adapters.sites(source.segments, None, adapters.layer(i))
             own = {"params": adapters.own_layer(params, i)}
-            read.append(self._layer().apply(own, source, sites, method="read_source"))
+            of_layer = self._layer().apply(own, source, sites, method="read_source")
+            read.append(cast(tuple[Array, Array], of_layer))
         return tuple(read)
 
     def _scan(

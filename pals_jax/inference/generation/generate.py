@@ -96,9 +96,9 @@ class Generator:
         def call(bucket: int, chosen: list[int]) -> Texts:
             size = self._size(bucket)
             ids, mask = self._padded_sources([sources[i] for i in chosen], bucket)
-            start, count = _padded(starts[chosen], size), np.int32(len(chosen))
+            start, present = _padded(starts[chosen], size), np.array(len(chosen), np.int32)
             of_each = tasks if tasks.ndim == 0 else _padded(tasks[chosen], size)
-            given = Sources(ids, mask, start, count, of_each)
+            given = Sources(ids, mask, start, present, of_each)
             return cast(Texts, jax.device_get(self._program(bucket)(variables, given)))
 
         return self._generate(sources, waiting, call)

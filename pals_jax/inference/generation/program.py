@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 
@@ -32,17 +33,17 @@ class Sources(NamedTuple):
         input_ids: int [N, J].
         attention_mask: int [N, J]; 0 at padding.
         start: int [N]; the token that each text begins with.
-        count: int scalar; how many of the N there are, the first ones.
+        present: int scalar; how many of the N there are, the first ones.
         task_ids: int, the task of all, or of each, [N].
     """
 
-    input_ids: Array
-    attention_mask: Array
-    start: Array
-    count: Array
-    task_ids: Array
+    input_ids: Array | np.ndarray
+    attention_mask: Array | np.ndarray
+    start: Array | np.ndarray
+    present: Array | np.ndarray
+    task_ids: Array | np.ndarray
 
-    def tasks(self, index: Array) -> Array:
+    def tasks(self, index: Array) -> Array | np.ndarray:
         """The tasks of some sources: int, a scalar or [n]."""
         return self.task_ids if self.task_ids.ndim == 0 else self.task_ids[index]
 
@@ -102,7 +103,7 @@ def make_generate(
 
     def generate(variables: optax.Params, sources: Sources) -> Texts:
         layers = unstacked(variables["params"]["decoder"]["layers"])
-        columns = model.apply(variables, method="columns")
+        columns = cast(Array, model.apply(variables, method="columns"))
         return _Loop(model, config, slots, room, variables, layers, columns, sources).texts()
 
     return generate
@@ -158,7 +159,7 @@ class _Loop:
             return jax.tree.map(put, read, read_block(first))
 
         empty = _zeros(jax.eval_shape(read_block, jnp.zeros((), jnp.int32)), self.none)
-        blocks = (self.sources.count + self.slots - 1) // self.slots
+        blocks = (self.sources.present + self.slots - 1) // self.slots
         return lax.fori_loop(0, blocks, next_block, empty)
 
     def _first_state(self, read: ReadSource) -> _State:
@@ -258,7 +259,7 @@ class _Loop:
             dealt: Array
 
         def is_free(slots: Slots) -> Array:
-            return (slots.dealt < self.sources.count) & (slots.source == self.none).any()
+            return (slots.dealt < self.sources.present) & (slots.source == self.none).any()
 
         def fill(slots: Slots) -> Slots:
             slot, source = jnp.argmax(slots.source == self.none), slots.dealt
