@@ -135,6 +135,7 @@ def config(**changes: Any) -> GenerationConfig:
     return GenerationConfig(**TOKENS | {"max_length": 9} | changes)
 
 
+@pytest.mark.slow
 def test_each_source_under_its_own_task_in_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """More sources than slots, in two buckets; a text too long for the first moves to the next."""
     monkeypatch.setattr(generate, "LENGTHS", (2, 4))

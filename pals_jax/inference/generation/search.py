@@ -102,7 +102,8 @@ def best(x: Array, count: int) -> tuple[Array, Array]:
     rows, size = x.shape
     blocks = size // _WIDTH
     if blocks <= count:
-        return jax.lax.top_k(x, count)
+        values, index = jax.lax.top_k(x, count)
+        return values, index
     whole = blocks * _WIDTH
     maxima = x[:, :whole].reshape(rows, blocks, _WIDTH).max(-1)
     _, chosen = jax.lax.top_k(maxima, count)
