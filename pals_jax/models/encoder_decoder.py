@@ -14,7 +14,7 @@ from pals_jax.models.bart import BartConfig, BartEmbeddings, BartStack, Vocabula
 from pals_jax.models.layers import dropout
 from pals_jax.models.segments import Segments, cross_segments, make_segments, one_position
 from pals_jax.models.stack import Stack, given_or, layers_below
-from pals_jax.models.transformer import Source, layer_norm
+from pals_jax.models.transformer import Source, layer_norm, no_sites
 
 PARTS = ("encoder", "decoder", "vocabulary")  # of the `params` collection
 
@@ -84,6 +84,17 @@ class TextStack(Stack):
         h = self.through_layers(self.layers, h, segments, keys, adapters, read, begin)
         h = self.norm(h) if self.config.pre_norm else h
         return adapters.sites(segments, above)("top", h, h), segments
+
+    def lower(self, words: Array, segment_ids: Array, first: Array) -> Array:
+        """What the embeddings and all layers make of the words, [B, L, D], arguments as above.
+
+        Without adapters and dropout, and before the layer norm that follows the last layer of
+        mBART: the `hidden` of a stack with more layers above.
+        """
+        segments = make_segments(segment_ids, first)
+        h = self.embeddings(words, segments.places.position, no_sites)
+        bare = TaskAdapters((), {}, self.config)
+        return self.through_layers(self.layers, h, segments, None, bare)
 
 
 def init_params(config: BartConfig, part: str, key: Array) -> Params:
