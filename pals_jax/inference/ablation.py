@@ -8,6 +8,7 @@ from etils import epath
 from pals_jax.inference.run import Run
 from pals_jax.models.adapters.parse import title
 from pals_jax.models.adapters.spec import Adapter
+from pals_jax.models.bert import BertConfig
 from pals_jax.runtime import storage
 from pals_jax.runtime.console import progress
 from pals_jax.runtime.errors import UserError
@@ -23,9 +24,15 @@ def ablate(run: Run) -> dict[str, np.ndarray]:
         last (inclusive), minus the score with all adapters; NaN where last < first.
 
     Raises:
-        UserError: if no layer of the run has adapters.
+        UserError: if no layer of the run has adapters, or it is of an encoder-decoder.
     """
-    experiment, depth = run.experiment, run.experiment.architecture.num_hidden_layers
+    experiment = run.experiment
+    if not isinstance(experiment.architecture, BertConfig):
+        raise UserError(
+            "layers are ablated in encoders only, and the run is of an encoder-decoder; evaluate it"
+            " whole."
+        )
+    depth = experiment.architecture.num_hidden_layers
     adapters = [spec for spec in experiment.model().method if isinstance(spec, Adapter)]
     if not any(adapter.layer_indices(depth) for adapter in adapters):
         raise UserError(

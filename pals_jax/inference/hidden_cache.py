@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar, cast
 
@@ -21,12 +22,17 @@ import optax
 from jax import Array
 
 from pals_jax.data.batch import Batch
-from pals_jax.data.tokenize import TokenizedSplit
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.models.adapters.bound import TaskAdapters
+from pals_jax.models.architectures import Model
+from pals_jax.models.bart import BartConfig, Vocabulary
 from pals_jax.models.encoder import Encoder
+from pals_jax.models.encoder_decoder import TextStack
+from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.models.shapes import adapter_shapes
 from pals_jax.models.stack import layers_below
+from pals_jax.models.transformer import StackConfig
 from pals_jax.runtime import storage
 from pals_jax.runtime.console import in_bytes, progress, say
 from pals_jax.runtime.errors import UserError
@@ -47,12 +53,13 @@ def with_hidden(experiment: Experiment, variables: optax.Params, splits: Tree) -
     Raises:
         UserError: if the cache cannot be written.
     """
-    below = HiddenCache.of(experiment, variables["params"]["encoder"])
+    below = HiddenCache.of(experiment, variables["params"])
     files = {below.file(split): split for split in jax.tree.leaves(splits)}
     size = in_bytes(sum(map(below.size, files.values())))
     say(
-        f"the hidden states of the lowest {below.encoder.config.num_hidden_layers} of"
-        f" {experiment.architecture.num_hidden_layers} layers are computed once for each example"
+        f"the hidden states of the lowest {below.config.num_hidden_layers} of"
+        f" {experiment.architecture.stacks['encoder'].num_hidden_layers} layers are computed once"
+        " for each example"
         f" and cached in {experiment.cache_dir}: {size}"
     )
     try:
@@ -78,9 +85,7 @@ def check_same(experiment: Experiment, given: optax.Params, restored: optax.Para
     """
     if experiment.config.lower_dropout:
         return
-    one, other = (
-        HiddenCache.of(experiment, each["params"]["encoder"]) for each in (given, restored)
-    )
+    one, other = (HiddenCache.of(experiment, each["params"]) for each in (given, restored))
     if one.digest.digest() != other.digest.digest():
         raise UserError(
             f"{experiment.config.encoder} is not the encoder that the run began with: the layers"
@@ -93,32 +98,40 @@ class HiddenCache:
     """The layers below the first adapter, and the cache of their hidden states.
 
     Attributes:
-        encoder: an encoder of these layers alone.
-        params: the parameters of these layers alone.
+        config: the architecture of an encoder of these layers alone.
+        dtype: of the computation.
+        params: the parameters of these layers, and of the embeddings.
+        apply: from these parameters and a batch to hidden states [B, L, D].
         experiment: the experiment with the texts.
         parallel: the devices of this host. Each host fills its own cache, independently of others.
     """
 
-    encoder: Encoder
+    config: StackConfig
+    dtype: Any
     params: optax.Params
+    apply: Callable[[optax.Params, Batch], Array]
     experiment: Experiment
     parallel: DataParallel
 
     @classmethod
     def of(cls, experiment: Experiment, params: optax.Params) -> Self:
-        """The cache of an experiment; `params` are the parameters of its whole encoder."""
+        """The cache of an experiment; `params` is the whole collection of that name."""
         model = experiment.model()
-        depth = layers_below(adapter_shapes(model))
-        architecture = dataclasses.replace(model.config, num_hidden_layers=depth)
-        layers = jax.tree.map(lambda x: x[:depth], params["layers"])
+        depth, encoder = layers_below(adapter_shapes(model)), params["encoder"]
+        config = dataclasses.replace(model.config.stacks["encoder"], num_hidden_layers=depth)
+        own = {"layers": jax.tree.map(lambda x: x[:depth], encoder["layers"])}
+        if "embeddings" in encoder:  # those of Marian are words alone
+            own["embeddings"] = encoder["embeddings"]
+        if isinstance(model, Seq2SeqModel):
+            own = {"encoder": own, "vocabulary": params["vocabulary"]}
         parallel = DataParallel.over(jax.local_devices())
-        own = parallel.put({"embeddings": params["embeddings"], "layers": layers})
-        return cls(Encoder(architecture, model.dtype), own, experiment, parallel)
+        apply = partial(_lower, model, config)
+        return cls(config, model.dtype, parallel.put(own), apply, experiment, parallel)
 
     @property
     def _token_size(self) -> int:
         """Bytes of one token's hidden state."""
-        return self.encoder.config.hidden_size * self.encoder.dtype.itemsize
+        return self.config.hidden_size * self.dtype.itemsize
 
     def size(self, split: TokenizedSplit) -> int:
         """Bytes of a split's hidden states."""
@@ -133,8 +146,8 @@ class HiddenCache:
 
     def complete(self, split: TokenizedSplit) -> TokenizedSplit:
         """The split with its cached hidden states, memory-mapped."""
-        shape = len(split.tokens), self.encoder.config.hidden_size
-        hidden = np.memmap(self.file(split), self.encoder.dtype, "r", shape=shape)
+        shape = len(split.tokens), self.config.hidden_size
+        hidden = np.memmap(self.file(split), self.dtype, "r", shape=shape)
         return dataclasses.replace(split, hidden=hidden)
 
     def write(self, missing: Mapping[Path, TokenizedSplit]) -> None:
@@ -172,11 +185,9 @@ class HiddenCache:
     def _step(self) -> Callable[[optax.Params, Batch], Array]:
         """The compiled step from parameters and batch to hidden states [B, L, D]."""
         axis_name = self.parallel.axis_name
-        nothing = TaskAdapters((), {}, self.encoder.config)
 
         def step(params: optax.Params, batch: Batch) -> Array:
-            apply = cast(Callable[..., Array], self.encoder.apply)
-            hidden = apply({"params": params}, *batch.tokens, nothing, batch.first)
+            hidden = self.apply(params, batch)
             if axis_name is None:
                 return hidden
             return jax.lax.all_gather(hidden, axis_name, tiled=True)
@@ -187,7 +198,9 @@ class HiddenCache:
     def digest(self) -> Any:
         """The digest of everything that the hidden states depend on besides the texts."""
         # The backend is included because different kinds of devices round differently.
-        facts = _FORMAT, self.encoder.config, self.encoder.dtype, jax.default_backend()
+        facts: tuple[Any, ...] = _FORMAT, self.config, self.dtype, jax.default_backend()
+        if isinstance(self.experiment.architecture, BartConfig):
+            facts += (self.experiment.architecture.scale_embedding,)
         digest = hashlib.sha256(repr(facts).encode())
         for path, x in jax.tree.leaves_with_path(self.params):
             digest.update(jax.tree_util.keystr(path).encode())
@@ -195,10 +208,23 @@ class HiddenCache:
         return digest
 
 
+def _lower(model: Model, config: Any, params: optax.Params, batch: Batch) -> Array:
+    """What an encoder of the lower layers, of the architecture `config`, makes of a batch."""
+    if isinstance(model, Seq2SeqModel):
+        words = Vocabulary(model.config, model.dtype)
+        embedded = words.apply({"params": params["vocabulary"]}, batch.input_ids)
+        stack, inputs = TextStack(config, model.dtype), (embedded, batch.attention_mask)
+        own = {"params": params["encoder"]}
+        return cast(Array, stack.apply(own, *inputs, batch.first, method="lower"))
+    nothing = TaskAdapters((), {}, config)
+    encoder = Encoder(config, model.dtype)
+    return cast(Array, encoder.apply({"params": params}, *batch.tokens, nothing, batch.first))
+
+
 def as_if_kept(experiment: Experiment, split: TokenizedSplit) -> TokenizedSplit:
     """A split with placeholder hidden states of the right shape, which take no memory."""
     if experiment.config.lower_dropout:
         return split
     zero = np.zeros((), experiment.model().dtype)
-    shape = len(split.tokens), experiment.architecture.hidden_size
+    shape = len(split.tokens), experiment.architecture.stacks["encoder"].hidden_size
     return dataclasses.replace(split, hidden=np.broadcast_to(zero, shape))
