@@ -37,7 +37,8 @@ from pals_jax.convert import huggingface, tables, tensor_files, to_adapterhub, t
 from pals_jax.data.batches import sizes
 from pals_jax.data.packing import Packed, Padded, Shape
 from pals_jax.data.sampler import Draw
-from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
+from pals_jax.data.tokenize import load_tokenizer
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.models.multitask import MultiTaskModel, init_variables
 from pals_jax.training.plan import flops
 

@@ -18,7 +18,8 @@ from pals_jax.data.batch import Batch
 from pals_jax.data.batches import TrainBatches
 from pals_jax.data.packing import Padded
 from pals_jax.data.sampler import Draw, Sampler
-from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
+from pals_jax.data.tokenize import load_tokenizer
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.experiment import config as config_lib
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.runtime.shards import Shards

@@ -11,7 +11,8 @@ from jax import Array
 from pals_jax.convert import huggingface
 from pals_jax.data.batch import Batch
 from pals_jax.data.tasks import Task
-from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
+from pals_jax.data.tokenize import load_tokenizer
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.segments import Packing
