@@ -5,7 +5,9 @@ cuts sources and targets by different SentencePiece models, nor of mBART's langu
 """
 
 import dataclasses
+import functools
 import hashlib
+import importlib.util
 import json
 import os
 import tempfile
@@ -48,8 +50,13 @@ class PairTokenizer:
         """The tokenizer in a directory.
 
         Raises:
-            UserError: if there is none.
+            UserError: if there is none, or Marian's lacks sentencepiece.
         """
+        if model_type == "marian" and not importlib.util.find_spec("sentencepiece"):
+            raise UserError(
+                f"the tokenizer in {directory} needs sentencepiece, which is not here: pip install"
+                " it."
+            )
         # Silence transformers' advice to install PyTorch, which this package does not need.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         import transformers
@@ -87,7 +94,7 @@ class PairTokenizer:
         """The tokens of a target behind the one that the decoder starts with."""
         return [labels[-1] if self.start_id is None else self.start_id, *labels]
 
-    @property
+    @functools.cached_property
     def content(self) -> str:
         """Everything that the tokens of a text depend on, as a digest."""
         digest = hashlib.sha256()
