@@ -236,5 +236,25 @@ def test_what_a_run_of_pairs_cannot_do(pairs: Path, capsys: pytest.CaptureFixtur
 def test_what_encoders_alone_can_do(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["evaluate", f"--workdir={run}", "--ablate"]) == 2
     assert "layers are ablated in encoders only" in capsys.readouterr().err
-    with pytest.raises(UserError, match="answered with texts"):
+    source = run.parent / "swap.jsonl"
+    assert main(["predict", f"--workdir={run}", "--task=swap", f"--input={source}"]) == 2
+    assert "the tasks of this run are answered with texts" in capsys.readouterr().err
+    with pytest.raises(UserError, match="the tasks of this run are answered with texts"):
         Run.load(run).encode("red box", task="swap")
+
+
+@pytest.mark.nightly
+def test_runs_of_one_step(pairs: Path) -> None:
+    """Those of a sweep are what each is alone."""
+    runs = [
+        {"seed": seed, "optimizer.learning_rate": rate} for seed, rate in ((0, 1e-3), (1, 1e-2))
+    ]
+    command = [*arguments(pairs, pairs / "sweep", *of_pairs(pairs)), "--sweep"]
+    assert main([*command, f"--config.sweep={tuple(runs)}"]) == 0
+    for run in runs:
+        name = f"seed={run['seed']},learning_rate={run['optimizer.learning_rate']}"
+        changes = [f"--config.{key}={value}" for key, value in run.items()]
+        assert main(arguments(pairs, pairs / name, *of_pairs(pairs), *changes)) == 0
+        (_, ours), (_, theirs) = (checkpoint(x / name) for x in (pairs / "sweep", pairs))
+        for key, x in ours.items():
+            np.testing.assert_allclose(x, theirs[key], rtol=0, atol=1e-5, err_msg=key)

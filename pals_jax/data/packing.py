@@ -28,7 +28,7 @@ _TOGETHER = 4096  # examples that are packed at a time; more would not fill rows
 
 # int [n] tasks, and int [n] lengths of a batch of n examples; of pairs [n, 2], source and target.
 Sizes = tuple[np.ndarray, np.ndarray]
-Lengths = int | tuple[int, int]  # of a text, or of source and target
+Lengths = int | tuple[int, ...]  # of a text, or of source and target
 
 
 class Shape(tuple[int, ...]):

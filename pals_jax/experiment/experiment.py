@@ -19,14 +19,14 @@ from pals_jax.data.batch import Batch
 from pals_jax.data.batches import Layout, TrainBatches, eval_batches, sizes
 from pals_jax.data.metrics import CORRELATIONS, METRICS, TEXT_METRICS
 from pals_jax.data.own_tasks import own_files, own_task
-from pals_jax.data.packing import Lengths, Packed, Padded
+from pals_jax.data.packing import Packed, Padded
 from pals_jax.data.sampler import Sampler
 from pals_jax.data.sources import Source, source_of
 from pals_jax.data.tasks import KNOWN, Task, known_task
 from pals_jax.data.tokenize import encode_once
 from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.experiment import config as config_lib
-from pals_jax.experiment.families import Family, Tokenizer, as_lengths, family_of
+from pals_jax.experiment.families import Family, Tokenizer, family_of
 from pals_jax.experiment.optim import make_optimizer, moves_idle_tasks
 from pals_jax.models.adapters.parse import parse_method, title
 from pals_jax.models.adapters.spec import prompt_length
@@ -149,13 +149,13 @@ class Experiment:
         are padded to the full length.
         """
         config, num_tasks = self.config, len(self.tasks)
-        placing: Padded | Packed = Padded(config.batch_size, self._max_length, shards.total)
+        placing: Padded | Packed = Padded(config.batch_size, self.room, shards.total)
         if config.packing and sampler is not None:
             placing = Packed.choose(
                 (sizes(splits, sampler.draw(step)) for step in sampler.spread()),
                 sampler.steps,
                 config.batch_size,
-                self._max_length,
+                self.room,
                 self.architecture.stacks["encoder"].hidden_size,
                 shards.total,
                 self._prompts,
@@ -176,9 +176,9 @@ class Experiment:
     ) -> Iterator[tuple[Batch, np.ndarray]]:
         """The batches of a split's evaluation: see `data.batches.eval_batches`."""
         rows = self.config.eval_batch_size
-        placing: Padded | Packed = Padded(rows, self._max_length, shards.total)
+        placing: Padded | Packed = Padded(rows, self.room, shards.total)
         if self.config.packing:
-            placing = Packed.into(rows, self._max_length, shards.total, self._prompts)
+            placing = Packed.into(rows, self.room, shards.total, self._prompts)
         return eval_batches(split, task_id, self.layout, placing, shards)
 
     def answer_batches(
@@ -190,9 +190,9 @@ class Experiment:
         return eval_batches(split, task_id, self.layout, placing, shards)
 
     @property
-    def _max_length(self) -> Lengths:
-        """The maximum tokens of an example, or of its source and target."""
-        return as_lengths(self.family, self.config.data)
+    def room(self) -> tuple[int, ...]:
+        """The maximum tokens of an example, or of its source and of its target."""
+        return tuple(self.family.max_lengths(self.config.data).values())
 
     @property
     def _prompts(self) -> int:

@@ -7,7 +7,6 @@ from typing import Protocol, TypeAlias
 from ml_collections import ConfigDict
 
 from pals_jax.data.batches import Layout
-from pals_jax.data.packing import Lengths
 from pals_jax.data.pairs import PairEncoder, PairTokenizer
 from pals_jax.data.tasks import KNOWN, Output, Task
 from pals_jax.data.tokenize import (
@@ -141,9 +140,3 @@ def family_of(architecture: Architecture) -> Family:
     if isinstance(architecture, BartConfig):
         return EncoderDecoderFamily(architecture)
     return EncoderFamily(architecture)
-
-
-def as_lengths(family: Family, data: ConfigDict) -> Lengths:
-    """The maximum lengths, as `data.packing` takes them."""
-    length, *of_targets = family.max_lengths(data).values()
-    return (length, *of_targets) if of_targets else length

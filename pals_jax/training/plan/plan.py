@@ -266,7 +266,7 @@ def _train_batch(experiment: Experiment, shards: Shards) -> tuple[Batch, Shape, 
     splits = _training_data(experiment)
     if splits is None:
         config = experiment.config
-        shape = Shape(config.batch_size, *_room(experiment))
+        shape = Shape(config.batch_size, *experiment.room)
         examples = [_examples(experiment, 1)] * len(experiment.trained)
         batches = experiment.train_batches(examples, None, shards)
         zeros = np.zeros((config.groups, config.batch_size // config.groups), np.int64)
@@ -299,16 +299,11 @@ def _eval_batch(experiment: Experiment, shards: Shards) -> tuple[Batch, Shape]:
     """An evaluation batch of examples that fill a row each, and its shape."""
     examples = _examples(experiment, experiment.config.eval_batch_size)
     batch, places = next(experiment.eval_batches(examples, 0, shards))
-    return batch, Shape(len(places), *_room(experiment))
-
-
-def _room(experiment: Experiment) -> tuple[int, ...]:
-    """The maximum tokens of an example, or of its source and target."""
-    return tuple(experiment.family.max_lengths(experiment.config.data).values())
+    return batch, Shape(len(places), *experiment.room)
 
 
 def _examples(experiment: Experiment, count: int) -> TokenizedSplit:
-    length, *of_targets = _room(experiment)
+    length, *of_targets = experiment.room
     targets = None
     if of_targets:
         each = of_targets[0] + 1  # with the token that the decoder starts with
