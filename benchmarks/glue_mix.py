@@ -131,7 +131,7 @@ class Mix:
             for name in ("input_ids", "token_type_ids", "attention_mask")
         }
         steps["task_ids"] = np.array([batch.task_ids[0] for batch in batches])
-        steps["targets"] = np.stack([batch.targets[:, 0] for batch in batches])
+        steps["targets"] = np.stack([np.asarray(batch.targets)[:, 0] for batch in batches])
         np.savez(path, **steps)
 
     def _padded(self, draw: Draw, splits: Sequence[TokenizedSplit]) -> Batch:

@@ -84,7 +84,7 @@ class TokenizedSplit:
         def read(name: str) -> np.ndarray:
             return np.load(directory / f"{name}.npy", mmap_mode="r")
 
-        split = cls(*map(read, _FILES))
+        split = cls(**{name: read(name) for name in _FILES})
         if not (directory / f"target_{_TARGET_FILES[0]}.npy").exists():
             return split
         texts = TokenizedTargets(*(read(f"target_{name}") for name in _TARGET_FILES))

@@ -31,6 +31,7 @@ from pals_jax.experiment.optim import make_optimizer, moves_idle_tasks
 from pals_jax.models.adapters.parse import parse_method, title
 from pals_jax.models.adapters.spec import prompt_length
 from pals_jax.models.architectures import Architecture, Model, new_model
+from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.shapes import adapter_shapes
 from pals_jax.models.stack import lowest_layers
 from pals_jax.runtime.errors import UserError
@@ -107,6 +108,20 @@ class Experiment:
             jnp.dtype(self.config.dtype),
             self.config.remat,
         )
+
+    def encoder(self) -> MultiTaskModel:
+        """The model of tasks with heads.
+
+        Raises:
+            UserError: if the experiment is about an encoder-decoder, whose tasks have none.
+        """
+        model = self.model()
+        if not isinstance(model, MultiTaskModel):
+            raise UserError(
+                f"{self.config.encoder} is an encoder-decoder, whose tasks are answered with texts;"
+                " this is for encoders only, whose tasks have heads."
+            )
+        return model
 
     @property
     def steps(self) -> int:

@@ -8,7 +8,6 @@ from etils import epath
 from pals_jax.inference.run import Run
 from pals_jax.models.adapters.parse import title
 from pals_jax.models.adapters.spec import Adapter
-from pals_jax.models.bert import BertConfig
 from pals_jax.runtime import storage
 from pals_jax.runtime.console import progress
 from pals_jax.runtime.errors import UserError
@@ -26,13 +25,7 @@ def ablate(run: Run) -> dict[str, np.ndarray]:
     Raises:
         UserError: if no layer of the run has adapters, or it is of an encoder-decoder.
     """
-    experiment = run.experiment
-    if not isinstance(experiment.architecture, BertConfig):
-        raise UserError(
-            "layers are ablated in encoders only, and the run is of an encoder-decoder; evaluate it"
-            " whole."
-        )
-    depth = experiment.architecture.num_hidden_layers
+    experiment, depth = run.experiment, run.experiment.encoder().config.num_hidden_layers
     adapters = [spec for spec in experiment.model().method if isinstance(spec, Adapter)]
     if not any(adapter.layer_indices(depth) for adapter in adapters):
         raise UserError(

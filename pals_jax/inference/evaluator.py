@@ -19,9 +19,8 @@ from pals_jax.inference.steps import (
     make_pool_step,
     make_text_loss_step,
 )
-from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.seq2seq import Seq2SeqModel
-from pals_jax.runtime.errors import Diverged, UserError
+from pals_jax.runtime.errors import Diverged
 from pals_jax.runtime.parallel import DataParallel
 
 if TYPE_CHECKING:
@@ -47,19 +46,19 @@ class Evaluator:
     @functools.cached_property
     def eval_step(self) -> Callable[..., jax.Array]:
         """`steps.make_eval_step`, compiled once per shape of batch."""
-        step = make_eval_step(self._encoder, self.parallel.axis_name)
+        step = make_eval_step(self.experiment.encoder(), self.parallel.axis_name)
         return self.parallel.compile(step)
 
     @functools.cached_property
     def every_task_step(self) -> Callable[..., jax.Array]:
         """`steps.make_every_task_step`, compiled once per shape of batch."""
-        step = make_every_task_step(self._encoder, self.parallel.axis_name)
+        step = make_every_task_step(self.experiment.encoder(), self.parallel.axis_name)
         return self.parallel.compile(step)
 
     @functools.cached_property
     def pool_step(self) -> Callable[..., jax.Array]:
         """`steps.make_pool_step`, compiled once per shape of batch."""
-        step = make_pool_step(self._encoder, self.parallel.axis_name)
+        step = make_pool_step(self.experiment.encoder(), self.parallel.axis_name)
         return self.parallel.compile(step)
 
     @functools.cached_property
@@ -68,21 +67,6 @@ class Evaluator:
         model = self.experiment.model()
         assert isinstance(model, Seq2SeqModel)
         return self.parallel.compile(make_text_loss_step(model, self.parallel.axis_name))
-
-    @property
-    def _encoder(self) -> MultiTaskModel:
-        """The model, of a run with heads.
-
-        Raises:
-            UserError: if it is an encoder-decoder.
-        """
-        model = self.experiment.model()
-        if not isinstance(model, MultiTaskModel):
-            raise UserError(
-                "the run is of an encoder-decoder, whose tasks have texts for answers and no heads;"
-                " evaluate gives their loss."
-            )
-        return model
 
     def logits(
         self,

@@ -13,7 +13,6 @@ from pals_jax.convert import huggingface, task_file
 from pals_jax.inference.run import Run
 from pals_jax.models.architectures import Model
 from pals_jax.models.merge import flat_prefixes
-from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.runtime.console import say
 from pals_jax.runtime.errors import UserError
@@ -65,26 +64,11 @@ def _huggingface(run: Run, task: int, out: Path) -> None:
 
 
 def _adapterhub(run: Run, task: int, out: Path) -> None:
-    convert.to_adapterhub(_encoder(run, "adapterhub"), run.variables, task, out)
+    convert.to_adapterhub(run.experiment.encoder(), run.variables, task, out)
 
 
 def _peft(run: Run, task: int, out: Path) -> None:
-    convert.to_peft(_encoder(run, "peft"), run.variables, task, out)
-
-
-def _encoder(run: Run, to: str) -> MultiTaskModel:
-    """The model of a run, for a format of encoders.
-
-    Raises:
-        UserError: if it is an encoder-decoder.
-    """
-    model = run.experiment.model()
-    if isinstance(model, MultiTaskModel):
-        return model
-    raise UserError(
-        f"a task of an encoder-decoder is not written as {to}; write it as task, or, if it can be"
-        " merged, as huggingface."
-    )
+    convert.to_peft(run.experiment.encoder(), run.variables, task, out)
 
 
 FORMATS: Mapping[str, Callable[[Run, int, Path], None]] = {

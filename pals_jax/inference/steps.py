@@ -37,12 +37,12 @@ def apply_to_batch(
     if isinstance(model, Seq2SeqModel):
         texts = batch.target_texts
         assert texts is not None
-        tokens = batch.input_ids, batch.attention_mask, texts.input_ids, texts.attention_mask
+        source = batch.input_ids, batch.attention_mask
+        target = texts.input_ids, texts.attention_mask
         kwargs["decoder_first"] = texts.first
-    else:
-        tokens = batch.tokens
-        kwargs["slot_tasks"] = slot_tasks
-    return cast(Array, model.apply(variables, *tokens, batch.task_ids, **kwargs))
+        return cast(Array, model.apply(variables, *source, *target, batch.task_ids, **kwargs))
+    kwargs["slot_tasks"] = slot_tasks
+    return cast(Array, model.apply(variables, *batch.tokens, batch.task_ids, **kwargs))
 
 
 def make_eval_step(model: MultiTaskModel, axis_name: str | None = None) -> Callable[..., Array]:
