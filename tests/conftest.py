@@ -242,11 +242,11 @@ def pairs_of_module(small_of_module: Path, tiny_marian: Path) -> Path:
     return small_of_module
 
 
-def of_pairs(directory: Path) -> tuple[str, ...]:
-    """The overrides that turn the tiny experiment into one of pairs; the directory of `pairs`."""
+def of_pairs(directory: Path, *tasks: str) -> tuple[str, ...]:
+    """The overrides that make the tiny experiment one of pairs, in the directory of `pairs`."""
     return (
         f"--config.encoder={directory / 'marian'}",
-        "--config.tasks=('upper','swap')",
+        f"--config.tasks={tasks or ('upper', 'swap')}",
         "--config.method=mam(prefix=2, size=4)",
         "--config.trainable=('adapters/',)",
         "--config.label_smoothing=0.1",

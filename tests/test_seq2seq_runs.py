@@ -22,7 +22,10 @@ from pals_jax.models.task_axis import take
 from pals_jax.runtime.errors import UserError
 
 # In 120 steps of both tasks, the loss falls.
-LONGER = ("--config.steps_per_epoch=60", "--config.checkpoint_every=30", "--config.groups=4")
+LONGER = (
+    *("--config.steps_per_epoch=60", "--config.checkpoint_every=30", "--config.groups=4"),
+    "--config.optimizer.learning_rate=0.03",
+)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,7 @@ def test_task_files_go_around(run: Path, capsys: pytest.CaptureFixture) -> None:
         loaded = pals_jax.load(file, base=base)
         loaded.experiment.config.data.own = whole.experiment.config.data.own
         loaded.experiment.config.data.cache_dir = whole.experiment.config.data.cache_dir
-        np.testing.assert_array_equal(losses(loaded, "swap"), expected["swap"])
+        np.testing.assert_allclose(losses(loaded, "swap"), expected["swap"], rtol=1e-6)
     whole.remove("swap")
     assert list(whole.tasks) == ["upper"]
     whole.add(file)
@@ -123,11 +126,13 @@ def with_metadata(source: Path, path: Path, tensors: Any, **changes: str) -> Non
 
 
 @pytest.mark.slow
-def test_a_task_is_added_without_touching_the_earlier_ones(pairs: Path) -> None:
+def test_a_task_is_added_without_touching_the_earlier_ones(
+    pairs: Path, capsys: pytest.CaptureFixture
+) -> None:
     old, new = pairs / "old", pairs / "new"
-    given = (*of_pairs(pairs), "--config.epochs=1")
-    assert main(arguments(pairs, old, *given, "--config.tasks=('swap',)")) == 0
-    add = arguments(pairs, new, *given, "--config.tasks=('upper',)", f"--base={old}")
+    once = "--config.epochs=1"
+    assert main(arguments(pairs, old, *of_pairs(pairs, "swap"), once)) == 0
+    add = arguments(pairs, new, *of_pairs(pairs, "upper"), once, f"--base={old}")
     assert main(add) == 0
     before, after = Run.load(old), Run.load(new)
     assert list(after.tasks) == ["swap", "upper"]
@@ -137,14 +142,15 @@ def test_a_task_is_added_without_touching_the_earlier_ones(pairs: Path) -> None:
     kept = take(after.variables["adapters"], (0, 0), [0])
     jax.tree.map(np.testing.assert_array_equal, kept, dict(before.variables["adapters"]))
     np.testing.assert_array_equal(losses(before, "swap"), losses(after, "swap"))
-    longer = [*add[:-1], "--config.data.max_target_length=12", f"--base={old}"]
-    assert main([x.replace(str(new), str(pairs / "x")) for x in longer]) == 2
+    other = [*add, "--config.data.max_target_length=12"]
+    assert main([x.replace(str(new), str(pairs / "x")) for x in other]) == 2
+    assert "max_target_length is 12, but 16 in the base run" in capsys.readouterr().err
 
 
 # Methods, and how many of the encoder's two layers lie below what they change.
 BELOW = {
     "lora(rank=2, blocks=('decoder',))": 2,
-    "adapter(size=4, layers=(-1,))": 1,
+    "pals(size=6, heads=3, layers=(-1,))": 1,
 }
 
 
@@ -166,7 +172,7 @@ def test_a_run_begins_above(
     assert main(arguments(pairs, pairs / "above", *given, "--config.lower_dropout=False")) == 0
     said = f"the hidden states of the lowest {BELOW[method]} of 2 layers are computed once"
     assert said in capsys.readouterr().err
-    assert len(list((pairs / "cache").glob("*.hidden"))) == 2
+    assert len(list((pairs / "cache").glob("*.hidden"))) == 1  # both tasks have the same sources
     (_, ours), (_, theirs) = (checkpoint(pairs / name) for name in ("above", "whole"))
     for key, x in ours.items():
         np.testing.assert_allclose(x, theirs[key], rtol=0, atol=1e-5, err_msg=key)
@@ -190,10 +196,9 @@ def test_a_merged_task_is_written_for_transformers(
 
 def test_what_a_run_of_pairs_cannot_do(pairs: Path, capsys: pytest.CaptureFixture) -> None:
     """Each with one sentence, and before anything is written."""
-    of_encoder = "--config.tasks=('swap','colour')"
     for overrides, message in (
-        ((*of_pairs(pairs), of_encoder), "task colour is answered with classes"),
-        ((*of_pairs(pairs), "--config.tasks=('share',)"), "task share is answered with value"),
+        (of_pairs(pairs, "swap", "colour"), "task colour is answered with classes"),
+        (of_pairs(pairs, "share"), "task share is answered with value"),
         (("--config.tasks=('swap',)",), "task swap is answered with texts, which the encoder"),
         (("--config.label_smoothing=0.1",), "only for the texts of encoder-decoders"),
         ((*of_pairs(pairs), "--config.label_smoothing=1.0"), "it is a share, from 0 to below 1"),
@@ -223,7 +228,7 @@ def test_what_a_run_of_pairs_cannot_do(pairs: Path, capsys: pytest.CaptureFixtur
             "there is no column 'reversed'; the columns are lower, swapped",
         ),
         (
-            (*of_pairs(pairs), "--config.tasks=('upper',)", "--config.data.own.upper.text=a"),
+            (*of_pairs(pairs, "upper"), "--config.data.own.upper.text=a"),
             "there is no column 'a'; the columns are lower, upper",
         ),
     ):

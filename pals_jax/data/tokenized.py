@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -81,10 +81,10 @@ class TokenizedSplit:
     def load(cls, directory: Path) -> Self:
         """Memory-maps the files that `save` wrote."""
 
-        def read(name: str) -> np.ndarray:
+        def read(name: str) -> Any:
             return np.load(directory / f"{name}.npy", mmap_mode="r")
 
-        split = cls(**{name: read(name) for name in _FILES})
+        split = cls(*map(read, _FILES))
         if not (directory / f"target_{_TARGET_FILES[0]}.npy").exists():
             return split
         texts = TokenizedTargets(*(read(f"target_{name}") for name in _TARGET_FILES))
