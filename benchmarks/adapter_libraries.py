@@ -37,7 +37,9 @@ from pals_jax.convert import huggingface, tables, tensor_files, to_adapterhub, t
 from pals_jax.data.batches import sizes
 from pals_jax.data.packing import Packed, Padded, Shape
 from pals_jax.data.sampler import Draw
-from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
+from pals_jax.data.tokenize import load_tokenizer
+from pals_jax.data.tokenized import TokenizedSplit
+from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel, init_variables
 from pals_jax.training.plan import flops
 
@@ -183,14 +185,14 @@ class Comparison:
         self._ours: dict[str, Any] = {
             "glue": glue,
             "encoder": encoder,
-            "method": library.method(huggingface.architecture(encoder).hidden_size),
+            "method": library.method(huggingface.read_config(Path(encoder)).hidden_size),
             "trainable": TRAINED,
             "batch_size": BATCH_SIZE,
             "eval_batch_size": EVAL_ROWS,
             "optimizer": {"name": "adamw"},
         }
         mix = Mix(**self._ours)
-        self._model, variables = mix.experiment.model(), mix.variables()
+        self._model, variables = mix.experiment.encoder(), mix.variables()
         self._tasks = {task.name: task.num_outputs for task in mix.experiment.tasks}
         heads: list[tables.Slot] = []
         for task, (name, outputs) in enumerate(self._tasks.items()):
@@ -294,8 +296,9 @@ def report(results: Sequence[Result], out: Path, peak: float | None) -> None:
 
 def write_encoder(directory: Path, source: Path, dimensions: str | None) -> None:
     """Writes an encoder with all its weights, random if missing, such as a pooler's."""
-    config = huggingface.KNOWN[f"bert-{dimensions}-uncased"] if dimensions else None
-    model = MultiTaskModel(config or huggingface.read_config(source), num_outputs=(2,))
+    known = huggingface.KNOWN[f"bert-{dimensions}-uncased"] if dimensions else None
+    config = known if isinstance(known, BertConfig) else huggingface.read_config(source)
+    model = MultiTaskModel(config, num_outputs=(2,))
     if dimensions:
         variables = init_variables(model, jax.random.key(0))
     else:

@@ -18,7 +18,8 @@ from pals_jax.data.batch import Batch
 from pals_jax.data.batches import TrainBatches
 from pals_jax.data.packing import Padded
 from pals_jax.data.sampler import Draw, Sampler
-from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
+from pals_jax.data.tokenize import load_tokenizer
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.experiment import config as config_lib
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.runtime.shards import Shards
@@ -130,7 +131,7 @@ class Mix:
             for name in ("input_ids", "token_type_ids", "attention_mask")
         }
         steps["task_ids"] = np.array([batch.task_ids[0] for batch in batches])
-        steps["targets"] = np.stack([batch.targets[:, 0] for batch in batches])
+        steps["targets"] = np.stack([np.asarray(batch.targets)[:, 0] for batch in batches])
         np.savez(path, **steps)
 
     def _padded(self, draw: Draw, splits: Sequence[TokenizedSplit]) -> Batch:

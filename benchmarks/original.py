@@ -66,7 +66,7 @@ def prepare(work: Path, glue: Path, encoder: Path, size: int) -> float:
     mix, steps = Mix(**ours), ROUNDS * STEPS
     given = {"mix": ours, "kind": "training", "each": STEPS, "steps": steps, "check": CHECK}
     (work / "ours.json").write_text(json.dumps(given))
-    weights: dict[str, Any] = to_bert_n_pals(mix.experiment.model(), mix.variables())
+    weights: dict[str, Any] = to_bert_n_pals(mix.experiment.encoder(), mix.variables())
     np.savez(work / "weights.npz", **weights)
     labels = [task.num_outputs for task in mix.experiment.tasks]
     config = json.loads((encoder / "config.json").read_text())

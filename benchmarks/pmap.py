@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from pals_jax.data.batches import Layout, TrainBatches
 from pals_jax.data.packing import Padded
 from pals_jax.data.sampler import Draw
-from pals_jax.data.tokenize import TokenizedSplit
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.experiment import config as config_lib
 from pals_jax.experiment.optim import make_optimizer
 from pals_jax.models.adapters import methods

@@ -137,7 +137,10 @@ class Work:
         base = self._base
         architecture = huggingface.architecture(str(base))
         config = config_lib.default()
-        config.encoder, config.method = str(base), HOULSBY.method(architecture.hidden_size)
+        config.encoder, config.method = (
+            str(base),
+            HOULSBY.method(architecture.stacks["encoder"].hidden_size),
+        )
         config.tasks = tuple(task.name for task in tasks)
         experiment = Experiment(config, tuple(tasks), architecture)
         variables = huggingface.load_variables(experiment.model(), base, seed)
@@ -163,7 +166,7 @@ class Work:
 
     def _write_theirs(self, run: Run) -> None:
         """Writes the same adapters and heads for the library."""
-        model, heads = run.experiment.model(), list[tables.Slot]()
+        model, heads = run.experiment.encoder(), list[tables.Slot]()
         variables = jax.device_get(run.variables)
         for i, task in enumerate(run.experiment.tasks):
             to_adapterhub(model, variables, i, self.folder / task.name)

@@ -11,9 +11,9 @@ from jax import Array
 from pals_jax.convert import huggingface
 from pals_jax.data.batch import Batch
 from pals_jax.data.tasks import Task
-from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
+from pals_jax.data.tokenize import load_tokenizer
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.experiment.experiment import Experiment
-from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.segments import Packing
 from pals_jax.runtime.console import progress
 from pals_jax.runtime.shards import Shards
@@ -70,7 +70,7 @@ def _answer(task: Task, model: Any, vectors: np.ndarray) -> np.ndarray:
 
 def _encoder(experiment: Experiment) -> Callable[[TokenizedSplit], np.ndarray]:
     """The frozen encoder: from a split to [CLS] and mean vectors, float32 [N, 2, D]."""
-    model = MultiTaskModel(experiment.architecture, (1,))
+    model = experiment.encoder().clone(num_outputs=(1,), method=())
     directory = huggingface.resolve(experiment.config.encoder)
     variables = huggingface.load_variables(model, directory, seed=0)
 
@@ -87,7 +87,7 @@ def _encoder(experiment: Experiment) -> Callable[[TokenizedSplit], np.ndarray]:
         return jnp.stack([first, mean], axis=2)
 
     def encode(split: TokenizedSplit) -> np.ndarray:
-        found = np.empty((len(split), 2, experiment.architecture.hidden_size), np.float32)
+        found = np.empty((len(split), 2, model.config.hidden_size), np.float32)
         with progress(len(split), 0, "text") as bar:
             for shards, examples in experiment.eval_batches(split, 0, Shards()):
                 here = examples >= 0

@@ -90,7 +90,7 @@ class Runner:
             if job.arm.name in (arm.name, arm.of):
                 active = None
                 if arm.layers:
-                    depth = np.arange(experiment.architecture.num_hidden_layers)
+                    depth = np.arange(experiment.encoder().config.num_hidden_layers)
                     active = ~np.isin(depth, arm.layers)
                 answers = None if run is None else _answers(run, active)
                 done = dataclasses.replace(job, arm=arm)

@@ -182,9 +182,83 @@ def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def tiny_marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Marian of two layers on each side, with SentencePiece models trained on `WORDS`."""
+    transformers = pytest.importorskip("transformers")
+    sentencepiece = pytest.importorskip("sentencepiece")
+    torch = pytest.importorskip("torch")
+    directory = tmp_path_factory.mktemp("marian")
+    pieces = ["</s>", "<unk>"]
+    for side, words in (("source", WORDS), ("target", [word.upper() for word in WORDS])):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([" ".join(words), *words] * 20),
+            model_prefix=str(directory / side),
+            vocab_size=60,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        (directory / f"{side}.model").rename(directory / f"{side}.spm")
+        lines = (directory / f"{side}.vocab").read_text().splitlines()
+        pieces += [line.split("\t")[0] for line in lines[3:]]
+    vocabulary = list(dict.fromkeys([*pieces, "<pad>"]))
+    ids = {piece: i for i, piece in enumerate(vocabulary)}
+    (directory / "vocab.json").write_text(json.dumps(ids))
+    torch.manual_seed(0)
+    config = transformers.MarianConfig(
+        vocab_size=len(ids),
+        d_model=24,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=3,
+        decoder_attention_heads=3,
+        encoder_ffn_dim=40,
+        decoder_ffn_dim=36,
+        max_position_embeddings=32,
+        activation_function="swish",
+        scale_embedding=True,
+        init_std=0.2,
+        pad_token_id=ids["<pad>"],
+        decoder_start_token_id=ids["<pad>"],
+        eos_token_id=0,
+        forced_eos_token_id=0,
+        bos_token_id=0,
+    )
+    transformers.MarianMTModel(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def pairs(small: Path, tiny_marian: Path) -> Path:
+    """The directory `small` with an encoder-decoder, for its tasks of pairs; see `of_pairs`."""
+    (small / "marian").symlink_to(tiny_marian)
+    return small
+
+
+@pytest.fixture(scope="module")
+def pairs_of_module(small_of_module: Path, tiny_marian: Path) -> Path:
+    """The same as `pairs`, for runs that the tests of a module share."""
+    (small_of_module / "marian").symlink_to(tiny_marian)
+    return small_of_module
+
+
+def of_pairs(directory: Path, *tasks: str) -> tuple[str, ...]:
+    """The overrides that make the tiny experiment one of pairs, in the directory of `pairs`."""
+    return (
+        f"--config.encoder={directory / 'marian'}",
+        f"--config.tasks={tasks or ('upper', 'swap')}",
+        "--config.method=mam(prefix=2, size=4)",
+        "--config.trainable=('adapters/',)",
+        "--config.label_smoothing=0.1",
+    )
+
+
 @pytest.fixture
 def small(tmp_path: Path, tiny_encoder: Path) -> Path:
-    """A directory with the encoder and three small learnable tasks, as TSV, JSONL and CSV."""
+    """A directory with the encoder and small learnable tasks, as TSV, JSONL and CSV.
+
+    Three are for encoders, two, of pairs, for encoder-decoders.
+    """
     return write_small(tmp_path, tiny_encoder)
 
 
@@ -212,4 +286,12 @@ def write_small(directory: Path, encoder: Path) -> Path:
         writer.writerow(["a", "b", "label"])
         for phrase in phrases:
             writer.writerow([phrase, "dark box, old", len(set(phrase.split()) & {"dark", "box"})])
+    with (directory / "upper.tsv").open("w") as file:
+        print("lower\tupper", file=file)
+        for phrase in phrases:
+            print(f"{phrase}\t{phrase.upper()}", file=file)
+    with (directory / "swap.jsonl").open("w") as file:
+        for phrase in phrases:
+            first, *rest = phrase.upper().split()
+            print(json.dumps({"lower": phrase, "swapped": " ".join([*rest, first])}), file=file)
     return directory

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pals_jax.data.batches import Layout, TrainBatches, eval_batches
 from pals_jax.data.packing import Packed, Padded, Shape
 from pals_jax.data.sampler import Draw
-from pals_jax.data.tokenize import TokenizedSplit
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.runtime.shards import Shards
 
 

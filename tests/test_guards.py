@@ -10,7 +10,7 @@ import tiny
 
 from pals_jax.data.batch import Batch
 from pals_jax.data.sampler import Draw
-from pals_jax.data.tasks import glue_task
+from pals_jax.data.tasks import known_task
 from pals_jax.runtime.errors import UserError
 from pals_jax.training.guards import CompilationGuard, CompilationWarning, check_finite
 
@@ -41,7 +41,7 @@ def test_any_other_is_reported() -> None:
 
 
 def test_divergence_names_the_step_the_task_and_the_examples() -> None:
-    tasks = [glue_task("rte"), glue_task("cola")]
+    tasks = [known_task("rte"), known_task("cola")]
     draw = {
         5: Draw(np.array([1], np.int32), np.array([[7, 8]])),
         6: Draw(np.array([0, 1], np.int32), np.array([[3], [4]])),

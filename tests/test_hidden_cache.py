@@ -24,8 +24,8 @@ from pals_jax.cli import main
 from pals_jax.data.batches import TrainBatches, sizes
 from pals_jax.data.packing import Packed, Padded
 from pals_jax.data.sampler import Draw
-from pals_jax.data.tasks import glue_task
-from pals_jax.data.tokenize import TokenizedSplit
+from pals_jax.data.tasks import known_task
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.experiment.config import default
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.experiment.optim import make_optimizer
@@ -63,7 +63,7 @@ def experiment(cache_dir: Path, method: str = FINAL, **changes: Any) -> Experime
     config.method, config.trainable, config.lower_dropout = method, ("adapters/",), False
     config.update({"eval_batch_size": 4, "data": {"max_length": 9, "cache_dir": str(cache_dir)}})
     config.update(changes)
-    tasks = tuple(map(glue_task, ("sst2", "stsb", "mnli")))
+    tasks = tuple(map(known_task, ("sst2", "stsb", "mnli")))
     return Experiment(config, tasks, tiny.config(**DROPOUT))
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import scipy.special
 import tiny
 from flax.traverse_util import flatten_dict
 
@@ -12,36 +13,43 @@ from pals_jax.data.batch import Batch
 from pals_jax.data.batches import Layout, TrainBatches, eval_batches
 from pals_jax.data.packing import Packed, Padded, Shape
 from pals_jax.data.sampler import Draw
-from pals_jax.data.tokenize import TokenizedSplit
-from pals_jax.inference.steps import make_eval_step, make_every_task_step
-from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.inference.steps import (
+    make_eval_step,
+    make_every_task_step,
+    make_text_loss_step,
+)
+from pals_jax.models.architectures import Model
 from pals_jax.runtime.shards import Shards
 
 EVERY = {"shared": (), **tiny.METHODS, **tiny.TOGETHER}
+SEQ2SEQ = {f"{name}, pairs": method for name, method in tiny.SEQ2SEQ_TOGETHER.items()}
+SEQ2SEQ |= {"shared, pairs": (), "mam, pairs": tiny.METHODS["mam"]}
 METHODS = tiny.mostly_slow(["pals", *tiny.TOGETHER], "pals")
 ALONE = ["shared", "mam", "prompt_tuning"]
 MIXED, SINGLE = ([2, 0, 2], 3), ([1], 8)
 PACKED = Packed((Shape(3, 24), Shape(9, 9)), 3)
+PACKED_PAIRS = Packed((Shape(4, 24, 20), Shape(9, 9, 9)), 3)
 DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+PAIR_DROPOUT = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.2)
 
 
-def split(rng: np.random.Generator) -> TokenizedSplit:
-    """Eleven examples of 3 to 9 tokens."""
-    lengths = rng.integers(3, 10, 11)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = rng.integers(1, 31, offsets[-1]).astype(np.int32)
-    return TokenizedSplit(tokens, offsets, lengths - 1, rng.integers(0, 2, 11).astype(np.float32))
+def model_of(name: str) -> Model:
+    """A tiny model with dropout and a method of `EVERY` or, an encoder-decoder, of `SEQ2SEQ`."""
+    if name in SEQ2SEQ:
+        return tiny.seq2seq(SEQ2SEQ[name], **PAIR_DROPOUT)
+    return tiny.model(EVERY[name], **DROPOUT)
 
 
 def batch(placing: Any, tasks: list[int], size: int, pad_id: int = 0, types: int = 2) -> Batch:
+    """A training batch; of pairs, if there are no types of tokens."""
     rng = np.random.default_rng(0)
-    splits = [split(rng) for _ in tiny.NUM_OUTPUTS]
+    splits = [tiny.split(rng, pairs=types == 0) for _ in tiny.NUM_OUTPUTS]
     draw = Draw(np.array(tasks, np.int32), rng.integers(0, 11, (len(tasks), size)))
     make = TrainBatches(splits, Layout(pad_id, types), placing, Shards(), 0, len(splits))
     return jax.tree.map(lambda x: x[0], make(draw))
 
 
-def assert_same_step(model: MultiTaskModel, padded: Batch, packed: Batch) -> None:
+def assert_same_step(model: Model, padded: Batch, packed: Batch) -> None:
     """Loss and every gradient to 1e-5; tasks that were not drawn keep their rows bit for bit."""
     step, state = tiny.training(model)
     assert packed.attention_mask.max() > 2
@@ -71,13 +79,22 @@ def assert_same_step(model: MultiTaskModel, padded: Batch, packed: Batch) -> Non
             pytest.param(name, SINGLE, marks=pytest.mark.nightly)
             for name in ["pals", *ALONE, *tiny.TOGETHER]
         ),
+        pytest.param("mam, pairs", MIXED),
+        *(
+            pytest.param(name, MIXED, marks=pytest.mark.slow)
+            for name in SEQ2SEQ
+            if name != "mam, pairs"
+        ),
+        *(pytest.param(name, SINGLE, marks=pytest.mark.nightly) for name in SEQ2SEQ),
     ],
 )
 def test_every_method_takes_the_padded_step(name: str, draw: Any) -> None:
     """Of one task and of several, with dropout on: an example has its masks wherever it lies."""
-    model = tiny.model(EVERY[name], **DROPOUT)
-    padded, packed = (batch(placing, *draw) for placing in (Padded(9, 9), PACKED))
-    assert_same_step(model, padded, packed)
+    if name in SEQ2SEQ:
+        batches = (batch(p, *draw, types=0) for p in (Padded(9, (9, 9)), PACKED_PAIRS))
+    else:
+        batches = (batch(placing, *draw) for placing in (Padded(9, 9), PACKED))
+    assert_same_step(model_of(name), *batches)
 
 
 @pytest.mark.slow
@@ -103,7 +120,7 @@ def test_evaluation_of_every_method_is_that_of_padded_rows(name: str) -> None:
     Mixed batches equal single tasks; one compilation for each shape serves all of them.
     """
     model = tiny.model(EVERY[name], **DROPOUT)
-    variables, held_out = tiny.variables(model), split(np.random.default_rng(0))
+    variables, held_out = tiny.variables(model), tiny.split(np.random.default_rng(0))
     some, all_layers = np.array([True, False, True]), np.ones(3, bool)
     evaluate, every = jax.jit(make_eval_step(model)), jax.jit(make_every_task_step(model))
     found, shapes = [], set()
@@ -129,3 +146,35 @@ def test_evaluation_of_every_method_is_that_of_padded_rows(name: str) -> None:
     np.testing.assert_allclose(padded[4:], padded[:3], rtol=0, atol=1e-5)
     assert abs(padded[0] - padded[1])[:, 0].max() > 0.1  # tasks have parameters of their own
     assert evaluate._cache_size() == every._cache_size() == len(shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_losses_of_texts_are_those_of_padded_rows(name: str) -> None:
+    """And those of NumPy from the logits; one compilation for each shape serves all tasks."""
+    model = model_of(name)
+    variables, held_out = tiny.variables(model), tiny.split(np.random.default_rng(0), pairs=True)
+    step, found, shapes = jax.jit(make_text_loss_step(model)), [], set()
+    for placing in (Padded(4, (9, 9)), Packed.into(2, (24, 24))):
+        losses = np.full((3, 11), np.nan)
+        for shards, places in eval_batches(held_out, 1, Layout(0, 0), placing, Shards()):
+            there, batch = places >= 0, jax.tree.map(lambda x: x[0], shards)
+            shapes.add(batch.input_ids.shape + batch.target_texts.labels.shape)
+            for task in range(3):
+                of_rows = np.full(len(places), task, np.int32)
+                given = np.asarray(step(variables, batch.replace(task_ids=of_rows)))
+                losses[task, places[there]] = given[there]
+                assert not given[~there].any()
+        found.append(losses)
+    padded, packed = found
+    np.testing.assert_allclose(packed, padded, rtol=1e-5, atol=1e-5)
+    assert abs(padded[0] - padded[1]).max() > 0.1 or not model.method
+    assert step._cache_size() == len(shapes)
+    texts = held_out.target_texts
+    alone = texts.tokens[texts.offsets[4] : texts.offsets[5]][None]
+    source = held_out.tokens[held_out.offsets[4] : held_out.offsets[5]][None]
+    masks = np.ones_like(source), np.ones_like(alone[:, :-1])
+    logits = model.apply(variables, source, masks[0], alone[:, :-1], masks[1], 1)
+    chosen = scipy.special.log_softmax(np.asarray(logits, np.float64)[0], axis=-1)
+    expected = -chosen[np.arange(len(chosen)), alone[0, 1:]].sum()
+    np.testing.assert_allclose(packed[1, 4], expected, rtol=1e-5)

@@ -12,9 +12,9 @@ from pals_jax.data.batch import Batch
 from pals_jax.data.batches import Layout, TrainBatches, eval_batches, sizes
 from pals_jax.data.packing import Packed, Padded
 from pals_jax.data.sampler import Draw
-from pals_jax.data.tokenize import TokenizedSplit
 from pals_jax.experiment.optim import make_optimizer
 from pals_jax.inference.steps import make_eval_step
+from pals_jax.models.architectures import Model
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime.parallel import DataParallel
 from pals_jax.training.step import create_state, make_train_step
@@ -28,47 +28,47 @@ def parallel(count: int) -> DataParallel:
     return DataParallel.over(jax.devices()[:count])
 
 
-def model(rate: float) -> MultiTaskModel:
+def model(rate: float, pairs: bool = False) -> Model:
+    """An encoder with PALs or, for pairs, an encoder-decoder with MAM."""
+    if pairs:
+        rates = dict.fromkeys(("dropout", "attention_dropout"), rate)
+        return tiny.seq2seq(tiny.METHODS["mam"], **rates)
     rates = {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate}
     return MultiTaskModel(tiny.config(**rates), tiny.NUM_OUTPUTS, tiny.METHODS["pals"])
 
 
-def split(rng: np.random.Generator) -> TokenizedSplit:
-    """Eleven examples of 3 to 9 tokens."""
-    lengths = rng.integers(3, 10, 11)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = rng.integers(1, 31, offsets[-1]).astype(np.int32)
-    return TokenizedSplit(tokens, offsets, lengths - 1, rng.integers(0, 2, 11).astype(np.float32))
-
-
-def batches(devices: DataParallel, groups: int, size: int, packing: bool) -> list[Batch]:
+def batches(
+    devices: DataParallel, groups: int, size: int, packing: bool, pairs: bool
+) -> list[Batch]:
     rng = np.random.default_rng(0)
-    splits = [split(rng) for _ in tiny.NUM_OUTPUTS]
+    splits = [tiny.split(rng, pairs) for _ in tiny.NUM_OUTPUTS]
     draws = [
         Draw(rng.integers(0, 3, groups).astype(np.int32), rng.integers(0, 11, (groups, size)))
         for _ in range(3)
     ]
-    shards, count = devices.shards, groups * size
-    placing: Padded | Packed = Padded(count, 9, shards.total)
+    shards, count, longest = devices.shards, groups * size, (9, 9) if pairs else 9
+    placing: Padded | Packed = Padded(count, longest, shards.total)
     if packing:  # in rows that are the longer, the fewer devices there are
         samples = (sizes(splits, draw) for draw in draws)
-        placing = Packed.choose(samples, 1000, count, 9, 12, shards.total)
-    make = TrainBatches(splits, LAYOUT, placing, shards, 0, len(splits))
+        placing = Packed.choose(samples, 1000, count, longest, 12, shards.total)
+    layout = Layout(0, 0) if pairs else LAYOUT
+    make = TrainBatches(splits, layout, placing, shards, 0, len(splits))
     return [make(draw) for draw in draws]
 
 
 def trained(
-    count: int, groups: int, size: int, rate: float, packing: bool = True
+    count: int, groups: int, size: int, rate: float, pairs: bool, packing: bool = True
 ) -> tuple[Any, list[float]]:
     """The state, with gradients, after one step; the losses of three."""
     devices = parallel(count)
     optimizer = tiny.recording(make_optimizer(tiny.optimizer_config(), 3, tiny.TOTAL_STEPS)[0])
     everything = ("params/", "adapters/")
-    state = devices.put(create_state(tiny.variables(model(rate)), everything, optimizer))
-    step = make_train_step(model(rate), optimizer, 0, devices.axis_name)
+    it = model(rate, pairs)
+    state = devices.put(create_state(tiny.variables(it), everything, optimizer))
+    step = make_train_step(it, optimizer, 0, devices.axis_name, 0.1 if pairs else 0.0)
     step = devices.compile(step, donate=True)
     losses = []
-    for number, batch in enumerate(batches(devices, groups, size, packing)):
+    for number, batch in enumerate(batches(devices, groups, size, packing, pairs)):
         state, scalars = step(state, batch)
         losses.append(float(scalars["loss"]))
         if number == 0:
@@ -77,27 +77,29 @@ def trained(
 
 
 @pytest.mark.parametrize(
-    ("groups", "size", "rate", "counts"),
+    ("groups", "size", "rate", "counts", "pairs"),
     [
-        (3, 2, 0.2, (2,)),
-        pytest.param(3, 2, 0.2, (1,), marks=pytest.mark.nightly),
-        pytest.param(1, 8, 0.2, (8,), marks=pytest.mark.nightly),
+        (3, 2, 0.2, (2,), False),
+        pytest.param(3, 2, 0.2, (1,), False, marks=pytest.mark.nightly),
+        pytest.param(1, 8, 0.2, (8,), False, marks=pytest.mark.nightly),
+        pytest.param(3, 2, 0.2, (2,), True, marks=pytest.mark.slow),
         *(
-            pytest.param(*case, 0.0, (1, 2, 4, 8), marks=pytest.mark.nightly)
+            pytest.param(*case, 0.0, (1, 2, 4, 8), pairs, marks=pytest.mark.nightly)
             for case in ((1, 8), (8, 1), (3, 2))
+            for pairs in (False, True)
         ),
     ],
 )
 def test_any_number_of_devices_takes_the_same_steps(
-    groups: int, size: int, rate: float, counts: tuple[int, ...]
+    groups: int, size: int, rate: float, counts: tuple[int, ...], pairs: bool
 ) -> None:
     """One task, fully mixed, and groups that do not divide: the step of one, of padded rows."""
     # Where dropout leaves a row of twelve numbers nearly alike, a layer norm magnifies rounding:
     # the gradients of padded rows, too, then differ by 1.04e-6 between one device and two.
     tolerance = 1e-5 if rate else 1e-6
-    expected, losses = trained(1, groups, size, rate, packing=False)
+    expected, losses = trained(1, groups, size, rate, pairs, packing=False)
     for count in counts:
-        state, others = trained(count, groups, size, rate)
+        state, others = trained(count, groups, size, rate, pairs)
         np.testing.assert_allclose(others, losses, rtol=0, atol=1e-6)
         ours, theirs = (ravel_pytree(tree)[0] for tree in (state, expected))
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
@@ -114,7 +116,7 @@ def test_a_state_gives_all_its_memory_back(name: str) -> None:
 
 def test_every_device_evaluates_its_rows_and_has_all_logits() -> None:
     variables = tiny.variables(model(0.0))
-    held_out = split(np.random.default_rng(1))
+    held_out = tiny.split(np.random.default_rng(1))
     found = {}
     for count in (1, 3, 8):
         devices = parallel(count)

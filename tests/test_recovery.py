@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from conftest import of_pairs
 from test_train import arguments, checkpoint, lines
 
 from pals_jax.cli import main
@@ -60,12 +61,21 @@ def newest(workdir: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "kills",
-    [pytest.param(2, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.nightly)],
+    ("kills", "model"),
+    [
+        pytest.param(2, "encoder", marks=pytest.mark.slow),
+        pytest.param(2, "encoder-decoder", marks=pytest.mark.slow),
+        pytest.param(20, "encoder", marks=pytest.mark.nightly),
+        pytest.param(20, "encoder-decoder", marks=pytest.mark.nightly),
+    ],
 )
-def test_killed_and_run_again_is_an_unbroken_run_bit_for_bit(small: Path, kills: int) -> None:
+def test_killed_and_run_again_is_an_unbroken_run_bit_for_bit(
+    small: Path, kills: int, model: str, request: pytest.FixtureRequest
+) -> None:
     """Killed at random moments, most of them while a checkpoint is being written."""
     every = ("--config.checkpoint_every=1", f"--config.steps_per_epoch={5 * kills // 2}")
+    if model == "encoder-decoder":
+        every = (*of_pairs(request.getfixturevalue("pairs")), *every)
     whole, broken = small / "whole", small / "broken"
     assert start(small, whole, *every).wait(timeout=600) == 0, whole.with_suffix(".log").read_text()
 

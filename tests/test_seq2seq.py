@@ -195,18 +195,12 @@ def test_the_encoder_below_the_first_adapter_can_be_skipped() -> None:
 
 # Tasks
 
-# Every method, but a pooler, which these models have not.
-TOGETHER = {
-    text: sum((tiny.METHODS[name] for name in text.split(" + ") if name != "pooler"), ())
-    for text in tiny.TOGETHER
-}
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("name", tiny.SEQ2SEQ_TOGETHER)
 def test_every_method_keeps_tasks_apart(name: str) -> None:
     """A mixed batch gives what each task gives alone, and a task's loss moves its rows alone."""
-    model = tiny.seq2seq(TOGETHER[name])
+    model = tiny.seq2seq(tiny.SEQ2SEQ_TOGETHER[name])
     variables = tiny.variables(model)
     step = jax.jit(lambda v, tasks: (model.apply(v, *ARRAYS, tasks), jax.grad(total)(v, tasks)))
 

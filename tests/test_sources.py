@@ -13,7 +13,7 @@ from pals_jax.data.examples import Examples, read_examples
 from pals_jax.data.glue_dir import GlueDir
 from pals_jax.data.own_tasks import own_task
 from pals_jax.data.readers import read_rows
-from pals_jax.data.sources import glue_source
+from pals_jax.data.sources import source_of
 from pals_jax.data.tasks import GLUE, Task
 from pals_jax.runtime.errors import UserError
 
@@ -120,10 +120,10 @@ def test_glue_dir_errors(shared, tmp_path):
 
 
 def test_choice_of_source(tmp_path):
-    assert glue_source("glue_dir", str(tmp_path)) == GlueDir(tmp_path)
-    assert glue_source("tfds").data_dir is None
-    assert "needs the directory" in error_of(glue_source, "glue_dir")
-    assert "no data source 'csv'" in error_of(glue_source, "csv", tmp_path)
+    assert source_of("glue_dir", str(tmp_path)) == GlueDir(tmp_path)
+    assert source_of("tfds").data_dir is None
+    assert "needs the directory" in error_of(source_of, "glue_dir")
+    assert "no data source 'csv'" in error_of(source_of, "csv", tmp_path)
 
 
 # The readers.

@@ -16,7 +16,8 @@ from pals_jax.inference.steps import make_eval_step
 from pals_jax.models.adapters.bound import overlay
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.runtime.errors import UserError
-from pals_jax.training.step import create_state, example_losses, make_train_step, partition
+from pals_jax.training.losses import example_losses
+from pals_jax.training.step import create_state, make_train_step, partition
 
 MODEL = MultiTaskModel(tiny.config(), tiny.NUM_OUTPUTS, tiny.METHODS["pals"])
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pals_jax.data.tasks import GLUE, Task, glue_task
+from pals_jax.data.tasks import GLUE, Task, known_task
 from pals_jax.runtime.errors import UserError
 
 
@@ -58,8 +58,8 @@ def test_regression_labels_are_finite_numbers(label):
 
 
 def test_unknown_task_suggests_near_names():
-    assert glue_task("rte") is GLUE["rte"]
+    assert known_task("rte") is GLUE["rte"]
     with pytest.raises(UserError, match="'SST-2'; did you mean sst2"):
-        glue_task("SST-2")
+        known_task("SST-2")
     with pytest.raises(UserError, match="known are cola, sst2"):
-        glue_task("translation")
+        known_task("translation")

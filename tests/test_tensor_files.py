@@ -9,9 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.torch
+import tiny
 import torch
+import transformers
 
-from pals_jax.convert import tensor_files
+from pals_jax.convert import from_huggingface, huggingface, tensor_files
 from pals_jax.runtime.errors import UserError
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)}
@@ -122,3 +124,41 @@ def test_a_written_adapter_reads_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tensors["a"], transposed["a"])
     with pytest.raises(UserError, match=r"has no y\.bin or z\.bin"):
         tensor_files.find_tensors(tmp_path / "new", "y.bin", "z.bin")
+
+
+# Models in several files
+
+
+@pytest.fixture
+def sharded(tmp_path: Path, tiny_encoder: Path) -> Path:
+    """The tiny encoder as transformers writes large models."""
+    model = transformers.AutoModel.from_pretrained(tiny_encoder)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="8kB")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
+    return tmp_path / "sharded"
+
+
+def test_a_model_in_several_files_is_that_in_one(sharded: Path, tiny_encoder: Path) -> None:
+    (_, ours), (_, theirs) = map(from_huggingface, (sharded, tiny_encoder))
+    tiny.assert_same(ours["params"], theirs["params"])
+    assert huggingface.is_encoder(sharded)
+    assert not huggingface.has_classifier(sharded)
+
+
+def test_files_of_a_model_that_are_missing_or_mixed_up(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    files = sorted(set(places.values()))
+    name = next(name for name, file in places.items() if file == files[0])
+    for changed, message in (
+        ({name: files[1]}, f"{files[1]} lacks {name}; get it again"),
+        ({name: "../x.safetensors"}, "has no weight_map of file names"),
+        ({name: 3}, "has no weight_map of file names"),
+        ({name: "x.safetensors"}, "cannot read .*x.safetensors"),
+    ):
+        index.write_text(json.dumps({"weight_map": places | changed}))
+        with pytest.raises(UserError, match=message):
+            from_huggingface(sharded)
+    index.write_text("{}")
+    with pytest.raises(UserError, match="has no weight_map of file names"):
+        from_huggingface(sharded)

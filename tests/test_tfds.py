@@ -1,8 +1,10 @@
-"""The real GLUE builder of TensorFlow Datasets, fed with the official files, without a network."""
+"""The real builders of TensorFlow Datasets, fed with the official files, without a network."""
 
 import itertools
+import json
 import socket
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from tensorflow_datasets.core.download import DownloadManager
 
 from pals_jax.data import tfds
 from pals_jax.data.glue_dir import GlueDir
-from pals_jax.data.tasks import GLUE, Task
+from pals_jax.data.tasks import GLUE, TEXT_TASKS, Task
 from pals_jax.data.tfds import Tfds
 from pals_jax.runtime.errors import Unavailable, UserError
 
@@ -154,3 +156,95 @@ def test_what_tfds_does_not_have(tmp_path):
         Tfds(tmp_path).read(Task("mine", ("x",)), "train")
     with pytest.raises(UserError, match="rte has no split 'validation'"):
         Tfds(tmp_path).read(GLUE["rte"], "validation")
+
+
+# Texts to texts, in the layouts of the official files
+
+
+def rows_of(path: Path, count: int) -> list[dict[str, str]]:
+    with path.open() as lines:
+        return [json.loads(line) for line in itertools.islice(lines, count)]
+
+
+def test_xsum(shared, monkeypatch, tmp_path):
+    """From the archive that its makers' script extracts, with lines that the builder removes."""
+    rows = rows_of(shared / "seq2seq" / "xsum" / "dev.jsonl", 30)
+    folder, manual = tmp_path / "xsum-extracts-from-downloads", tmp_path / "manual"
+    folder.mkdir()
+    manual.mkdir()
+    for i, row in enumerate(rows):
+        body = row["document"].replace("\n", "\n\n")
+        (folder / f"{i}.data").write_text(
+            f"[XSUM]URL[XSUM]\nhttp://x\n\n[XSUM]INTRODUCTION[XSUM]\n{row['summary']}\n\n"
+            f"[XSUM]RESTBODY[XSUM]\nShare this with\n{body}\n"
+        )
+    with tarfile.open(manual / f"{folder.name}.tar.gz", "w:gz") as archive:
+        archive.add(folder, folder.name)
+    splits = {"train": range(20), "validation": range(20, 25), "test": range(25, 31)}
+    ids = tmp_path / "splits.json"
+    ids.write_text(json.dumps({name: [str(i) for i in x] for name, x in splits.items()}))
+    monkeypatch.setattr(DownloadManager, "download", lambda self, url: epath.Path(ids))
+    monkeypatch.setattr(DownloadManager, "manual_dir", epath.Path(manual))
+    monkeypatch.setattr(DownloadManager, "extract", lambda self, path: epath.Path(tmp_path))
+    task, source = TEXT_TASKS["xsum"], Tfds(tmp_path / "tfds")
+    assert source.splits(task) == ("train", "dev", "test")
+    for split, name in (("train", "train"), ("dev", "validation"), ("test", "test")):
+        examples = source.read(task, split)
+        found = {(text, target) for (text,), target in texts_of(examples)}
+        expected = [rows[i] for i in splits[name] if i < 30]  # the last of test is missing
+        assert found == {(row["document"].strip(), row["summary"]) for row in expected}
+    assert source.is_here(task)
+    assert "tensorflow" not in sys.modules
+
+
+def texts_of(examples):
+    assert examples.targets is None
+    return zip(examples.texts, examples.target_texts, strict=True)
+
+
+def test_xsum_that_is_not_there(monkeypatch, tmp_path):
+    ids = tmp_path / "splits.json"
+    ids.write_text("{}")
+    monkeypatch.setattr(DownloadManager, "download", lambda self, url: epath.Path(ids))
+    with pytest.raises(UserError, match=r"cannot prepare xsum in .*xsum-extracts-from-downloads"):
+        Tfds(tmp_path).read(TEXT_TASKS["xsum"], "dev")
+
+
+def test_wmt16(shared, monkeypatch, tmp_path):
+    """Europarl as two files, SETIMES as one of TMX, news as SGML."""
+    lines = (shared / "seq2seq" / "en_ro" / "dev.tsv").read_text().splitlines()[1:41]
+    pairs = [tuple(line.split("\t")) for line in lines if "&" not in line and "<" not in line]
+    europarl, setimes, dev, test = pairs[:12], pairs[12:20], pairs[20:25], pairs[25:30]
+    folder = tmp_path / "training-parallel-ep-v8"
+    folder.mkdir()
+    for i, language in enumerate(("en", "ro")):
+        texts = "\n".join(pair[i] for pair in europarl)
+        (folder / f"europarl-v8.ro-en.{language}").write_text(texts)
+    units = "".join(
+        f'<tu><tuv xml:lang="en"><seg>{en}</seg></tuv><tuv xml:lang="ro"><seg>{ro}</seg></tuv></tu>'
+        for en, ro in setimes
+    )
+    (tmp_path / "en-ro.tmx").write_text(f"<?xml version='1.0'?><tmx><body>{units}</body></tmx>")
+    (tmp_path / "dev").mkdir()
+    for name, some in (("newsdev2016", dev), ("newstest2016", test)):
+        for i, (kind, language) in enumerate((("ref", "en"), ("src", "ro"))):
+            segments = "\n".join(f'<seg id="{n}">{p[i]}</seg>' for n, p in enumerate(some, 1))
+            (tmp_path / "dev" / f"{name}-roen-{kind}.{language}.sgm").write_text(segments)
+
+    def place(url: str) -> epath.Path:
+        return epath.Path(tmp_path / "en-ro.tmx" if "SETIMES" in url else tmp_path)
+
+    def download_and_extract(self, urls):
+        if isinstance(urls, str):
+            return place(urls)
+        if isinstance(urls, list):
+            return [place(url) for url in urls]
+        return {name: [place(url) for url in some] for name, some in urls.items()}
+
+    monkeypatch.setattr(DownloadManager, "download_and_extract", download_and_extract)
+    task, source = TEXT_TASKS["wmt16_enro"], Tfds(tmp_path / "tfds")
+    for split, expected in (("train", europarl + setimes), ("dev", dev), ("test", test)):
+        examples = source.read(task, split)
+        assert sorted((text, target) for (text,), target in texts_of(examples)) == sorted(expected)
+    assert (task.source_language, task.target_language) == ("en_XX", "ro_RO")
+    assert "tensorflow" not in sys.modules

@@ -22,7 +22,8 @@ from pals_jax.data import tokenize
 from pals_jax.data.examples import Examples
 from pals_jax.data.glue_dir import GlueDir
 from pals_jax.data.tasks import GLUE
-from pals_jax.data.tokenize import TokenizedSplit, encode, load_tokenizer, tokenize_split
+from pals_jax.data.tokenize import encode, load_tokenizer, tokenize_split
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.runtime.errors import UserError
 
 PAIRS = Examples([("a cat", "a dog sat"), ("what ?", "who")], np.array([1, 0], np.float32))

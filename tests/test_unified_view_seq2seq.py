@@ -18,12 +18,14 @@ import tiny
 
 from pals_jax.convert import from_unified_view, tables, to_unified_view
 from pals_jax.convert import unified_view_seq2seq as unified_view
+from pals_jax.data.pairs import PairTokenizer
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Bottleneck, Prefix
 from pals_jax.models.adapters.spec import Adapter, Method
 from pals_jax.models.bart import BartConfig
 from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.runtime.errors import UserError
+from pals_jax.training.losses import token_losses
 
 
 def prefix(form: Prefix, compose: Any = "add") -> Method:
@@ -108,26 +110,30 @@ def golden(request: pytest.FixtureRequest, shared: Path) -> SimpleNamespace:
 
 
 def outputs(golden: SimpleNamespace) -> SimpleNamespace:
-    """Hidden states, logits, losses, and the gradients of the loss."""
+    """Hidden states, logits, losses, and the gradients of both losses."""
     names = ("input_ids", "attention_mask", "decoder_input_ids", "labels")
     ids, mask, decoder_ids, labels = (golden.arrays[k].astype(np.int32) for k in names)
     model, counted = golden.model, labels != -100
+    said = np.where(counted, labels, 0)
 
     def losses(variables: Any) -> Any:
         texts = ids, mask, decoder_ids, np.ones_like(decoder_ids)  # no decoder mask in training
         hidden = model.apply(variables, *texts, 0, method="decode")
         logits = model.apply(variables, hidden, method="logits")
-        log = jax.nn.log_softmax(logits)
-        chosen = jnp.take_along_axis(log, jnp.where(counted, labels, 0)[..., None], axis=-1)
-        terms = chosen[..., 0], log.mean(-1)
-        loss, uniform = (-(x * counted).sum() / counted.sum() for x in terms)
-        smoothed = 0.9 * loss + 0.1 * uniform
+        both = (token_losses(logits, said, smoothing) for smoothing in (0.0, 0.1))
+        loss, smoothed = (jnp.sum(x * counted) / counted.sum() for x in both)
         encoded = model.apply(variables, ids, mask, 0, method="encode")
-        return loss, (encoded, hidden, logits, smoothed)
+        return (loss, smoothed), (encoded, hidden, logits)
 
-    grads = jax.jit(jax.value_and_grad(losses, has_aux=True))
-    (loss, rest), gradients = grads(golden.variables)
-    encoded, hidden, logits, smoothed = rest
+    @jax.jit
+    def with_gradients(variables: Any) -> Any:
+        values, pull, rest = jax.vjp(losses, variables, has_aux=True)
+        of_loss, of_smoothed = (pull(cotangents)[0] for cotangents in ((1.0, 0.0), (0.0, 1.0)))
+        return values, of_loss, of_smoothed, rest
+
+    values, gradients, smoothed_gradients, rest = with_gradients(golden.variables)
+    loss, smoothed = values
+    encoded, hidden, logits = rest
     return SimpleNamespace(
         encoder_last_hidden_state=encoded,
         decoder_last_hidden_state=hidden,
@@ -135,6 +141,7 @@ def outputs(golden: SimpleNamespace) -> SimpleNamespace:
         loss=loss,
         label_smoothed_loss=smoothed,
         gradients=gradients,
+        smoothed_gradients=smoothed_gradients,
     )
 
 
@@ -167,10 +174,15 @@ def test_outputs(golden: SimpleNamespace) -> None:
 
 def test_gradients(golden: SimpleNamespace) -> None:
     """Of everything that the original trains; what it trains without effect is not held."""
-    slots = unified_view.slots(golden.model)
-    ours = tables.write(golden.outputs.gradients, slots)
+    assert_same_gradients(golden, golden.outputs.gradients, "grad")
+    if any(name.startswith("grad_label_smoothed/") for name in golden.arrays):
+        assert_same_gradients(golden, golden.outputs.smoothed_gradients, "grad_label_smoothed")
+
+
+def assert_same_gradients(golden: SimpleNamespace, gradients: Any, key: str) -> None:
+    ours = tables.write(gradients, unified_view.slots(golden.model))
     theirs = {
-        f"prefix/{name}" if name in golden.prefix_state else name: golden.arrays[f"grad/{name}"]
+        f"prefix/{name}" if name in golden.prefix_state else name: golden.arrays[f"{key}/{name}"]
         for name in golden.config["trainable"]
     }
     theirs = unified_view.cut(theirs, golden.model.config)
@@ -180,6 +192,17 @@ def test_gradients(golden: SimpleNamespace) -> None:
     assert held
     for name in held:
         assert_close(ours[name], theirs[name], name)
+
+
+def test_targets_are_shifted_as_in_the_original(golden: SimpleNamespace) -> None:
+    config = golden.model.config
+    start = None if config.model_type == "mbart" else config.decoder_start_token_id
+    tokenizer = PairTokenizer(None, config.model_type, start)
+    for labels, read in zip(
+        golden.arrays["labels"].tolist(), golden.arrays["decoder_input_ids"].tolist(), strict=True
+    ):
+        said = [label for label in labels if label != -100]
+        assert tokenizer.behind_start(said)[:-1] == read[: len(said)]
 
 
 def test_frozen_and_unused_are_not_trained(golden: SimpleNamespace) -> None:

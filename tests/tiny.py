@@ -1,5 +1,6 @@
 """Tiny models, batches and training steps, so small that a test's time is mostly compilation."""
 
+import dataclasses
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -12,14 +13,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from pals_jax.data.batch import Batch
+from pals_jax.data.tokenized import TokenizedSplit, TokenizedTargets
 from pals_jax.experiment.optim import make_optimizer
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Context
+from pals_jax.models.architectures import Model, num_tasks
 from pals_jax.models.bart import BartConfig
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.seq2seq import Seq2SeqModel
-from pals_jax.models.shapes import Model, variable_shapes
+from pals_jax.models.shapes import variable_shapes
 from pals_jax.training.step import create_state, make_train_step
 
 NUM_OUTPUTS = (2, 1, 3)  # two classes, regression, three classes
@@ -69,6 +72,13 @@ TOGETHER = {
         ("scaled_parallel", "parallel", "top_attention", "layer_norms", "prompt_tuning"),
         ("mam", "multi_head_parallel", "lora", "projected_ffn"),
     )
+}
+
+
+# The same for encoder-decoders, which have no pooler.
+SEQ2SEQ_TOGETHER = {
+    text: sum((METHODS[name] for name in text.split(" + ") if name != "pooler"), ())
+    for text in TOGETHER
 }
 
 
@@ -168,6 +178,19 @@ def batch(task_ids: Any, seed: int = 0, rows: int = 4) -> Batch:
     )
 
 
+def split(rng: np.random.Generator, pairs: bool = False) -> TokenizedSplit:
+    """Eleven examples of 3 to 9 tokens; pairs, with targets of 2 to 9."""
+    lengths = rng.integers(3, 10, 11)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = rng.integers(1, 31, offsets[-1]).astype(np.int32)
+    made = TokenizedSplit(tokens, offsets, lengths - 1, rng.integers(0, 2, 11).astype(np.float32))
+    if not pairs:
+        return made
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(3, 11, 11))])  # with the start tokens
+    tokens = rng.integers(1, 31, offsets[-1]).astype(np.int32)
+    return dataclasses.replace(made, target_texts=TokenizedTargets(tokens, offsets))
+
+
 class Probe:
     """A form without parameters that adds nothing and records its inputs.
 
@@ -219,16 +242,17 @@ def recording(
 
 
 def training(
-    model: MultiTaskModel, rules: tuple[str, ...] = ("params/", "adapters/"), **changes: Any
+    model: Model, rules: tuple[str, ...] = ("params/", "adapters/"), **changes: Any
 ) -> tuple[Any, Any]:
     """A jitted training step whose opt_state also holds the gradients, and its first state."""
     optimizer, _ = make_optimizer(
-        optimizer_config(**changes), len(model.num_outputs), total_steps=TOTAL_STEPS
+        optimizer_config(**changes), num_tasks(model), total_steps=TOTAL_STEPS
     )
     optimizer = recording(optimizer)
     # Compiled as one program, because op by op it takes longer than the step.
     state = jax.jit(lambda variables: create_state(variables, rules, optimizer))(variables(model))
-    return jax.jit(make_train_step(model, optimizer, seed=0)), state
+    # Without effect on an encoder.
+    return jax.jit(make_train_step(model, optimizer, seed=0, label_smoothing=0.1)), state
 
 
 @cache

@@ -1,4 +1,7 @@
-"""A configuration over the files that the fixture `small` writes: three tasks, a tiny encoder."""
+"""A configuration over the files that the fixture `small` writes: three tasks, a tiny encoder.
+
+Two more tasks, of pairs, are declared for encoder-decoders; see `conftest.of_pairs`.
+"""
 
 from pathlib import Path
 
@@ -19,9 +22,11 @@ def get_config(directory: str) -> ConfigDict:
             "colour": _task(root / "colour.tsv", text=("sentence",), labels=("red", "blue")),
             "same": _task(root / "same.jsonl", text=("a", "b")),
             "share": _task(root / "share.csv", text=("a", "b"), regression=True),
+            "upper": _pairs(root / "upper.tsv", text="lower", target="upper"),
+            "swap": _pairs(root / "swap.jsonl", text="lower", target="swapped"),
         }
     )
-    config.data.max_length = 16
+    config.data.max_length = config.data.max_target_length = 16
     config.data.cache_dir = str(root / "cache")
     config.epochs = 2
     config.steps_per_epoch = 4
@@ -36,3 +41,7 @@ def _task(path: Path, **declaration: object) -> dict[str, object]:
     metrics = ("pearson",) if declaration.get("regression") else ("accuracy",)
     files = {"train": str(path), "dev": str(path)}
     return {**files, "label": "label", "metrics": metrics, **declaration}
+
+
+def _pairs(path: Path, **declaration: object) -> dict[str, object]:
+    return {"train": str(path), "dev": str(path), **declaration}

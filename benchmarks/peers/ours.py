@@ -19,7 +19,8 @@ from pals_jax.inference.evaluator import Evaluator
 from pals_jax.inference.steps import apply_to_batch
 from pals_jax.runtime.compile_cache import forget_compiled
 from pals_jax.runtime.parallel import DataParallel
-from pals_jax.training.step import create_state, example_losses, make_train_step
+from pals_jax.training.losses import example_losses
+from pals_jax.training.step import create_state, make_train_step
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Hugging Face's BART, mBART and Marian: architecture, table of names, weights in and out."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import numpy as np
 
 from pals_jax.convert import tables, tensor_files
 from pals_jax.convert.tables import Slot, Tensors
-from pals_jax.models.bart import BartConfig, sinusoids
+from pals_jax.models.bart import MODEL_TYPES, BartConfig, sinusoids
 from pals_jax.models.merge import merged
 from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.runtime.errors import UserError
@@ -47,7 +48,7 @@ _TIED = ("tie_word_embeddings", "share_encoder_decoder_embeddings")
 
 def is_bart(directory: Path) -> bool:
     """Whether `config.json` describes one of these models."""
-    return tensor_files.read_json(directory / "config.json").get("model_type") in CLASSES
+    return tensor_files.read_json(directory / "config.json").get("model_type") in MODEL_TYPES
 
 
 def read_config(directory: Path) -> BartConfig:
@@ -68,9 +69,24 @@ def read_config(directory: Path) -> BartConfig:
 
 
 def load_variables(model: Seq2SeqModel, directory: Path, seed: int) -> dict[str, Any]:
-    """The variables of a model on the weights in a directory; adapters are new."""
-    path = directory / "model.safetensors"
-    return read(model, bart(model.config), tensor_files.read_tensors(path), str(path), seed)
+    """The variables of a model on the weights in a directory; adapters are new.
+
+    Raises:
+        UserError: the directory is of another architecture, or its tensors do not fit.
+    """
+    if read_config(directory) != model.config:
+        raise UserError(
+            f"{directory} is of another architecture than the model; they differ in"
+            f" {', '.join(differing(read_config(directory), model.config))}."
+        )
+    tensors = tensor_files.read_model(directory)
+    return read(model, bart(model.config), tensors, str(directory / tensor_files.MODEL), seed)
+
+
+def differing(one: BartConfig, other: BartConfig) -> list[str]:
+    """The names of the fields in which two architectures differ."""
+    fields = dataclasses.asdict(one), dataclasses.asdict(other)
+    return [name for name in fields[0] if fields[0][name] != fields[1][name]]
 
 
 def read(
@@ -186,7 +202,7 @@ def to_conditional_generation(
     tensors = tables.write(variables, bart(model.config))
     named = {name: tensor for name, tensor in tensors.items() if name not in COPIES}
     directory.mkdir(parents=True, exist_ok=True)
-    tensor_files.write_tensors(directory / "model.safetensors", named, {"format": "pt"})
+    tensor_files.write_tensors(directory / tensor_files.MODEL, named, {"format": "pt"})
     config = tensor_files.read_json(base / "config.json") | {"dtype": "float32"}
     config = {name: value for name, value in config.items() if name != "torch_dtype"}
     (directory / "config.json").write_text(json.dumps(config, indent=2))

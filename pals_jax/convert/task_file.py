@@ -1,8 +1,9 @@
 """Task files: one file with everything that a task adds to a base.
 
-A safetensors file with the task's rows of the `adapters` collection (adapters, copies of encoder
-parameters, head). Its metadata hold the task, its method, the base's architecture, and fingerprints
-of the base's weights and tokenizer. Any set of task files with one method makes a model.
+A safetensors file with the task's rows of the `adapters` collection (adapters, copies of the
+base's parameters, head). Its metadata hold the task, its method, the base's architecture, and
+fingerprints of the base's weights and tokenizer. Any set of task files with one method makes a
+model.
 """
 
 import dataclasses
@@ -19,13 +20,14 @@ import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pals_jax.convert.tensor_files import write_tensors
+from pals_jax.data.pairs import PairTokenizer
 from pals_jax.data.tasks import Task
 from pals_jax.data.tokenize import FastTokenizer
 from pals_jax.models.adapters import serialize
 from pals_jax.models.adapters.parse import parse_method
 from pals_jax.models.adapters.spec import Method
-from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.architectures import Architecture, Model, new_model
+from pals_jax.models.bart import BartConfig
 from pals_jax.models.shapes import variable_shapes
 from pals_jax.models.task_axis import append
 from pals_jax.runtime.errors import UserError, reason
@@ -35,22 +37,23 @@ _FORMATS = {_FORMAT, "pals_jax task, version 1"}  # version 1 has the method as 
 _FINGERPRINTS = ("base", "tokenizer")
 # What parsers raise; the last two of texts that are nested too deep.
 _DAMAGE = (ValueError, TypeError, AttributeError, KeyError, RecursionError, MemoryError)
+_LENGTHS = ("max_length", "max_target_length")
 _KEYS = {"task", "method", "max_length", "architecture", *_FINGERPRINTS}
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The encoder to which tasks are added.
+    """The encoder or encoder-decoder to which tasks are added.
 
     Attributes:
-        architecture: the architecture of the encoder.
-        params: the weights of the encoder, the `params` collection.
-        tokenizer: the tokenizer of the encoder.
+        architecture: its architecture.
+        params: its weights, the `params` collection.
+        tokenizer: its tokenizer.
     """
 
-    architecture: BertConfig
+    architecture: Architecture
     params: Any
-    tokenizer: FastTokenizer
+    tokenizer: FastTokenizer | PairTokenizer
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -59,7 +62,11 @@ class Base:
         for path, leaf in sorted(flatten_dict(self.params, sep="/").items()):
             weights.update(f"{path} {leaf.shape}".encode())
             weights.update(np.asarray(leaf, np.float32).tobytes())
-        tokenizer = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
+        if isinstance(self.tokenizer, PairTokenizer):
+            content = self.tokenizer.content
+        else:
+            content = self.tokenizer.backend_tokenizer.to_str()
+        tokenizer = hashlib.sha256(content.encode())
         return {"base": weights.hexdigest(), "tokenizer": tokenizer.hexdigest()}
 
 
@@ -68,7 +75,7 @@ def save(
     base: Base,
     task: Task,
     method: Method,
-    max_length: int,
+    max_lengths: Mapping[str, int],
     adapters: Mapping[str, Any],
     index: int,
 ) -> None:
@@ -76,21 +83,22 @@ def save(
 
     Args:
         path: the file.
-        base: the encoder of the model.
+        base: the encoder or encoder-decoder of the model.
         task: the task.
         method: the method of the model.
-        max_length: the number of tokens to which texts were truncated.
+        max_lengths: the numbers of tokens to which texts were truncated: "max_length", and
+            "max_target_length" if its answers are texts.
         adapters: the `adapters` collection, leaves [T, ...].
         index: the task's index on the task axis.
     """
     rows = flatten_dict(jax.tree.map(lambda x: x[index], dict(adapters)), sep="/")
-    for leaf in ("head/kernel", "head/bias"):
+    for leaf in rows.keys() & {"head/kernel", "head/bias"}:
         rows[leaf] = rows[leaf][..., : task.num_outputs]
     metadata = {
         "format": _FORMAT,
         "task": json.dumps(dataclasses.asdict(task)),
         "method": serialize.dumps(method),
-        "max_length": str(max_length),
+        **{name: str(length) for name, length in max_lengths.items()},
         "architecture": json.dumps(dataclasses.asdict(base.architecture)),
         **base.fingerprints,
     }
@@ -106,13 +114,13 @@ class Loaded:
         variables: the variables of the combined model.
         tasks: the tasks in the order of the files.
         method: their common method.
-        max_length: the largest max_length of the files, in tokens.
+        max_lengths: the largest of the files, in tokens, by name; see `save`.
     """
 
     variables: dict[str, Any]
     tasks: tuple[Task, ...]
     method: Method
-    max_length: int
+    max_lengths: Mapping[str, int]
 
 
 def is_task_file(path: Path) -> bool:
@@ -151,7 +159,8 @@ def load(paths: Sequence[Path], base: Base) -> Loaded:
         raise UserError(f"two files hold a task named {repeated[0]!r}; leave one out.")
     adapters: Any = None
     for file in files:
-        model = MultiTaskModel(base.architecture, (file.task.num_outputs,), method)
+        _check_kind(file, base)
+        model = new_model(base.architecture, (file.task.num_outputs,), method)
         _check_tensors(file.path, model, file.tensors)
         row = unflatten_dict({k: x[None] for k, x in file.tensors.items()}, sep="/")
         adapters = row if adapters is None else append(adapters, row)
@@ -159,7 +168,7 @@ def load(paths: Sequence[Path], base: Base) -> Loaded:
         {"params": base.params, "adapters": adapters},
         tuple(file.task for file in files),
         method,
-        max(file.max_length for file in files),
+        {name: max(each.max_lengths[name] for each in files) for name in files[0].max_lengths},
     )
 
 
@@ -192,7 +201,7 @@ class _File:
     tensors: dict[str, np.ndarray]
     task: Task
     method: Method
-    max_length: int
+    max_lengths: dict[str, int]
     fingerprints: dict[str, str]
 
 
@@ -210,16 +219,29 @@ def _read(path: Path) -> _File:
     try:
         task = Task.from_json(json.loads(metadata["task"]))
         task.check()
-        length = int(metadata["max_length"])
+        names = _LENGTHS if task.output == "text" else _LENGTHS[:1]
+        lengths = {name: int(metadata[name]) for name in names}
         method = parse_method(metadata["method"])
     except (*_DAMAGE, UserError) as error:
         raise UserError(
             f"the metadata of {path} are damaged ({reason(error)}); get the file again."
         ) from error
-    return _File(path, tensors, task, method, length, {k: metadata[k] for k in _FINGERPRINTS})
+    return _File(path, tensors, task, method, lengths, {k: metadata[k] for k in _FINGERPRINTS})
 
 
-def _check_tensors(path: Path, model: MultiTaskModel, tensors: Mapping[str, np.ndarray]) -> None:
+def _check_kind(file: _File, base: Base) -> None:
+    """Refuses a task with texts for answers on an encoder, and one without on an encoder-decoder.
+
+    The fingerprints tell the two apart; a file that somebody has changed may not.
+    """
+    if (file.task.output == "text") != isinstance(base.architecture, BartConfig):
+        raise UserError(
+            f"{file.path} holds a task that is answered with {file.task.output}, which is not what"
+            " its base gives; get the file again."
+        )
+
+
+def _check_tensors(path: Path, model: Model, tensors: Mapping[str, np.ndarray]) -> None:
     """Refuses tensors that are not exactly the rows of one task, all finite."""
     shapes = variable_shapes(model)["adapters"]
     wanted = {name: (x.shape[1:], x.dtype) for name, x in flatten_dict(shapes, sep="/").items()}

@@ -47,6 +47,48 @@ def find_tensors(directory: Path, *names: str) -> dict[str, np.ndarray]:
     raise UserError(f"{directory} has no {' or '.join(names)}.")
 
 
+MODEL = "model.safetensors"
+_INDEX = f"{MODEL}.index.json"  # of a model in several files: which tensor is in which
+
+
+def has_model(directory: Path) -> bool:
+    """Whether a directory has the weights of a model, in one file or several; maybe damaged."""
+    return any((directory / name).is_file() for name in (MODEL, _INDEX))
+
+
+def read_model(directory: Path) -> dict[str, np.ndarray]:
+    """The tensors of a model of Hugging Face, by name, in one file or in several.
+
+    Raises:
+        UserError: if a file is missing or damaged, or a tensor is not in the file where the index
+            says that it is.
+    """
+    if not (directory / _INDEX).is_file():
+        return read_tensors(directory / MODEL)
+    places = read_json(directory / _INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(_is_name(file) for file in places.values()):
+        raise UserError(f"{directory / _INDEX} has no weight_map of file names; get it again.")
+    tensors: dict[str, np.ndarray] = {}
+    for file in sorted(set(places.values())):
+        found = read_tensors(directory / file)
+        if lacking := sorted(k for k, v in places.items() if v == file and k not in found):
+            raise UserError(f"{directory / file} lacks {', '.join(lacking)}; get it again.")
+        tensors |= found
+    return tensors
+
+
+def model_tensor_names(directory: Path) -> list[str]:
+    """The names of a model's tensors, without reading them."""
+    if (directory / _INDEX).is_file():
+        return list(read_json(directory / _INDEX).get("weight_map", ()))
+    with safetensors.safe_open(directory / MODEL, "numpy") as file:
+        return list(file.keys())
+
+
+def _is_name(file: Any) -> bool:
+    return isinstance(file, str) and Path(file).name == file
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:

@@ -19,10 +19,10 @@ from pals_jax.convert.unified_view_options import PREFIX
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Bottleneck, Prefix
 from pals_jax.models.adapters.spec import Adapter, Method, TaskCopy
+from pals_jax.models.architectures import Model
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.seq2seq import Seq2SeqModel
-from pals_jax.models.shapes import Model
 from pals_jax.runtime.errors import UserError
 
 

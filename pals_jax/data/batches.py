@@ -3,25 +3,26 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 
-from pals_jax.data.batch import Batch
+from pals_jax.data.batch import Batch, TargetTexts
 from pals_jax.data.packing import Packed, Padded, Placement, Sizes
 from pals_jax.data.sampler import Draw
-from pals_jax.data.tokenize import TokenizedSplit
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.runtime.shards import Shards
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The tokens that an encoder expects.
+    """The tokens that a model expects.
 
     Attributes:
         pad_id: the id of the padding token.
-        token_types: the number of token types; if it is 1, every token has type 0.
+        token_types: the number of token types; if it is 1, every token has type 0. 0: the model has
+            none.
     """
 
     pad_id: int = 0
@@ -34,7 +35,7 @@ class TrainBatches:
 
     Attributes:
         splits: the training examples of each trained task.
-        layout: the tokens that the encoder expects.
+        layout: the tokens that the model expects.
         placing: how examples are placed in rows.
         shards: how the rows are divided among devices.
         first_task: the index of the first trained task on the model's task axis.
@@ -90,10 +91,18 @@ class TrainBatches:
 
 
 def sizes(splits: Sequence[TokenizedSplit], draw: Draw) -> Sizes:
-    """The tasks, int32, and the lengths, int64, of the examples of a draw, [G * b] each."""
+    """The tasks, int32 [G * b], and the `TokenizedSplit.sizes` of the examples of a draw."""
     groups = zip(draw.trained_ids.tolist(), draw.examples, strict=True)
-    lengths = [splits[task].offsets[i + 1] - splits[task].offsets[i] for task, i in groups]
-    return np.repeat(draw.trained_ids, draw.examples.shape[1]), np.concatenate(lengths)
+    drawn = [_sizes_of(splits[task], i) for task, i in groups]
+    return np.repeat(draw.trained_ids, draw.examples.shape[1]), np.concatenate(drawn)
+
+
+def _sizes_of(split: TokenizedSplit, i: np.ndarray) -> np.ndarray:
+    """`split.sizes[i]`, without going through all of a split that is on disk."""
+    lengths = split.offsets[i + 1] - split.offsets[i]
+    if (texts := split.target_texts) is None:
+        return lengths
+    return np.stack([lengths, texts.offsets[i + 1] - texts.offsets[i] - 1], axis=1)
 
 
 def eval_batches(
@@ -105,7 +114,7 @@ def eval_batches(
         This host's part of a batch, for `inference.steps.make_eval_step`, and the index of the
         example in every slot of the rows of all shards, int64 [S * r, M]; -1 in empty slots.
     """
-    for indices, placement in placing.batches(split.lengths):
+    for indices, placement in placing.batches(split.sizes):
         task_ids = np.full((shards.local, 1), task_id, np.int32)
         items = [(split, i) for i in indices.tolist()]
         batch = _batch(items, placement, task_ids, layout, shards)
@@ -141,47 +150,103 @@ def _batch(
     shards: Shards,
 ) -> Batch:
     """This host's rows of a batch of the examples (split, index)."""
-    (rows, length), slots = placement.shape, placement.slots
-    tokens = [split.tokens[split.offsets[i] : split.offsets[i + 1]] for split, i in items]
-    lengths = np.array([len(t) for t in tokens])
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    at = np.repeat(placement.row * length + placement.start, lengths) + within
-    first = np.array([split.first[i] for split, i in items])
-    types = (within >= np.repeat(first, lengths)) & (layout.token_types > 1)
+    rows, slots = placement.shape.rows, placement.slots
 
     def here(x: np.ndarray) -> np.ndarray:
         return shards.split(x[shards.mine(rows)])
-
-    def of_tokens(values: np.ndarray, fill: int = 0) -> Any:
-        x = np.full((rows, length), fill, np.int32)
-        np.put(x, at, values)
-        return here(x)
 
     def of_examples(values: Any, dtype: Any, fill: int = 0) -> Any:
         x = np.full((rows, slots), fill, dtype)
         x[placement.row, placement.slot] = values
         return here(x)
 
+    tokens = [split.tokens[split.offsets[i] : split.offsets[i + 1]] for split, i in items]
+    places = _Places.of(placement, placement.start, placement.shape.length, tokens)
+    types = None
+    if layout.token_types:
+        first = np.array([split.first[i] for split, i in items])
+        later = places.within >= np.repeat(first, places.lengths)
+        types = here(places.fill(later & (layout.token_types > 1)))
+    target_texts, targets = None, None
+    if placement.target_start is None:
+        targets = of_examples([split.targets[i] for split, i in items], np.float32)
+    else:
+        target_texts = _target_texts(items, placement, layout, here)
     return Batch(
-        input_ids=of_tokens(np.concatenate(tokens), layout.pad_id),
-        token_type_ids=of_tokens(types),
-        attention_mask=of_tokens(np.repeat(placement.slot + 1, lengths)),
+        input_ids=here(places.fill(np.concatenate(tokens), layout.pad_id)),
+        token_type_ids=types,
+        attention_mask=here(places.fill(np.repeat(placement.slot + 1, places.lengths))),
         first=of_examples(placement.start, np.int32),
         example_ids=of_examples(np.arange(len(items)), np.int32, -1),
-        targets=of_examples([split.targets[i] for split, i in items], np.float32),
+        targets=targets,
         weights=of_examples(1.0, np.float32),
         task_ids=task_ids,
-        hidden=_hidden(items, at, placement.shape, here),
+        hidden=_hidden(items, places, here),
+        target_texts=target_texts,
+    )
+
+
+class _Places(NamedTuple):
+    """The places of all tokens of some texts in the rows of a batch.
+
+    Attributes:
+        shape: the number of rows, and their length.
+        lengths: int [n]; of the texts.
+        within: int [sum of lengths]; each token's position in its text.
+        at: the same; its index in the rows, end to end.
+    """
+
+    shape: tuple[int, int]
+    lengths: np.ndarray
+    within: np.ndarray
+    at: np.ndarray
+
+    @classmethod
+    def of(
+        cls, placement: Placement, start: np.ndarray, length: int, tokens: Sequence[np.ndarray]
+    ) -> Self:
+        """Those of texts that begin at `start`, int [n], in rows of some length."""
+        lengths = np.array([len(t) for t in tokens])
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        at = np.repeat(placement.row * length + start, lengths) + within
+        return cls((placement.shape.rows, length), lengths, within, at)
+
+    def fill(self, values: np.ndarray, empty: int = 0) -> np.ndarray:
+        """int32 rows with a value for each token, and `empty` elsewhere."""
+        x = np.full(self.shape, empty, np.int32)
+        np.put(x, self.at, values)
+        return x
+
+
+def _target_texts(
+    items: Sequence[tuple[TokenizedSplit, int]],
+    placement: Placement,
+    layout: Layout,
+    here: Callable[[np.ndarray], np.ndarray],
+) -> TargetTexts:
+    """This host's rows of the targets of a batch."""
+    found = [(split.target_texts, i) for split, i in items]
+    texts = [x.tokens[x.offsets[i] : x.offsets[i + 1]] for x, i in found if x is not None]
+    assert placement.target_start is not None
+    read, said = [text[:-1] for text in texts], [text[1:] for text in texts]
+    length = placement.shape.room[1]
+    places = _Places.of(placement, placement.target_start, length, said)
+    first = np.zeros((placement.shape.rows, placement.slots), np.int32)
+    first[placement.row, placement.slot] = placement.target_start
+    return TargetTexts(
+        input_ids=here(places.fill(np.concatenate(read), layout.pad_id)),
+        labels=here(places.fill(np.concatenate(said), layout.pad_id)),
+        attention_mask=here(places.fill(np.repeat(placement.slot + 1, places.lengths))),
+        first=here(first),
     )
 
 
 def _hidden(
     items: Sequence[tuple[TokenizedSplit, int]],
-    at: np.ndarray,
-    shape: tuple[int, int],
+    places: _Places,
     here: Callable[[np.ndarray], np.ndarray],
 ) -> Any:
-    """The cached hidden states of all tokens, at their positions `at`; None without a cache."""
+    """The cached hidden states of all tokens, at their places; None without a cache."""
     cached = [
         split.hidden[split.offsets[i] : split.offsets[i + 1]]
         for split, i in items
@@ -189,6 +254,6 @@ def _hidden(
     ]
     if not cached:
         return None
-    hidden = np.zeros((math.prod(shape), cached[0].shape[1]), cached[0].dtype)
-    hidden[at] = np.concatenate(cached)
-    return here(hidden.reshape(*shape, -1))
+    hidden = np.zeros((math.prod(places.shape), cached[0].shape[1]), cached[0].dtype)
+    hidden[places.at] = np.concatenate(cached)
+    return here(hidden.reshape(*places.shape, -1))

@@ -18,11 +18,13 @@ class Examples:
     Attributes:
         texts: one or two strings per example.
         targets: float32 [N], class ids or regression labels rescaled to [0, 1]; None where the
-            split is unlabelled.
+            split is unlabelled or the targets are texts.
+        target_texts: the texts to write, one per example; None where there are none.
     """
 
     texts: list[tuple[str, ...]]
     targets: np.ndarray | None
+    target_texts: list[str] | None = None
 
     def __len__(self) -> int:
         """N."""
@@ -55,25 +57,41 @@ def read_examples(
     Args:
         path: the file; its suffix determines the format.
         task: the task, which defines the columns and the labels.
-        labelled: whether to read labels; None: only if the first row has one.
+        labelled: whether to read labels, or target texts; None: only if the first row has one.
         columns: maps the task's column names to the file's, where they differ.
         header: the file's columns, if it has no header line.
 
     Raises:
         UserError: if the file is invalid (see `readers.read_rows`), a column is missing, a text is
-            not a string, or a label is not one of the task's.
+            not a string, a label is not one of the task's, or a target text is empty.
     """
     own = columns or {}
-    label = own.get(task.label, task.label)
+    answer = task.target or task.label
+    answer = own.get(answer, answer)
     texts: list[tuple[str, ...]] = []
     targets: list[float] = []
+    target_texts: list[str] = []
     for row in read_rows(path, header):
         texts.append(tuple(row.text(own.get(name, name)) for name in task.text))
         if labelled is None:
-            labelled = row.values.get(label) is not None
-        if labelled:
-            targets.append(_target(row, label, task))
+            labelled = row.values.get(answer) is not None
+        if labelled and task.output == "text":
+            target_texts.append(_target_text(row, answer, task))
+        elif labelled:
+            targets.append(_target(row, answer, task))
+    if task.output == "text":
+        return Examples(texts, None, target_texts if labelled else None)
     return Examples(texts, np.array(targets, np.float32) if labelled else None)
+
+
+def _target_text(row: Row, column: str, task: Task) -> str:
+    text = row.text(column)
+    if not text.strip():
+        raise UserError(
+            f"{row.where}: the target in column {column!r} is empty; task {task.name} needs a text"
+            " there: complete the row, or leave it out."
+        )
+    return text
 
 
 def _target(row: Row, column: str, task: Task) -> float:

@@ -1,8 +1,9 @@
-"""The metrics of GLUE, computed by scikit-learn and SciPy over a whole dev set.
+"""The metrics of GLUE, computed by scikit-learn and SciPy over a whole dev set, and those of texts.
 
 Matthews, F1 and the correlations must be computed over the whole set; a mean over batches differs.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -65,6 +66,37 @@ METRICS: dict[str, Metric] = {  # of predictions and targets, both [N]
 }
 
 CORRELATIONS = ("pearson", "spearman")  # of regression; the others are of classes
+
+# Of texts, each of the mean over all tokens of -log p(token), in nats; without label smoothing.
+TEXT_METRICS: dict[str, Callable[[float], float]] = {
+    "loss": lambda loss: loss,
+    "perplexity": lambda loss: math.exp(min(loss, 700.0)),  # e^710 is no float64
+}
+# As a score, a loss is the probability of a token that it means: from 0 to 1, and more is better.
+_SCORES: dict[str, Callable[[float], float]] = {
+    "loss": lambda loss: math.exp(-loss),
+    "perplexity": lambda perplexity: 1.0 / perplexity,
+}
+
+
+def of_texts(names: Sequence[str], losses: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+    """Metrics of the target texts of a whole set under a model.
+
+    Args:
+        names: names in `TEXT_METRICS`.
+        losses: float [N]; the sum over each text's tokens of -log p(token).
+        lengths: int [N]; the number of these tokens.
+
+    Returns:
+        Each metric by name.
+    """
+    loss = float(np.sum(losses, dtype=np.float64) / np.sum(lengths))
+    return {name: TEXT_METRICS[name](loss) for name in names}
+
+
+def shown(name: str, value: float) -> str:
+    """A metric for a person: x 100, but for those of `TEXT_METRICS`."""
+    return f"{value:.3f}" if name in TEXT_METRICS else f"{100 * value:.1f}"
 
 
 def compute(names: Sequence[str], predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
@@ -159,11 +191,15 @@ def pals_average(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> fl
 def score(task_metrics: Sequence[str], split_results: Mapping[str, Mapping[str, float]]) -> float:
     """The one number of a task: its first metric, averaged over the splits it is evaluated on.
 
+    A loss or perplexity becomes the geometric mean of the tokens' probabilities, e^-loss.
+
     Args:
         task_metrics: the names of its metrics.
         split_results: split -> metric.
     """
-    return float(np.mean([result[task_metrics[0]] for result in split_results.values()]))
+    name, *_ = task_metrics
+    mean = float(np.mean([result[name] for result in split_results.values()]))
+    return _SCORES[name](mean) if name in _SCORES else mean
 
 
 def selection_score(

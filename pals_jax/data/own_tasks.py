@@ -9,11 +9,26 @@ from ml_collections import ConfigDict
 
 from pals_jax.data.examples import Examples, check_split, read_examples
 from pals_jax.data.readers import Row, read_rows
-from pals_jax.data.tasks import Task, to_number
+from pals_jax.data.tasks import Output, Task, to_number
 from pals_jax.runtime.errors import UserError
 
 _SPLITS = ("train", "dev", "test")
-_KEYS = (*_SPLITS, "text", "label", "labels", "regression", "label_range", "metrics")
+_LANGUAGES = ("source_language", "target_language")
+# The keys that mean something only for some kinds of answers, and those kinds.
+_ONLY_FOR: Mapping[str, tuple[Output, ...]] = {
+    "label": ("classes", "value"),
+    "labels": ("classes",),
+    "regression": ("classes", "value"),
+    "label_range": ("value",),
+    **dict.fromkeys(("target", *_LANGUAGES), ("text",)),
+}
+_KINDS = {"classes": "classification", "value": "regression", "text": "a task with a target text"}
+_DEFAULT_METRICS: Mapping[Output, tuple[str, ...]] = {
+    "classes": ("accuracy",),
+    "value": ("pearson", "spearman"),
+    "text": ("loss", "perplexity"),
+}
+_KEYS = (*_SPLITS, "text", "metrics", *_ONLY_FOR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +61,16 @@ def own_task(name: str, declaration: Mapping[str, Any]) -> tuple[Task, Files]:
         declaration: these keys:
             train, dev, test: paths of `.tsv`, `.csv` or `.jsonl` files; train is needed.
             text: the name of the text column, or a list of two names.
-            label: the name of the label column.
+            target: for encoder-decoders: the name of the column with the text to write.
+            source_language, target_language: with a target: the codes of the languages of `text`
+                and `target`, where the tokenizer has codes.
+            label: without a target: the name of the label column.
             labels: the classes in the order of their ids; by default the sorted labels of train.
             regression: True if the label is a number; default False.
             label_range: regression only: the smallest and the largest label, which become the
                 targets 0 and 1; by default those of train.
-            metrics: the first is the task's score; by default accuracy, or pearson and spearman.
+            metrics: the first is the task's score; by default accuracy, or pearson and spearman,
+                or loss and perplexity.
 
     Raises:
         UserError: if a key is unknown, missing, unused or of a wrong type, or train is unreadable.
@@ -64,33 +83,41 @@ def own_task(name: str, declaration: Mapping[str, Any]) -> tuple[Task, Files]:
             f"task {name} is declared with {', '.join(unknown)}, which is not among the keys"
             f" {', '.join(_KEYS)}."
         )
-    if missing := [key for key in ("train", "text", "label") if key not in given]:
+    answer = "target" if "target" in given else "label"
+    if missing := [key for key in ("train", "text", answer) if key not in given]:
         raise UserError(f"the declaration of task {name} lacks {', '.join(missing)}.")
-    for key in (*_SPLITS, "label"):
+    for key in (*_SPLITS, "label", "target", *_LANGUAGES):
         if not isinstance(given.get(key, ""), str | Path):
             raise UserError(f"task {name} is declared with {key} = {given[key]!r}; give one name.")
     regression = given.get("regression", False)
     if not isinstance(regression, bool):
         raise UserError(f"task {name} is declared with regression = {regression!r}; give a bool.")
-    useless = "labels" if regression else "label_range"
-    if useless in given:
-        kind = "regression" if regression else "classification"
-        raise UserError(f"task {name} is declared with {useless}, of no use in {kind}; remove it.")
+    output: Output = "text" if answer == "target" else "value" if regression else "classes"
+    if useless := [k for k, kinds in _ONLY_FOR.items() if k in given and output not in kinds]:
+        raise UserError(
+            f"task {name} is declared with {useless[0]}, of no use in {_KINDS[output]}; remove it."
+        )
 
     files = own_files(declaration)
     text = _names(name, given, "text")
-    if len(text) not in (1, 2):
-        raise UserError(f"task {name} is declared with {len(text)} text columns; give one or two.")
-    default = ("pearson", "spearman") if regression else ("accuracy",)
+    most = 1 if output == "text" else 2
+    if not 1 <= len(text) <= most:
+        raise UserError(
+            f"task {name} is declared with {len(text)} text columns; give"
+            f" {'one' if most == 1 else 'one or two'}."
+        )
+    metrics = _names(name, given, "metrics") if "metrics" in given else _DEFAULT_METRICS[output]
     task = Task(
         name,
         text,
-        label=given["label"],
-        labels=() if regression else _labels(name, given),
-        label_range=_label_range(name, given) if regression else None,
-        metrics=_names(name, given, "metrics") if "metrics" in given else default,
+        label=given.get("label", Task.label),
+        labels=_labels(name, given) if output == "classes" else (),
+        label_range=_label_range(name, given) if output == "value" else None,
+        metrics=metrics,
         eval_splits=("dev",) if "dev" in files.paths else (),
         test_splits=("test",) if "test" in files.paths else (),
+        target=given.get("target", ""),
+        **{key: given.get(key, "") for key in _LANGUAGES},
     )
     return task, files
 

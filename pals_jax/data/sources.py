@@ -30,11 +30,11 @@ class Source(Protocol):
         ...
 
 
-def glue_source(kind: str, directory: str | Path | None = None) -> Source:
-    """A source of the GLUE tasks; for user-defined tasks see `own_tasks.own_task`.
+def source_of(kind: str, directory: str | Path | None = None) -> Source:
+    """A source of known tasks; for user-defined tasks see `own_tasks.own_task`.
 
     Args:
-        kind: "glue_dir", the official files in `directory`, or "tfds", TensorFlow Datasets.
+        kind: "glue_dir", GLUE's official files in `directory`, or "tfds", TensorFlow Datasets.
         directory: the directory of the files; for "tfds" its data directory, None for its default.
 
     Raises:

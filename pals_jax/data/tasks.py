@@ -1,26 +1,28 @@
-"""The definition of a task, and the tasks of GLUE (Wang et al. 2019)."""
+"""The definition of a task, the tasks of GLUE (Wang et al. 2019), and XSum and WMT16."""
 
 import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from pals_jax.runtime.errors import UserError
 
+Output: TypeAlias = Literal["classes", "value", "text"]  # what the answers of a task are
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A text classification or regression task, wherever its data comes from.
+    """A task whose answers are classes, values (regression) or texts, wherever its data come from.
 
     Attributes:
         name: for example "mrpc".
         text: the names of its one or two text columns; empty if a checkpoint of another code does
             not tell: it then takes one text or two.
         label: the name of its label column.
-        labels: the class names in the order of their ids; empty for regression.
+        labels: the class names in the order of their ids; empty unless the answers are classes.
         label_range: regression only: the labels that become the targets 0 and 1. None: the model's
             output is the label, as in checkpoints of other codes.
         metrics: names of metrics; the first is the task's score.
@@ -28,6 +30,9 @@ class Task:
         test_splits: the splits to predict; their labels are usually secret.
         head: for a diagnostic set without training data, the task whose head answers it.
         has_head: False for adapters that came without a head: they give vectors and no labels.
+        target: the name of the column with the text to write; empty: the answers are no texts.
+        source_language: the tokenizer's code of the text's language; empty: it needs none.
+        target_language: that of the target's language.
     """
 
     name: str
@@ -40,6 +45,9 @@ class Task:
     test_splits: tuple[str, ...] = ("test",)
     head: str | None = None
     has_head: bool = True
+    target: str = ""
+    source_language: str = ""
+    target_language: str = ""
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Task":
@@ -59,24 +67,34 @@ class Task:
         if not all(isinstance(x, tuple) for x in lists) or not isinstance(self.has_head, bool):
             raise TypeError("a list of the task is not a list, or has_head is not true or false")
         words = (self.name, self.label, *self.text, *self.labels, *self.metrics)
+        words += (self.target, self.source_language, self.target_language)
         if not self.name or not all(isinstance(word, str) for word in words):
             raise TypeError("a name, column, label or metric of the task is not a text")
         if len(self.text) > 2 or len(set(self.labels)) < len(self.labels):
             raise TypeError("the task has more than two text columns, or repeats a label")
+        if self.target and (self.labels or len(self.text) != 1):
+            raise TypeError("the task has a target text, and labels or other than one source text")
         if self.label_range is not None:
             low, high = map(to_number, self.label_range)
-            if self.labels or low >= high:
+            if self.output != "value" or low >= high:
                 raise TypeError("the task has a label_range that does not fit it")
 
     @property
+    def output(self) -> Output:
+        """What its answers are."""
+        if self.target:
+            return "text"
+        return "classes" if self.labels else "value"
+
+    @property
     def is_regression(self) -> bool:
-        """Whether the target is a number rather than a class."""
-        return not self.labels
+        """Whether the answers are values."""
+        return self.output == "value"
 
     @property
     def num_outputs(self) -> int:
-        """The width of its head: the number of classes, or 1 for regression."""
-        return len(self.labels) or 1
+        """The width of its head: the number of classes, 1 for values, 0 for texts."""
+        return {"classes": len(self.labels), "value": 1, "text": 0}[self.output]
 
     def columns(self, count: int) -> tuple[str, ...]:
         """The names of `count` texts; empty if it takes another number of texts."""
@@ -174,15 +192,33 @@ GLUE: dict[str, Task] = {
     )
 }
 
+# The tasks of encoder-decoders in He et al. (2022). The language codes are mBART's.
+TEXT_TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("xsum", ("document",), target="summary", metrics=("loss", "perplexity")),
+        Task(
+            "wmt16_enro",
+            ("en",),
+            target="ro",
+            source_language="en_XX",
+            target_language="ro_RO",
+            metrics=("loss", "perplexity"),
+        ),
+    )
+}
 
-def glue_task(name: str) -> Task:
-    """The GLUE task of that name.
+KNOWN: dict[str, Task] = GLUE | TEXT_TASKS
+
+
+def known_task(name: str) -> Task:
+    """The task of that name, of GLUE or one of `TEXT_TASKS`.
 
     Raises:
         UserError: if there is none.
     """
-    if name in GLUE:
-        return GLUE[name]
-    near = difflib.get_close_matches(name.lower().replace("-", ""), GLUE)
-    hint = f"; did you mean {' or '.join(near)}?" if near else f"; known are {', '.join(GLUE)}."
+    if name in KNOWN:
+        return KNOWN[name]
+    near = difflib.get_close_matches(name.lower().replace("-", ""), KNOWN)
+    hint = f"; did you mean {' or '.join(near)}?" if near else f"; known are {', '.join(KNOWN)}."
     raise UserError(f"there is no task {name!r}{hint}")

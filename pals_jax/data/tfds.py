@@ -1,29 +1,39 @@
-"""GLUE from TensorFlow Datasets, without TensorFlow."""
+"""GLUE, XSum and WMT16 from TensorFlow Datasets, without TensorFlow."""
 
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from pals_jax.data.examples import Examples, check_split
-from pals_jax.data.tasks import GLUE, Task
+from pals_jax.data.tasks import GLUE, TEXT_TASKS, Task
 from pals_jax.runtime.errors import Unavailable, UserError
 
 _ANSWER_SECONDS = 20  # timeout for a response from the data server, at each attempt
 _TRIES = 3
 
+# The name of each task's dataset.
+_DATASETS = {name: f"glue/{name}" for name in GLUE} | {
+    "xsum": "xsum",
+    "wmt16_enro": "wmt16_translate/ro-en",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Tfds:
-    """The GLUE tasks of TensorFlow Datasets, downloaded and prepared at first use.
+    """The known tasks of TensorFlow Datasets, downloaded and prepared at first use.
 
     They are kept as ArrayRecord, the format of TFDS that needs no TensorFlow. TFDS's own column
-    names and class ids are those of `tasks.GLUE`; its texts are those of the official files.
+    names and class ids are those of `tasks.GLUE` and `tasks.TEXT_TASKS`; its texts are those of the
+    official files. XSum is not downloaded: TFDS takes it from its manual directory, and says what
+    must lie there.
 
     Attributes:
         data_dir: TFDS's data directory; None means its default.
@@ -33,7 +43,7 @@ class Tfds:
 
     def splits(self, task: Task) -> tuple[str, ...]:
         """All of the task's splits."""
-        _check_glue(task)
+        _check_known(task)
         return task.splits
 
     def is_here(self, task: Task) -> bool:
@@ -46,13 +56,18 @@ class Tfds:
         Raises:
             UserError: as for `sources.Source`, or if the download fails.
         """
-        _check_glue(task)
+        _check_known(task)
         check_split(task, split)
         source = self._prepared(task).as_data_source(split.replace("dev", "validation"))
-        # One call for all rows is twice as fast as iterating. TFDS has shuffled them; `idx` is the
-        # row number, for MRPC's train and validation that in the file they were both taken from.
-        rows = sorted(source.__getitems__(range(len(source))), key=lambda row: row["idx"])
+        # One call for all rows is twice as fast as iterating.
+        rows = source.__getitems__(range(len(source)))
+        if task.name in GLUE:
+            # TFDS has shuffled them; `idx` is the row number, for MRPC's train and validation that
+            # in the file they were both taken from.
+            rows = sorted(rows, key=lambda row: row["idx"])
         texts = [tuple(row[name].decode() for name in task.text) for row in rows]
+        if task.output == "text":
+            return Examples(texts, None, [row[task.target].decode() for row in rows])
         if split in task.test_splits:  # TFDS labels these -1
             return Examples(texts, None)
         targets = np.array([row["label"] for row in rows], np.float32)
@@ -63,27 +78,33 @@ class Tfds:
     def _builder(self, task: Task) -> Any:
         # Imported lazily because it is slow; importing the module registers its builders with TFDS.
         import tensorflow_datasets
-        import tensorflow_datasets.text.glue
 
+        if task.name in GLUE:
+            import tensorflow_datasets.text.glue
+        elif task.name == "xsum":
+            import tensorflow_datasets.summarization.xsum
+        else:
+            import tensorflow_datasets.translate.wmt16
         return tensorflow_datasets.builder(
-            f"glue/{task.name}", data_dir=self.data_dir, file_format="array_record"
+            _DATASETS[task.name], data_dir=self.data_dir, file_format="array_record"
         )
 
     def _prepared(self, task: Task) -> Any:
         import requests
         import tensorflow_datasets
 
+        dataset = _DATASETS[task.name]
         try:
             builder = self._builder(task)
             if not builder.is_prepared():
                 where = self.data_dir or "its default data directory"
                 print(
-                    f"downloading glue/{task.name} with TensorFlow Datasets to {where}; giving up"
+                    f"downloading {dataset} with TensorFlow Datasets to {where}; giving up"
                     f" after {_TRIES * _ANSWER_SECONDS} s without an answer",
                     file=sys.stderr,
                 )
             # TFDS prints its progress; standard output is for results.
-            with contextlib.redirect_stdout(sys.stderr), bounded():
+            with contextlib.redirect_stdout(sys.stderr), bounded(), _files_of_xsum():
                 builder.download_and_prepare()
         except Exception as error:  # TFDS, its downloader and the network raise many types
             where = self.data_dir or "its default data directory"
@@ -95,8 +116,8 @@ class Tfds:
             )
             kind = Unavailable if isinstance(error, elsewhere) else UserError
             raise kind(
-                f"TensorFlow Datasets cannot prepare glue/{task.name} in {where}:"
-                f" {type(error).__name__}: {error}"
+                f"TensorFlow Datasets cannot prepare {dataset} in {where}:"
+                f" {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
         return builder
 
@@ -119,6 +140,27 @@ def bounded() -> Iterator[None]:
         downloader._open_url, downloader.MAX_RETRIES = before
 
 
-def _check_glue(task: Task) -> None:
-    if task.name not in GLUE:
-        raise UserError(f"{task.name} is not a GLUE task; TFDS is only used for tasks of GLUE.")
+@contextlib.contextmanager
+def _files_of_xsum() -> Iterator[None]:
+    """Has XSum's builder open files without TensorFlow, of which it uses nothing else.
+
+    The other builders need no such help.
+    """
+    xsum = sys.modules.get("tensorflow_datasets.summarization.xsum")
+    if xsum is None or importlib.util.find_spec("tensorflow"):
+        yield
+        return
+    before, gfile = xsum.tf, SimpleNamespace(GFile=open, exists=lambda path: Path(path).exists())
+    xsum.tf = SimpleNamespace(io=SimpleNamespace(gfile=gfile))  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        xsum.tf = before  # type: ignore[attr-defined]
+
+
+def _check_known(task: Task) -> None:
+    if task.name not in _DATASETS:
+        raise UserError(
+            f"{task.name} is not a GLUE task; TFDS is only used for tasks of GLUE,"
+            f" {' and '.join(TEXT_TASKS)}."
+        )

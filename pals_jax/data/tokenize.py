@@ -15,11 +15,11 @@ from tokenizers import Encoding, Tokenizer
 from tqdm import tqdm
 
 from pals_jax.data.examples import Examples
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.runtime import storage
 from pals_jax.runtime.errors import UserError
 
 _FORMAT = 1  # format version of the cache; increment when the meaning of its content changes
-_FILES = ("tokens", "offsets", "first", "targets")
 # The usual tokenizer classes, each with the `model_type` to which transformers assigns it.
 _CLASSES = {
     "BertTokenizer": "bert",
@@ -101,58 +101,6 @@ class SavedTokenizer:
     def __len__(self) -> int:
         """See `FastTokenizer`."""
         return self.backend_tokenizer.get_vocab_size()
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizedSplit:
-    """N examples, each as `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]` or its like.
-
-    The arrays are memory-mapped when they come from the cache.
-
-    Attributes:
-        tokens: int32 [sum of lengths], all examples end to end.
-        offsets: int64 [N + 1]; example i is `tokens[offsets[i] : offsets[i + 1]]`.
-        first: int32 [N], the number of leading tokens of type 0; those after them are of type 1.
-        targets: float32 [N], class ids or rescaled regression labels; NaN where unlabelled.
-        hidden: [sum of lengths, D], each token's cached hidden state below the first adapter
-            (`pals_jax.inference.hidden_cache`). None: computed at every step.
-    """
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    first: np.ndarray
-    targets: np.ndarray
-    hidden: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        """N."""
-        return len(self.first)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 [N], tokens per example, special tokens included."""
-        return np.diff(self.offsets)
-
-    def alone(self, i: int) -> Self:
-        """Example i as a split of its own."""
-        begin, end = self.offsets[i : i + 2]
-        one = slice(i, i + 1)
-        hidden = None if self.hidden is None else self.hidden[begin:end]
-        offsets = np.array([0, end - begin])
-        return type(self)(
-            self.tokens[begin:end], offsets, self.first[one], self.targets[one], hidden
-        )
-
-    def save(self, directory: Path) -> None:
-        """Writes one `.npy` file per array into a new directory."""
-        directory.mkdir()
-        for name in _FILES:
-            np.save(directory / f"{name}.npy", getattr(self, name))
-
-    @classmethod
-    def load(cls, directory: Path) -> Self:
-        """Memory-maps the files that `save` wrote."""
-        return cls(*(np.load(directory / f"{name}.npy", mmap_mode="r") for name in _FILES))
 
 
 def load_tokenizer(name: str | Path) -> FastTokenizer:
@@ -239,6 +187,11 @@ class TextEncoder:
         """
         self._tokenizer, self._max_length = tokenizer, max_length
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Everything that the tokens depend on besides the texts."""
+        return _FORMAT, self.backend.to_str(), self.backend.encode_special_tokens
+
     @functools.cached_property
     def backend(self) -> Tokenizer:
         """A copy that truncates and does not pad; making it takes a tenth of a second."""
@@ -281,23 +234,41 @@ def encode(examples: Examples, tokenizer: FastTokenizer, max_length: int) -> Tok
     return TextEncoder(tokenizer, max_length)(examples)
 
 
+class Encoder(Protocol):
+    """Makes the tokens of examples: `TextEncoder`, or `pals_jax.data.pairs.PairEncoder`."""
+
+    def check(self, examples: Examples) -> None:
+        """Raises UserError if the maximum length leaves no room for text."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Everything that the tokens depend on besides the texts."""
+
+    def __call__(self, examples: Examples) -> TokenizedSplit:
+        """The tokens of N examples."""
+
+
 def tokenize_split(
     examples: Examples, tokenizer: FastTokenizer, max_length: int, cache_dir: Path
 ) -> TokenizedSplit:
-    """Like `encode`, but reads from the cache, or fills it if needed.
+    """Like `encode`, but from the cache: see `encode_once`."""
+    return encode_once(examples, TextEncoder(tokenizer, max_length), cache_dir)
+
+
+def encode_once(examples: Examples, encoder: Encoder, cache_dir: Path) -> TokenizedSplit:
+    """The tokens of examples, from the cache, which is filled if needed.
 
     The cache is a directory per split, named by a hash of texts, targets, tokenizer and length. It
     is built in a temporary folder and then renamed, so several processes may build it at once, and
     a killed one leaves only a folder `building-*`, which is never read.
 
     Raises:
-        UserError: as for `encode`, or if the cache cannot be written.
+        UserError: as for the encoder, or if the cache cannot be written.
     """
-    text_encoder = TextEncoder(tokenizer, max_length)
-    text_encoder.check(examples)
-    directory = Path(cache_dir) / _key(examples, text_encoder.backend)
+    encoder.check(examples)
+    directory = Path(cache_dir) / _digest(examples, encoder.key)
     if not directory.is_dir():
-        split = text_encoder(examples)
+        split = encoder(examples)
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             _save_atomically(split, directory)
@@ -337,10 +308,9 @@ def _targets(examples: Examples) -> np.ndarray:
     return examples.targets
 
 
-def _key(examples: Examples, backend: Tokenizer) -> str:
+def _digest(examples: Examples, key: tuple[Any, ...]) -> str:
     digest = hashlib.sha256()
-    parts = (_FORMAT, backend.to_str(), backend.encode_special_tokens)
-    for part in itertools.chain(parts, examples.texts):
+    for part in itertools.chain(key, examples.texts, examples.target_texts or ()):
         digest.update(json.dumps(part).encode() + b"\n")
     digest.update(_targets(examples).tobytes())
     return digest.hexdigest()

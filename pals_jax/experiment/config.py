@@ -18,7 +18,8 @@ def default() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
 
-    # The shared encoder: a directory, a packaged encoder's name, or an id on the hub.
+    # The shared encoder, or encoder-decoder: a directory, a packaged encoder's name, or an id on
+    # the hub.
     config.encoder = "bert-base-uncased"
     # The parameters that each task adds: functions of pals_jax.models.adapters.methods, joined by
     # +; see docs/methods.md.
@@ -33,10 +34,11 @@ def default() -> ConfigDict:
 
     config.tasks = ("cola", "mrpc", "mnli", "rte", "stsb", "sst2", "qqp", "qnli")
     config.data = ConfigDict()
-    config.data.source = "tfds"  # where GLUE tasks come from: tfds or glue_dir
+    config.data.source = "tfds"  # where tasks that are not your own come from: tfds or glue_dir
     config.data.dir = ""  # the source's directory; empty: the default of tensorflow_datasets
     config.data.own = ConfigDict()  # your own tasks: name -> declaration, see docs/own_tasks.md
-    config.data.max_length = 128  # maximum tokens of an example (one text or a pair)
+    config.data.max_length = 128  # maximum tokens of an example (one text or a pair), or a source
+    config.data.max_target_length = 128  # maximum tokens of a target, for an encoder-decoder
     config.data.cache_dir = "~/.cache/pals_jax"
 
     config.sampling = "annealed"  # or round_robin, proportional, sqrt
@@ -46,6 +48,8 @@ def default() -> ConfigDict:
     config.packing = True  # True: several examples share a row; False: one padded row each
     config.groups = 1  # tasks in a batch; 1 is the paper's single-task step
     config.eval_batch_size = 16  # rows
+    # For an encoder-decoder: the share of a token's loss that is the mean loss of all words.
+    config.label_smoothing = 0.0
     config.checkpoint_every = 1000  # steps; the end of an epoch also writes a checkpoint
 
     # For train --sweep: one {dotted key: value} per run. --config.sweep="({'seed': 0}, ...)"
@@ -132,6 +136,11 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"configuration: {key} is {config[key]}; it must be at least 1.")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"configuration: seed is {config.seed}; it must be from 0 to 2^32 - 1.")
+    if not 0.0 <= config.label_smoothing < 1.0:
+        raise UserError(
+            f"configuration: label_smoothing is {config.label_smoothing}; it is a share, from 0 to"
+            " below 1."
+        )
     if not 0.0 <= config.optimizer.warmup <= 1.0:
         raise UserError(
             f"configuration: optimizer.warmup is {config.optimizer.warmup}; it is a fraction of all"

@@ -17,18 +17,20 @@ from ml_collections import ConfigDict
 from pals_jax.convert import huggingface
 from pals_jax.data.batch import Batch
 from pals_jax.data.batches import Layout, TrainBatches, eval_batches, sizes
-from pals_jax.data.metrics import CORRELATIONS, METRICS
+from pals_jax.data.metrics import CORRELATIONS, METRICS, TEXT_METRICS
 from pals_jax.data.own_tasks import own_files, own_task
 from pals_jax.data.packing import Packed, Padded
 from pals_jax.data.sampler import Sampler
-from pals_jax.data.sources import Source, glue_source
-from pals_jax.data.tasks import GLUE, Task, glue_task
-from pals_jax.data.tokenize import FastTokenizer, TokenizedSplit, tokenize_split
+from pals_jax.data.sources import Source, source_of
+from pals_jax.data.tasks import KNOWN, Task, known_task
+from pals_jax.data.tokenize import encode_once
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.experiment import config as config_lib
+from pals_jax.experiment.families import Family, Tokenizer, family_of
 from pals_jax.experiment.optim import make_optimizer, moves_idle_tasks
 from pals_jax.models.adapters.parse import parse_method, title
 from pals_jax.models.adapters.spec import prompt_length
-from pals_jax.models.bert import BertConfig
+from pals_jax.models.architectures import Architecture, Model, new_model
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.shapes import adapter_shapes
 from pals_jax.models.stack import lowest_layers
@@ -44,12 +46,12 @@ class Experiment:
         config: the configuration.
         tasks: the tasks in the order of the task axis; tasks not in `config.tasks` come from the
             run that this one is based on, and are not trained.
-        architecture: the architecture of the encoder.
+        architecture: the architecture of the encoder or encoder-decoder.
     """
 
     config: ConfigDict
     tasks: tuple[Task, ...]
-    architecture: BertConfig
+    architecture: Architecture
 
     @classmethod
     def from_config(cls, config: ConfigDict, base: "Experiment | None" = None) -> "Experiment":
@@ -61,8 +63,9 @@ class Experiment:
 
         Raises:
             UserError: if the encoder, method, optimiser, schedule or sampling is unknown, a task is
-                unknown or wrongly declared, the configuration would change the base's tasks, or it
-                asks to cache hidden states below the first adapter although no layer lies there.
+                unknown, wrongly declared or not for such a model, the configuration would change
+                the base's tasks, or it asks to cache hidden states below the first adapter although
+                no layer lies there.
         """
         if not config.tasks or len(set(config.tasks)) < len(config.tasks):
             raise UserError(f"configuration: tasks {list(config.tasks)} is empty or repeats one.")
@@ -79,6 +82,7 @@ class Experiment:
                     with config.unlocked():
                         config.data.own[task.name] = base.config.data.own[task.name]
             experiment = cls(config, base.tasks + tasks, base.architecture)
+        _check_outputs(experiment)
         _check_below(experiment)
         experiment.model()  # these calls raise for unknown names
         experiment.optimizer()
@@ -90,15 +94,34 @@ class Experiment:
         """The tasks that are trained, which are last on the task axis."""
         return self.tasks[len(self.tasks) - len(self.config.tasks) :]
 
-    def model(self) -> MultiTaskModel:
+    @property
+    def family(self) -> Family:
+        """What depends on whether it is about an encoder or an encoder-decoder."""
+        return family_of(self.architecture)
+
+    def model(self) -> Model:
         """The model, without weights."""
-        return MultiTaskModel(
+        return new_model(
             self.architecture,
             tuple(task.num_outputs for task in self.tasks),
             parse_method(self.config.method),
             jnp.dtype(self.config.dtype),
             self.config.remat,
         )
+
+    def encoder(self) -> MultiTaskModel:
+        """The model of tasks with heads.
+
+        Raises:
+            UserError: if the experiment is about an encoder-decoder, whose tasks have none.
+        """
+        model = self.model()
+        if not isinstance(model, MultiTaskModel):
+            raise UserError(
+                f"{self.config.encoder} is an encoder-decoder, whose tasks are answered with texts;"
+                " this is for encoders only, whose tasks have heads."
+            )
+        return model
 
     @property
     def steps(self) -> int:
@@ -116,9 +139,8 @@ class Experiment:
 
     @property
     def layout(self) -> Layout:
-        """The token layout that the encoder expects."""
-        encoder = self.architecture
-        return Layout(encoder.pad_token_id, encoder.type_vocab_size)
+        """The token layout that the model expects."""
+        return self.family.layout
 
     def sampler(self, sizes: Sequence[int]) -> Sampler:
         """The sampler of the run; `sizes` are the trained tasks' numbers of training examples."""
@@ -142,16 +164,17 @@ class Experiment:
         are padded to the full length.
         """
         config, num_tasks = self.config, len(self.tasks)
-        placing: Padded | Packed = Padded(config.batch_size, config.data.max_length, shards.total)
+        placing: Padded | Packed = Padded(config.batch_size, self.room, shards.total)
         if config.packing and sampler is not None:
             placing = Packed.choose(
                 (sizes(splits, sampler.draw(step)) for step in sampler.spread()),
                 sampler.steps,
                 config.batch_size,
-                config.data.max_length,
-                self.architecture.hidden_size,
+                self.room,
+                self.architecture.stacks["encoder"].hidden_size,
                 shards.total,
                 self._prompts,
+                self.family.target_cost,
             )
         return TrainBatches(
             splits,
@@ -167,10 +190,10 @@ class Experiment:
         self, split: TokenizedSplit, task_id: int, shards: Shards
     ) -> Iterator[tuple[Batch, np.ndarray]]:
         """The batches of a split's evaluation: see `data.batches.eval_batches`."""
-        rows, max_length = self.config.eval_batch_size, self.config.data.max_length
-        placing: Padded | Packed = Padded(rows, max_length, shards.total)
+        rows = self.config.eval_batch_size
+        placing: Padded | Packed = Padded(rows, self.room, shards.total)
         if self.config.packing:
-            placing = Packed.into(rows, max_length, shards.total, self._prompts)
+            placing = Packed.into(rows, self.room, shards.total, self._prompts)
         return eval_batches(split, task_id, self.layout, placing, shards)
 
     def answer_batches(
@@ -187,13 +210,18 @@ class Experiment:
         return Packed.grid(rows, max_length, shards.total, self._prompts)
 
     @property
+    def room(self) -> tuple[int, ...]:
+        """The maximum tokens of an example, or of its source and of its target."""
+        return tuple(self.family.max_lengths(self.config.data).values())
+
+    @property
     def _prompts(self) -> int:
         """The number of prompt positions that the model adds to each example."""
         return prompt_length(parse_method(self.config.method))
 
     def knows_data(self, task: Task) -> bool:
         """Whether the task's data source is known; it is not for a task loaded from a file."""
-        return bool(task.text) and (task.name in self.config.data.own or task.name in GLUE)
+        return bool(task.text) and (task.name in self.config.data.own or task.name in KNOWN)
 
     def source(self, task: Task) -> Source:
         """Where a task's examples come from."""
@@ -205,23 +233,31 @@ class Experiment:
                 f"the data of task {task.name} are not known: a run made from task files can only"
                 " predict; evaluate the run in which it was trained."
             )
-        return glue_source(data.source, Path(data.dir).expanduser() if data.dir else None)
+        return source_of(data.source, Path(data.dir).expanduser() if data.dir else None)
 
     @property
     def cache_dir(self) -> Path:
         """The directory where tokens and hidden states are cached."""
         return Path(self.config.data.cache_dir).expanduser()
 
-    def read(self, task: Task, split: str, tokenizer: FastTokenizer) -> TokenizedSplit:
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer of `config.encoder`.
+
+        Raises:
+            UserError: if there is none.
+        """
+        return self.family.load_tokenizer(huggingface.resolve(self.config.encoder))
+
+    def read(self, task: Task, split: str, tokenizer: Tokenizer) -> TokenizedSplit:
         """The examples of a split, tokenised or from the cache.
 
         Raises:
             UserError: if the data are missing or invalid.
         """
-        examples = self.source(task).read(task, split)
-        return tokenize_split(examples, tokenizer, self.config.data.max_length, self.cache_dir)
+        encoder = self.family.text_encoder(tokenizer, task, self.config.data)
+        return encode_once(self.source(task).read(task, split), encoder, self.cache_dir)
 
-    def read_eval(self, task: Task, tokenizer: FastTokenizer) -> dict[str, TokenizedSplit]:
+    def read_eval(self, task: Task, tokenizer: Tokenizer) -> dict[str, TokenizedSplit]:
         """The evaluation splits that the source has; there must be at least one."""
         present = self.source(task).splits(task)
         splits = [split for split in task.eval_splits if split in present]
@@ -237,21 +273,22 @@ def _check_base(config: ConfigDict, base: Experiment) -> None:
             "configuration: with --base the encoder must stay frozen, or the earlier tasks would"
             " change; set trainable to ('adapters/',)."
         )
-    for key, mine, theirs in (
-        ("dtype", config.dtype, base.config.dtype),
-        ("data.max_length", config.data.max_length, base.config.data.max_length),
-    ):
+    fixed = {"dtype": (config.dtype, base.config.dtype)} | {
+        f"data.{name}": (length, base.config.data[name])
+        for name, length in base.family.max_lengths(config.data).items()
+    }
+    for key, (mine, theirs) in fixed.items():
         if mine != theirs:
             raise UserError(
                 f"configuration: {key} is {mine}, but {theirs} in the base run; a different value"
                 " would change the predictions of the earlier tasks."
             )
     not_own = (task.name for task in base.tasks if task.name not in base.config.data.own)
-    of_glue = [name for name in not_own if name in GLUE]
-    if of_glue and config.data.source != base.config.data.source:
+    known = [name for name in not_own if name in KNOWN]
+    if known and config.data.source != base.config.data.source:
         raise UserError(
             f"configuration: data.source is {config.data.source}, but {base.config.data.source} in"
-            f" the base run, whose tasks {', '.join(of_glue)} are read from there."
+            f" the base run, whose tasks {', '.join(known)} are read from there."
         )
     if parse_method(config.method) != parse_method(base.config.method):
         raise UserError(
@@ -283,13 +320,39 @@ def _check_below(experiment: Experiment) -> None:
         )
 
 
+def _check_outputs(experiment: Experiment) -> None:
+    """Refuses a task whose answers are not of a kind that the model gives."""
+    outputs, config = experiment.family.outputs, experiment.config
+    for task in experiment.trained:
+        if task.output in outputs:
+            continue
+        if task.output == "text":
+            raise UserError(
+                f"task {task.name} is answered with texts, which the encoder {config.encoder} does"
+                " not write; name an encoder-decoder (BART, mBART or Marian), or declare a label"
+                " instead of a target."
+            )
+        raise UserError(
+            f"task {task.name} is answered with {task.output}, and the encoder-decoder"
+            f" {config.encoder} writes texts; name an encoder (BERT or RoBERTa), or declare a"
+            " target instead of a label."
+        )
+    if config.label_smoothing and "text" not in outputs:
+        raise UserError(
+            f"configuration: label_smoothing is {config.label_smoothing}, which is only for the"
+            " texts of encoder-decoders; set it to 0."
+        )
+
+
 def _check_metrics(task: Task) -> None:
-    unknown = [name for name in task.metrics if name not in METRICS]
+    known = TEXT_METRICS if task.output == "text" else METRICS
+    unknown = [name for name in task.metrics if name not in known]
     if unknown or not task.metrics:
         raise UserError(
-            f"task {task.name} has the metrics {list(task.metrics)};"
-            f" known are {', '.join(METRICS)}."
+            f"task {task.name} has the metrics {list(task.metrics)}; known are {', '.join(known)}."
         )
+    if task.output == "text":
+        return
     wrong = [name for name in task.metrics if (name in CORRELATIONS) != task.is_regression]
     if wrong or ("f1" in task.metrics and task.num_outputs != 2):
         raise UserError(
@@ -300,5 +363,5 @@ def _check_metrics(task: Task) -> None:
 
 
 def _task(data: ConfigDict, name: str) -> Task:
-    """The task declared in `data.own`, or else the GLUE task of that name."""
-    return own_task(name, data.own[name])[0] if name in data.own else glue_task(name)
+    """The task declared in `data.own`, or else the known task of that name."""
+    return own_task(name, data.own[name])[0] if name in data.own else known_task(name)

@@ -188,9 +188,12 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
 
 
 def decays(params: optax.Params) -> optax.Params:
-    """The mask of leaves with weight decay: all but biases, layer norms and scaling factors."""
+    """The mask of leaves with weight decay: all but biases, layer norms and scaling factors.
+
+    The bias of an encoder-decoder's logits has no gradient, and so stays as it is.
+    """
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key not in ("bias", "scale"), params
+        lambda path, _: path[-1].key not in ("bias", "scale", "logits_bias"), params
     )
 
 

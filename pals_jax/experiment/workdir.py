@@ -14,10 +14,10 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from pals_jax.data.tasks import Task
-from pals_jax.data.tokenize import FastTokenizer, SavedTokenizer
 from pals_jax.experiment import config as config_lib
 from pals_jax.experiment.experiment import Experiment
-from pals_jax.models.bert import BertConfig
+from pals_jax.experiment.families import Tokenizer
+from pals_jax.models.architectures import architecture_of
 from pals_jax.runtime import storage
 from pals_jax.runtime.errors import UserError
 
@@ -120,25 +120,25 @@ def load(workdir: epath.Path) -> Experiment:
         saved = json.loads(text)
         config = config_lib.from_json(saved["config"])
         tasks = tuple(Task.from_json(task) for task in saved["tasks"])
-        return Experiment(config, tasks, BertConfig(**saved["architecture"]))
+        return Experiment(config, tasks, architecture_of(saved["architecture"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}).") from error
 
 
-def save_tokenizer(tokenizer: FastTokenizer, workdir: epath.Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, workdir: epath.Path) -> None:
     """Writes the tokenizer of a run, for `saved_tokenizer` to read."""
     with storage.Staged(workdir / _TOKENIZER) as folder:
         tokenizer.save_pretrained(folder.path)
 
 
-def saved_tokenizer(workdir: epath.Path) -> FastTokenizer:
-    """The tokenizer of a run.
+def saved_tokenizer(experiment: Experiment, workdir: epath.Path) -> Tokenizer:
+    """The tokenizer of the run of an experiment.
 
     Raises:
         UserError: if it is missing or damaged.
     """
     with storage.fetched(workdir / _TOKENIZER) as folder:
-        return SavedTokenizer.read(folder)
+        return experiment.family.read_tokenizer(folder)
 
 
 def _to_json(experiment: Experiment) -> dict[str, Any]:

@@ -23,9 +23,9 @@ def ablate(run: Run) -> dict[str, np.ndarray]:
         last (inclusive), minus the score with all adapters; NaN where last < first.
 
     Raises:
-        UserError: if no layer of the run has adapters.
+        UserError: if no layer of the run has adapters, or it is of an encoder-decoder.
     """
-    experiment, depth = run.experiment, run.experiment.architecture.num_hidden_layers
+    experiment, depth = run.experiment, run.experiment.encoder().config.num_hidden_layers
     adapters = [spec for spec in experiment.model().method if isinstance(spec, Adapter)]
     if not any(adapter.layer_indices(depth) for adapter in adapters):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Evaluation of every task on complete dev sets, with the papers' metrics."""
+"""Evaluation of every task on complete dev sets: the papers' metrics, or the loss of texts."""
 
 import dataclasses
 import functools
@@ -11,9 +11,15 @@ import numpy as np
 from pals_jax.data import metrics
 from pals_jax.data.batch import Batch
 from pals_jax.data.tasks import Task
-from pals_jax.data.tokenize import TokenizedSplit
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.experiment.experiment import Experiment
-from pals_jax.inference.steps import make_eval_step, make_every_task_step, make_pool_step
+from pals_jax.inference.steps import (
+    make_eval_step,
+    make_every_task_step,
+    make_pool_step,
+    make_text_loss_step,
+)
+from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.runtime.errors import Diverged
 from pals_jax.runtime.parallel import DataParallel
 
@@ -40,20 +46,27 @@ class Evaluator:
     @functools.cached_property
     def eval_step(self) -> Callable[..., jax.Array]:
         """`steps.make_eval_step`, compiled once per shape of batch."""
-        step = make_eval_step(self.experiment.model(), self.parallel.axis_name)
+        step = make_eval_step(self.experiment.encoder(), self.parallel.axis_name)
         return self.parallel.compile(step)
 
     @functools.cached_property
     def every_task_step(self) -> Callable[..., jax.Array]:
         """`steps.make_every_task_step`, compiled once per shape of batch."""
-        step = make_every_task_step(self.experiment.model(), self.parallel.axis_name)
+        step = make_every_task_step(self.experiment.encoder(), self.parallel.axis_name)
         return self.parallel.compile(step)
 
     @functools.cached_property
     def pool_step(self) -> Callable[..., jax.Array]:
         """`steps.make_pool_step`, compiled once per shape of batch."""
-        step = make_pool_step(self.experiment.model(), self.parallel.axis_name)
+        step = make_pool_step(self.experiment.encoder(), self.parallel.axis_name)
         return self.parallel.compile(step)
+
+    @functools.cached_property
+    def text_loss_step(self) -> Callable[..., jax.Array]:
+        """`steps.make_text_loss_step`, compiled once per shape of batch."""
+        model = self.experiment.model()
+        assert isinstance(model, Seq2SeqModel)
+        return self.parallel.compile(make_text_loss_step(model, self.parallel.axis_name))
 
     def logits(
         self,
@@ -99,17 +112,24 @@ class Evaluator:
         out = _of_examples(lambda batch: self.pool_step(variables, batch), batches)
         return finite(task, out.astype(np.float32))
 
+    def text_losses(self, variables: Any, task: Task, split: TokenizedSplit) -> np.ndarray:
+        """float32 [examples]: the sum over each target's tokens of -log p(token), in order."""
+        task_id = self.experiment.tasks.index(task)
+        batches = self.experiment.eval_batches(split, task_id, self.parallel.shards)
+        return finite(task, _of_examples(lambda b: self.text_loss_step(variables, b), batches))
+
     def evaluate(self, variables: Any, splits: Splits, active: np.ndarray | None = None) -> Results:
         """The metrics of every task of `splits` on each split, over the whole split at once."""
+
+        def measure(task: Task, split: TokenizedSplit) -> dict[str, float]:
+            if split.target_texts is not None:
+                losses = self.text_losses(variables, task, split)
+                return metrics.of_texts(task.metrics, losses, split.target_texts.lengths)
+            predictions = decide(task, self.logits(variables, task, split, active))
+            return metrics.compute(task.metrics, predictions, split.targets)
+
         return {
-            task.name: {
-                name: metrics.compute(
-                    task.metrics,
-                    decide(task, self.logits(variables, task, split, active)),
-                    split.targets,
-                )
-                for name, split in splits[task.name].items()
-            }
+            task.name: {name: measure(task, split) for name, split in splits[task.name].items()}
             for task in self.experiment.tasks
             if task.name in splits
         }
@@ -152,10 +172,12 @@ def decide(task: Task, logits: np.ndarray) -> np.ndarray:
 def results_table(
     tasks: Sequence[Task], results: Results, baselines: Results | None = None
 ) -> "Table":
-    """A table of results x 100, next to the majority baseline if it is given."""
+    """A table of results, next to the majority baselines if they are given; see `metrics.shown`."""
     from rich.table import Table
 
-    rows = Table(title="dev scores (x 100)", title_justify="left")
+    unscaled = [name for name in metrics.TEXT_METRICS if any(name in t.metrics for t in tasks)]
+    but = f", but for {' and '.join(unscaled)}" if unscaled else ""
+    rows = Table(title=f"dev scores (x 100{but})", title_justify="left")
     for name in ("task", "split", "metric"):
         rows.add_column(name)
     rows.add_column("score", justify="right")
@@ -164,9 +186,9 @@ def results_table(
     for task in tasks:
         for split, scores in results[task.name].items():
             for metric, score in scores.items():
-                cells = [task.name, split, metric, f"{100 * score:.1f}"]
-                if baselines:
-                    cells.append(f"{100 * baselines[task.name][split][metric]:.1f}")
+                cells = [task.name, split, metric, metrics.shown(metric, score)]
+                if baselines and task.name in baselines:
+                    cells.append(metrics.shown(metric, baselines[task.name][split][metric]))
                 rows.add_row(*cells)
     average = metrics.pals_average(results)
     if average is not None:

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pals_jax import convert
-from pals_jax.convert import task_file
+from pals_jax.convert import huggingface, task_file
 from pals_jax.inference.run import Run
+from pals_jax.models.architectures import Model
 from pals_jax.models.merge import flat_prefixes
-from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.runtime.console import say
 from pals_jax.runtime.errors import UserError
 
@@ -41,7 +42,7 @@ def _task_file(run: Run, task: int, out: Path) -> None:
         run.base,
         experiment.tasks[task],
         method,
-        experiment.config.data.max_length,
+        experiment.family.max_lengths(experiment.config.data),
         adapters,
         task,
     )
@@ -50,18 +51,24 @@ def _task_file(run: Run, task: int, out: Path) -> None:
 def _huggingface(run: Run, task: int, out: Path) -> None:
     """Writes the task with LoRA and the like merged; prints how much merging changes logits."""
     model, labels = run.experiment.model(), run.experiment.tasks[task].labels
-    written = convert.to_sequence_classification(model, run.variables, task, out, labels or None)
+    written: tuple[Any, Any]
+    if isinstance(model, Seq2SeqModel):
+        base = huggingface.resolve(run.experiment.config.encoder)
+        written = convert.to_conditional_generation(model, run.variables, task, base, out)
+    else:
+        names = labels or None
+        written = convert.to_sequence_classification(model, run.variables, task, out, names)
     run.tokenizer.save_pretrained(out)
     change = largest_logit_change(model, run.variables, task, *written)
     say(f"merging changes no logit by more than {change:.1e} (on 8 random texts)")
 
 
 def _adapterhub(run: Run, task: int, out: Path) -> None:
-    convert.to_adapterhub(run.experiment.model(), run.variables, task, out)
+    convert.to_adapterhub(run.experiment.encoder(), run.variables, task, out)
 
 
 def _peft(run: Run, task: int, out: Path) -> None:
-    convert.to_peft(run.experiment.model(), run.variables, task, out)
+    convert.to_peft(run.experiment.encoder(), run.variables, task, out)
 
 
 FORMATS: Mapping[str, Callable[[Run, int, Path], None]] = {
@@ -72,9 +79,7 @@ FORMATS: Mapping[str, Callable[[Run, int, Path], None]] = {
 }
 
 
-def largest_logit_change(
-    model: MultiTaskModel, variables: Any, task: int, alone: MultiTaskModel, own: Any
-) -> float:
+def largest_logit_change(model: Model, variables: Any, task: int, alone: Model, own: Any) -> float:
     """The largest difference between a task's logits in a model and in its merged model.
 
     Args:
@@ -88,9 +93,15 @@ def largest_logit_change(
         The largest difference on 8 random token rows.
     """
     length = min(32, model.config.max_length)
+    first = 0 if isinstance(model, Seq2SeqModel) else model.config.pad_token_id + 1
     ids = np.random.default_rng(0).integers(
-        model.config.pad_token_id + 1, model.config.vocab_size, (8, length), dtype=np.int32
+        first, model.config.vocab_size, (8, length), dtype=np.int32
     )
-    arrays = ids, np.zeros_like(ids), np.ones_like(ids)
-    before = jax.jit(model.apply)(variables, *arrays, task)[:, : model.num_outputs[task]]
-    return float(jnp.abs(jax.jit(alone.apply)(own, *arrays, 0) - before).max())
+    ones = np.ones_like(ids)
+    if isinstance(model, Seq2SeqModel):
+        arrays: tuple[np.ndarray, ...] = (ids, ones, ids, ones)
+    else:
+        arrays = ids, np.zeros_like(ids), ones
+    before = jax.jit(model.apply)(variables, *arrays, task)
+    after = jax.jit(alone.apply)(own, *arrays, 0)
+    return float(jnp.abs(after - before[..., : after.shape[-1]]).max())

@@ -19,10 +19,10 @@ import jax
 import numpy as np
 import optax
 
-from pals_jax.data.tokenize import TokenizedSplit
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.inference.lower_layers import LowerLayers
-from pals_jax.models.encoder import Encoder
+from pals_jax.models.bart import BartConfig
 from pals_jax.runtime import storage
 from pals_jax.runtime.console import in_bytes, progress, say
 from pals_jax.runtime.errors import UserError
@@ -43,13 +43,13 @@ def with_hidden(experiment: Experiment, variables: optax.Params, splits: Tree) -
     Raises:
         UserError: if the cache cannot be written.
     """
-    below = HiddenCache.of(experiment, variables["params"]["encoder"])
+    below = HiddenCache.of(experiment, variables["params"])
     files = {below.file(split): split for split in jax.tree.leaves(splits)}
     size = in_bytes(sum(map(below.size, files.values())))
     say(
         f"the hidden states of the lowest {below.layers.depth} of"
-        f" {experiment.architecture.num_hidden_layers} layers are computed once for each example"
-        f" and cached in {experiment.cache_dir}: {size}"
+        f" {experiment.architecture.stacks['encoder'].num_hidden_layers} layers are computed once"
+        f" for each example and cached in {experiment.cache_dir}: {size}"
     )
     try:
         below.write({file: split for file, split in files.items() if not file.is_file()})
@@ -74,9 +74,7 @@ def check_same(experiment: Experiment, given: optax.Params, restored: optax.Para
     """
     if experiment.config.lower_dropout:
         return
-    one, other = (
-        HiddenCache.of(experiment, each["params"]["encoder"]) for each in (given, restored)
-    )
+    one, other = (HiddenCache.of(experiment, each["params"]) for each in (given, restored))
     if one.digest.digest() != other.digest.digest():
         raise UserError(
             f"{experiment.config.encoder} is not the encoder that the run began with: the layers"
@@ -99,18 +97,14 @@ class HiddenCache:
 
     @classmethod
     def of(cls, experiment: Experiment, params: optax.Params) -> Self:
-        """The cache of an experiment; `params` are the parameters of its whole encoder."""
+        """The cache of an experiment; `params` is the whole collection of that name."""
         parallel = DataParallel.over(jax.local_devices())
         return cls(LowerLayers.of(experiment.model(), params, parallel), experiment)
 
     @property
-    def _encoder(self) -> Encoder:
-        return self.layers.encoder
-
-    @property
     def _token_size(self) -> int:
         """Bytes of one token's hidden state."""
-        return self._encoder.config.hidden_size * self._encoder.dtype.itemsize
+        return self.layers.config.hidden_size * self.layers.dtype.itemsize
 
     def size(self, split: TokenizedSplit) -> int:
         """Bytes of a split's hidden states."""
@@ -125,8 +119,8 @@ class HiddenCache:
 
     def complete(self, split: TokenizedSplit) -> TokenizedSplit:
         """The split with its cached hidden states, memory-mapped."""
-        shape = len(split.tokens), self._encoder.config.hidden_size
-        hidden = np.memmap(self.file(split), self._encoder.dtype, "r", shape=shape)
+        shape = len(split.tokens), self.layers.config.hidden_size
+        hidden = np.memmap(self.file(split), self.layers.dtype, "r", shape=shape)
         return dataclasses.replace(split, hidden=hidden)
 
     def write(self, missing: Mapping[Path, TokenizedSplit]) -> None:
@@ -165,7 +159,10 @@ class HiddenCache:
     def digest(self) -> Any:
         """The digest of everything that the hidden states depend on besides the texts."""
         # The backend is included because different kinds of devices round differently.
-        facts = _FORMAT, self._encoder.config, self._encoder.dtype, jax.default_backend()
+        below = self.layers
+        facts: tuple[Any, ...] = _FORMAT, below.config, below.dtype, jax.default_backend()
+        if isinstance(self.experiment.architecture, BartConfig):
+            facts += (self.experiment.architecture.scale_embedding,)
         digest = hashlib.sha256(repr(facts).encode())
         for path, x in jax.tree.leaves_with_path(self.layers.params):
             digest.update(jax.tree_util.keystr(path).encode())
@@ -178,5 +175,5 @@ def as_if_kept(experiment: Experiment, split: TokenizedSplit) -> TokenizedSplit:
     if experiment.config.lower_dropout:
         return split
     zero = np.zeros((), experiment.model().dtype)
-    shape = len(split.tokens), experiment.architecture.hidden_size
+    shape = len(split.tokens), experiment.architecture.stacks["encoder"].hidden_size
     return dataclasses.replace(split, hidden=np.broadcast_to(zero, shape))

@@ -11,10 +11,12 @@ from pals_jax.convert import huggingface, task_file
 from pals_jax.convert.bart import is_bart
 from pals_jax.convert.task_file import Base
 from pals_jax.data.tasks import Task
-from pals_jax.data.tokenize import FastTokenizer, has_tokenizer, load_tokenizer
+from pals_jax.data.tokenize import has_tokenizer, load_tokenizer
 from pals_jax.experiment import config as config_lib
 from pals_jax.experiment.experiment import Experiment
+from pals_jax.experiment.families import Tokenizer, family_of
 from pals_jax.experiment.workdir import EXPERIMENT_FILE, saved_tokenizer
+from pals_jax.experiment.workdir import load as load_experiment
 from pals_jax.inference.foreign import FOREIGN, Checkpoint
 from pals_jax.inference.run import Run
 from pals_jax.models import task_axis
@@ -98,7 +100,7 @@ def from_task_files(files: Sequence[Path], base: str) -> Run:
     found = _base(base)
     loaded = task_file.load(files, found)
     experiment = _experiment(base, found.architecture, loaded.method, loaded.tasks)
-    experiment.config.data.max_length = loaded.max_length
+    experiment.config.data.update(dict(loaded.max_lengths))
     return Run.of(experiment, found.tokenizer, loaded.variables)
 
 
@@ -112,7 +114,8 @@ def _base(name: str) -> Base:
         return Run.load(epath.Path(name)).base
     path = huggingface.resolve(name)
     model, variables = huggingface.from_huggingface(path)
-    return Base(model.config, variables["params"], load_tokenizer(path))
+    tokenizer = family_of(model.config).load_tokenizer(path)
+    return Base(model.config, variables["params"], tokenizer)
 
 
 def _experiment(encoder: str, architecture: Any, method: Any, tasks: Sequence[Task]) -> Experiment:
@@ -150,7 +153,7 @@ def _checked(place: str, found: Checkpoint, tasks: Sequence[Task]) -> Sequence[T
     return tasks
 
 
-def _tokenizer(directory: Path, base: str) -> FastTokenizer:
+def _tokenizer(directory: Path, base: str) -> Tokenizer:
     """The tokenizer in a directory, or else that of the base."""
     if has_tokenizer(directory):
         return load_tokenizer(directory)
@@ -160,7 +163,8 @@ def _tokenizer(directory: Path, base: str) -> FastTokenizer:
             " encoder that has it with base=."
         )
     if _is_run(base):
-        return saved_tokenizer(epath.Path(base))
+        workdir = epath.Path(base)
+        return saved_tokenizer(load_experiment(workdir), workdir)
     return load_tokenizer(huggingface.resolve(base))
 
 
@@ -174,8 +178,9 @@ def _format_of(path: epath.Path) -> str:
         raise UserError(f"cannot look into {path}: {reason(error)}.") from error
     if (Path(path) / "config.json").is_file() and is_bart(Path(path)):
         raise UserError(
-            f"{path} holds an encoder-decoder, which has no classifier; read it with"
-            " from_huggingface or from_unified_view of pals_jax.convert."
+            f"{path} holds an encoder-decoder, which has no classifier; load a task file with this"
+            " as its base=, or read it with from_huggingface or from_unified_view of"
+            " pals_jax.convert."
         )
     if len(found) == 1:
         return found[0]

@@ -1,4 +1,4 @@
-"""A run in memory: one encoder with its tasks, which predicts, evaluates, and takes more tasks."""
+"""A run in memory: one model with its tasks, which predicts, evaluates, and takes more tasks."""
 
 import dataclasses
 import functools
@@ -13,11 +13,13 @@ from etils import epath
 from pals_jax.convert import task_file
 from pals_jax.convert.task_file import Base
 from pals_jax.data.examples import Examples
+from pals_jax.data.pairs import PairTokenizer
 from pals_jax.data.tasks import Task
-from pals_jax.data.tokenize import FastTokenizer, TextEncoder
+from pals_jax.data.tokenize import TextEncoder
 from pals_jax.experiment import workdir as workdir_lib
 from pals_jax.experiment.checkpoint import BEST, Checkpoints, restore_best
 from pals_jax.experiment.experiment import Experiment
+from pals_jax.experiment.families import Tokenizer
 from pals_jax.inference import predict as predict_lib
 from pals_jax.inference.evaluator import Evaluator, Results
 from pals_jax.inference.predict import Predictions
@@ -38,13 +40,13 @@ ALL = "all"  # the name that stands for every task
 
 @dataclasses.dataclass(eq=False)
 class Run:
-    """One encoder with its tasks. `pals_jax.load` makes it.
+    """One encoder, or encoder-decoder, with its tasks. `pals_jax.load` makes it.
 
     `add` and `remove` change it; do not call them while another thread predicts.
 
     Attributes:
         experiment: what the run is about.
-        tokenizer: the tokenizer of the encoder.
+        tokenizer: the tokenizer of the model.
         evaluator: the compiled steps.
         step: the training step of the checkpoint; 0 if it is not known.
         variables: {"params", "adapters"}, float32; every leaf of "adapters" leads with the task
@@ -52,7 +54,7 @@ class Run:
     """
 
     experiment: Experiment
-    tokenizer: FastTokenizer
+    tokenizer: Tokenizer
     evaluator: Evaluator
     step: int
     variables: Any
@@ -68,11 +70,11 @@ class Run:
         keep_compiled(experiment.cache_dir)
         parallel = DataParallel.over()
         step, variables = restore_best(workdir, variable_shapes(experiment.model()), parallel)
-        tokenizer = workdir_lib.saved_tokenizer(workdir)
+        tokenizer = workdir_lib.saved_tokenizer(experiment, workdir)
         return cls(experiment, tokenizer, Evaluator(experiment, parallel), step, variables)
 
     @classmethod
-    def of(cls, experiment: Experiment, tokenizer: FastTokenizer, variables: Any) -> "Run":
+    def of(cls, experiment: Experiment, tokenizer: Tokenizer, variables: Any) -> "Run":
         """A run of variables that come from elsewhere, on all devices."""
         keep_compiled(experiment.cache_dir)
         parallel = DataParallel.over()
@@ -108,12 +110,21 @@ class Run:
 
     @functools.cached_property
     def base(self) -> Base:
-        """The run's encoder, on which more tasks may be added."""
+        """The run's encoder or encoder-decoder, on which more tasks may be added."""
         return Base(self.experiment.architecture, self.variables["params"], self.tokenizer)
 
     @functools.cached_property
     def text_encoder(self) -> TextEncoder:
-        """Makes tokens of texts."""
+        """Makes tokens of texts, for an encoder.
+
+        Raises:
+            UserError: if the run is of an encoder-decoder.
+        """
+        if isinstance(self.tokenizer, PairTokenizer):
+            raise UserError(
+                "the tasks of this run are answered with texts, which only evaluate, by their loss,"
+                " can do as yet."
+            )
         return TextEncoder(self.tokenizer, self.experiment.config.data.max_length)
 
     def predict(self, texts: Texts, task: str | None = None) -> Predictions:
@@ -200,12 +211,14 @@ class Run:
         config = self.experiment.config.copy_and_resolve_references()
         if method != self._method:
             config.method = serialize.dumps(method)
-        if loaded.max_length > config.data.max_length:
-            say(
-                f"all texts are now truncated at {loaded.max_length} tokens, as {task.name} was"
-                f" trained, rather than at {config.data.max_length}"
-            )
-            config.data.max_length = loaded.max_length
+        for name, length in loaded.max_lengths.items():
+            if length > config.data[name]:
+                what = "targets" if name == "max_target_length" else "texts"
+                say(
+                    f"all {what} are now truncated at {length} tokens, as {task.name} was"
+                    f" trained, rather than at {config.data[name]}"
+                )
+                config.data[name] = length
         adapters = task_axis.append(adapters, loaded.variables["adapters"])
         self._become(config, (*self.experiment.tasks, task), adapters)
 

@@ -22,6 +22,7 @@ from pals_jax.models.layers import ACTIVATIONS
 from pals_jax.models.transformer import Block, Sites
 from pals_jax.runtime.errors import UserError
 
+MODEL_TYPES = ("bart", "mbart", "marian")
 _OFFSET = 2  # rows of BART's and mBART's position tables before that of position 0
 
 
@@ -67,7 +68,9 @@ class BartConfig:
     activation_dropout: float = 0.0
     init_std: float = 0.02
     scale_embedding: bool = False
-    model_type: str = "bart"  # or mbart, or marian
+    model_type: str = "bart"  # or another one of `MODEL_TYPES`
+    pad_token_id: int = 1
+    decoder_start_token_id: int = 2
 
     def __post_init__(self) -> None:
         for heads in ("encoder_attention_heads", "decoder_attention_heads"):

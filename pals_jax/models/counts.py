@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from pals_jax.models.adapters.places import places
+from pals_jax.models.architectures import Model, num_tasks
 from pals_jax.models.seq2seq import Seq2SeqModel
-from pals_jax.models.shapes import Model, num_tasks, variable_shapes
+from pals_jax.models.shapes import variable_shapes
 
 if TYPE_CHECKING:
     from rich.table import Table

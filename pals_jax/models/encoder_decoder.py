@@ -14,7 +14,7 @@ from pals_jax.models.bart import BartConfig, BartEmbeddings, BartStack, Vocabula
 from pals_jax.models.layers import dropout
 from pals_jax.models.segments import Segments, cross_segments, make_segments, one_position
 from pals_jax.models.stack import Stack, given_or, layers_below
-from pals_jax.models.transformer import Source, layer_norm
+from pals_jax.models.transformer import Source, layer_norm, no_sites
 
 # Of each layer of a decoder, the keys and values of a source, [B, H, J, K] both.
 KeysAndValues: TypeAlias = tuple[tuple[Array, Array], ...]
@@ -135,6 +135,17 @@ class TextStack(Stack):
         segments = segments.inner(above)
         h = adapters.sites(segments, None)("top", h, h)
         return h, (left, segments.left)
+
+    def lower(self, words: Array, segment_ids: Array, first: Array) -> Array:
+        """What the embeddings and all layers make of the words, [B, L, D], arguments as above.
+
+        Without adapters and dropout, and before the layer norm that follows the last layer of
+        mBART: the `hidden` of a stack with more layers above.
+        """
+        segments = make_segments(segment_ids, first)
+        h = self.embeddings(words, segments.places.position, no_sites)
+        bare = TaskAdapters((), {}, self.config)
+        return self.through_layers(self.layers, h, segments, None, bare)
 
 
 def init_params(config: BartConfig, part: str, key: Array) -> Params:

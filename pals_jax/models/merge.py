@@ -12,9 +12,9 @@ from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Prefix, Scale
 from pals_jax.models.adapters.places import Place, places
 from pals_jax.models.adapters.spec import BLOCKS, Adapter, Method, TaskCopy
+from pals_jax.models.architectures import num_tasks
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.seq2seq import Seq2SeqModel
-from pals_jax.models.shapes import num_tasks
 from pals_jax.models.task_rows import check_task_ids
 
 _Path = tuple[str, ...]

@@ -10,11 +10,11 @@ from pals_jax.models import counts
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Form, Prompt, Scale
 from pals_jax.models.adapters.spec import Adapter, TaskCopy
+from pals_jax.models.architectures import Model
 from pals_jax.models.bart import BartConfig
 from pals_jax.models.bert import BertConfig
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.seq2seq import Seq2SeqModel
-from pals_jax.models.shapes import Model
 from pals_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:

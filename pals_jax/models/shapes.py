@@ -10,19 +10,11 @@ from pals_jax.models.adapters.bound import TaskAdapters
 from pals_jax.models.adapters.forms import Params, dense
 from pals_jax.models.adapters.places import check, places
 from pals_jax.models.adapters.spec import Repeated, TaskCopy
+from pals_jax.models.architectures import Architecture, Model, num_tasks
 from pals_jax.models.bart import BartConfig
-from pals_jax.models.bert import BertConfig
 from pals_jax.models.encoder import Encoder
 from pals_jax.models.encoder_decoder import PARTS, init_params
 from pals_jax.models.multitask import MultiTaskModel
-from pals_jax.models.seq2seq import Seq2SeqModel
-
-Model = MultiTaskModel | Seq2SeqModel
-
-
-def num_tasks(model: Model) -> int:
-    """T, the number of tasks of a model."""
-    return len(model.num_outputs) if isinstance(model, MultiTaskModel) else model.num_tasks
 
 
 def variable_shapes(model: Model) -> dict[str, Any]:
@@ -69,7 +61,7 @@ def adapter_shapes(model: Model) -> TaskAdapters:
 
 
 @functools.cache
-def _params(config: BertConfig | BartConfig) -> Params:
+def _params(config: Architecture) -> Params:
     def init(key: Any) -> Any:
         if isinstance(config, BartConfig):
             return {part: init_params(config, part, key) for part in PARTS}

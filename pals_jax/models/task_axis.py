@@ -14,11 +14,7 @@ import numpy as np
 from jax import Array
 
 from pals_jax.models.adapters.spec import Method
-from pals_jax.models.bart import BartConfig
-from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel
-from pals_jax.models.seq2seq import Seq2SeqModel
-from pals_jax.models.shapes import Model
+from pals_jax.models.architectures import Architecture, new_model
 from pals_jax.models.task_rows import check_task_ids
 
 Tree = TypeVar("Tree")
@@ -109,7 +105,7 @@ def scatter(tree: Tree, tasks: Array | None, rows: Tree) -> Tree:
 
 
 def fresh(
-    config: BertConfig | BartConfig,
+    config: Architecture,
     num_outputs: Sequence[int],
     method: Method,
     params: Any,
@@ -124,11 +120,7 @@ def fresh(
         params: the `params` collection; copies of its parameters begin as these.
         key: random key.
     """
-    model: Model
-    if isinstance(config, BartConfig):
-        model = Seq2SeqModel(config, len(num_outputs), method)
-    else:
-        model = MultiTaskModel(config, tuple(num_outputs), method)
+    model = new_model(config, num_outputs, method)
 
     @jax.jit
     def init(params: Any, key: Array) -> Any:

@@ -8,10 +8,10 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from pals_jax.data.sampler import Sampler
-from pals_jax.data.tokenize import FastTokenizer
 from pals_jax.experiment import workdir as workdir_lib
 from pals_jax.experiment.checkpoint import Checkpoints
 from pals_jax.experiment.experiment import Experiment
+from pals_jax.experiment.families import Tokenizer
 from pals_jax.inference.evaluator import Evaluator, Splits
 from pals_jax.runtime import distributed
 from pals_jax.runtime.console import say
@@ -28,7 +28,7 @@ class RunWriter:
         self,
         experiment: Experiment,
         workdir: epath.Path,
-        tokenizer: FastTokenizer,
+        tokenizer: Tokenizer,
         sampler: Sampler,
         parallel: DataParallel,
     ) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -16,12 +15,12 @@ from jax import Array
 
 from pals_jax.data.batch import Batch
 from pals_jax.experiment.optim import TASKS, task_trees, with_task_trees
-from pals_jax.inference.steps import apply_to_batch
 from pals_jax.models.adapters.bound import overlay
+from pals_jax.models.architectures import Model, num_tasks
 from pals_jax.models.dropout import mask_key
-from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.task_axis import gather, scatter
 from pals_jax.runtime.errors import UserError
+from pals_jax.training.losses import loss_weights, summed_loss
 
 
 class TrainState(struct.PyTreeNode):
@@ -75,35 +74,10 @@ def partition(variables: optax.Params, rules: Sequence[str]) -> tuple[optax.Para
     )
 
 
-def example_losses(logits: Array, targets: Array, is_regression: Array) -> Array:
-    """Each example's loss: cross-entropy, or the squared error of the first logit.
-
-    Args:
-        logits: float32 [B, C]; the lowest finite value beyond a task's own outputs.
-        targets: float32 [B]; a class id, or a regression target.
-        is_regression: bool [B].
-
-    Returns:
-        float32 [B].
-    """
-    labels = jnp.where(is_regression, 0, targets).astype(jnp.int32)
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.where(is_regression, jnp.square(logits[:, 0] - targets), cross_entropy)
-
-
-def _weighted_loss(logits: Array, batch: Batch, is_regression: np.ndarray) -> Array:
-    """The weighted sum of the losses of all examples; `is_regression`, bool [T], of the tasks."""
-    per_group = batch.targets.size // len(batch.task_ids)
-    regression = jnp.repeat(jnp.asarray(is_regression)[batch.task_ids], per_group)
-    outputs = logits.reshape(-1, logits.shape[-1])
-    losses = example_losses(outputs, batch.targets.reshape(-1), regression)
-    return jnp.sum(losses * batch.weights.reshape(-1))
-
-
-def _slots(batch: Batch, num_tasks: int) -> tuple[Array, int]:
-    """The slot of each group's task, int [G], and the number of slots."""
+def _slots(batch: Batch, count: int) -> tuple[Array, int]:
+    """The slot of each group's task, int [G], and the number of slots, of `count` tasks."""
     if batch.slot_tasks is None:
-        return batch.task_ids, num_tasks
+        return batch.task_ids, count
     found = batch.task_ids[:, None] == batch.slot_tasks[None]
     num_slots = len(batch.slot_tasks)
     # A task without a slot gets an id out of range, for which the model returns NaN.
@@ -119,15 +93,17 @@ def create_state(
 
 
 def make_train_step(
-    model: MultiTaskModel,
+    model: Model,
     optimizer: optax.GradientTransformationExtraArgs,
     seed: int,
     axis_name: str | None = None,
+    label_smoothing: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The pure training step.
 
-    It returns the next state and the scalars loss (mean over the weighted examples) and grad_norm
-    (before clipping). Dropout masks are a function of seed, step and an example's id.
+    It returns the next state and the scalars loss (mean over the weighted examples, or over the
+    tokens of target texts) and grad_norm (before clipping). Dropout masks are a function of seed,
+    step and an example's id.
 
     Args:
         model: the model.
@@ -136,12 +112,12 @@ def make_train_step(
         axis_name: the axis of the devices, each of which has a part of the batch. Loss and
             gradients are summed over all devices and divided once, so that every division of the
             batch gives the same step.
+        label_smoothing: of the loss of target texts; see `losses.token_losses`.
     """
-    is_regression = np.asarray(model.num_outputs) == 1
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key, slot_tasks = mask_key(seed, state.step), batch.slot_tasks
-        slot_ids, num_slots = _slots(batch, len(is_regression))
+        slot_ids, num_slots = _slots(batch, num_tasks(model))
         # Gather only the parameters of the slots' tasks, and scatter them back at the end.
         every = state.trainable.get(TASKS, {}), task_trees(state.opt_state)
         of_tasks, opt_trees = gather(every, slot_tasks)
@@ -149,18 +125,12 @@ def make_train_step(
         frozen = {k: gather(v, slot_tasks) if k == TASKS else v for k, v in state.frozen.items()}
 
         def loss_fn(trainable: optax.Params) -> Array:
-            logits = apply_to_batch(
-                model,
-                overlay(frozen, trainable),
-                batch.replace(task_ids=slot_ids),
-                slot_tasks=slot_tasks,
-                rngs={"dropout": key},
-            )
-            return _weighted_loss(logits, batch, is_regression)
+            variables, rngs = overlay(frozen, trainable), {"dropout": key}
+            return summed_loss(model, variables, batch, slot_ids, label_smoothing, rngs=rngs)
 
         loss, grads = jax.value_and_grad(loss_fn)(before)
         # A task whose examples all have weight 0 does not count as drawn.
-        of_groups = batch.weights.reshape(len(slot_ids), -1).sum(axis=1)
+        of_groups = loss_weights(batch).reshape(len(slot_ids), -1).sum(axis=1)
         weights = jnp.zeros(num_slots).at[slot_ids].add(of_groups)
         if axis_name is not None:
             loss, grads, weights = jax.lax.psum((loss, grads, weights), axis_name)

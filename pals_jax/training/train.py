@@ -16,9 +16,10 @@ from pals_jax.data.batch import Batch
 from pals_jax.data.batches import TrainBatches
 from pals_jax.data.prefetch import prefetch
 from pals_jax.data.tasks import Task
-from pals_jax.data.tokenize import FastTokenizer, TokenizedSplit, load_tokenizer
+from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.experiment.checkpoint import restore_best
 from pals_jax.experiment.experiment import Experiment
+from pals_jax.experiment.families import Tokenizer
 from pals_jax.experiment.workdir import refuse_another_experiment
 from pals_jax.inference.evaluator import Evaluator, Results, Splits, results_table
 from pals_jax.inference.hidden_cache import check_same, with_hidden
@@ -73,7 +74,9 @@ def train(config: ConfigDict, workdir: epath.Path, base: epath.Path | None = Non
     parallel = DataParallel.over()
     batches = experiment.train_batches(data.train, sampler, parallel.shards)
     optimizer, _ = experiment.optimizer()
-    train_step = make_train_step(experiment.model(), optimizer, config.seed, parallel.axis_name)
+    train_step = make_train_step(
+        experiment.model(), optimizer, config.seed, parallel.axis_name, config.label_smoothing
+    )
     evaluator = Evaluator(experiment, parallel)
     describe(experiment, batches)
 
@@ -203,12 +206,12 @@ class Data:
     """The data of a run.
 
     Attributes:
-        tokenizer: the tokenizer of the encoder.
+        tokenizer: the tokenizer of the model.
         train: the training examples of each trained task, in their order.
         evals: the evaluation splits of each trained task.
     """
 
-    tokenizer: FastTokenizer
+    tokenizer: Tokenizer
     train: list[TokenizedSplit]
     evals: Splits
 
@@ -231,8 +234,7 @@ def read_data(experiment: Experiment, earlier: Run | None = None) -> Data:
     Raises:
         UserError: the data are missing or wrong, or the tokenizer does not fit the encoder.
     """
-    encoder = experiment.config.encoder
-    tokenizer = earlier.tokenizer if earlier else load_tokenizer(huggingface.resolve(encoder))
+    tokenizer = earlier.tokenizer if earlier else experiment.load_tokenizer()
     _check_fit(experiment, tokenizer)
     return Data(
         tokenizer,
@@ -274,28 +276,36 @@ def report(
     results = evaluator.evaluate(variables, data.evals)
     print_table(results_table(tasks, results, _baselines(tasks, data.train, data.evals)))
     say(f"the best checkpoint, of step {step}, is in {workdir / 'best'}; use it with")
-    say(f"  pals-jax predict --workdir={workdir} --task={tasks[0].name}")
+    if tasks[0].output == "text":
+        say(f"  pals-jax evaluate --workdir={workdir}")
+    else:
+        say(f"  pals-jax predict --workdir={workdir} --task={tasks[0].name}")
     return results
 
 
-def _check_fit(experiment: Experiment, tokenizer: FastTokenizer) -> None:
-    """Refuses a tokenizer or a length for which the encoder has no embeddings."""
-    architecture, max_length = experiment.architecture, experiment.config.data.max_length
+def _check_fit(experiment: Experiment, tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer or a length for which the model has no embeddings."""
+    architecture = experiment.architecture
     if len(tokenizer) > architecture.vocab_size:
         raise UserError(
             f"the tokenizer of {experiment.config.encoder} has {len(tokenizer)} tokens, but the"
             f" encoder's embedding has only {architecture.vocab_size}; use the tokenizer of the"
             " weights."
         )
-    if max_length > architecture.max_length:
-        raise UserError(
-            f"configuration: data.max_length {max_length} is above the encoder's position table"
-            f" of {architecture.max_length}; shorten it."
-        )
+    for name, length in experiment.family.max_lengths(experiment.config.data).items():
+        if length > architecture.max_length:
+            part = "decoder" if name == "max_target_length" else "encoder"
+            raise UserError(
+                f"configuration: data.{name} {length} is above the {part}'s position table"
+                f" of {architecture.max_length}; shorten it."
+            )
 
 
 def _baselines(tasks: Sequence[Task], train: Sequence[TokenizedSplit], evals: Splits) -> Results:
-    """The scores of always predicting the most frequent class, or the mean, of the train set."""
+    """The scores of always predicting the most frequent class, or the mean, of the train set.
+
+    Tasks with texts for answers have none.
+    """
     return {
         task.name: {
             name: metrics.majority_baseline(
@@ -304,4 +314,5 @@ def _baselines(tasks: Sequence[Task], train: Sequence[TokenizedSplit], evals: Sp
             for name, held_out in evals[task.name].items()
         }
         for task, split in zip(tasks, train, strict=True)
+        if task.output != "text"
     }

@@ -236,4 +236,5 @@ class VmappedRuns:
         """The step of one run; seed and learning rate may be traced."""
         first = self.experiments[0]
         optimizer, _ = first.optimizer(learning_rate)
-        return make_train_step(first.model(), optimizer, seed, axis_name)
+        smoothing = first.config.label_smoothing
+        return make_train_step(first.model(), optimizer, seed, axis_name, smoothing)

@@ -121,10 +121,10 @@ class ResidentModel:
         adapters = jax.device_get(run.variables["adapters"])
         method, adapters = flat_prefixes(parse_method(run.experiment.config.method), adapters)
         width = max(_OUTPUTS, *(task.num_outputs for task in tasks))
-        model = run.experiment.model().clone(num_outputs=(width,) * max_tasks, method=method)
+        model = run.experiment.encoder().clone(num_outputs=(width,) * max_tasks, method=method)
         rows = parallel.put(task_axis.with_room(adapters, max_tasks, width))
         params = run.variables["params"]
-        lower = LowerLayers.of(model, params["encoder"], parallel)
+        lower = LowerLayers.of(model, params, parallel)
         return cls(
             run.experiment,
             run.base,
@@ -203,9 +203,9 @@ class ResidentModel:
                 f"{path} holds a task with {task.num_outputs} labels, and there is room for"
                 f" {width}; make a run with it, and serve that."
             )
-        if loaded.max_length > max_length:
+        if (trained := loaded.max_lengths["max_length"]) > max_length:
             raise UserError(
-                f"{path} was trained on texts of {loaded.max_length} tokens, and texts are"
+                f"{path} was trained on texts of {trained} tokens, and texts are"
                 f" truncated at {max_length} here; make a run with it, and serve that."
             )
         return NewTask(task, task_axis.with_room(loaded.variables["adapters"], 1, width))

@@ -10,36 +10,35 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from pals_jax.models.adapters.bound import overlay
-from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.architectures import Model
+from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.models.shapes import variable_shapes
 from pals_jax.training.step import partition
 
 
-def forward(model: MultiTaskModel, length: int, kept: bool = False) -> int:
+def forward(model: Model, *room: int, kept: bool = False) -> int:
     """FLOPs of the matrix products of one row's forward pass.
 
     A multiply-add counts as two. Only matrix products are counted, as is usual.
 
     Args:
         model: the model; no arrays are created.
-        length: L, the positions of the row.
+        *room: L, the positions of the row; of an encoder-decoder, of sources and of targets.
         kept: whether the model starts from cached hidden states below the first adapter.
     """
-    return of_products(_sum_of_logits(model, length, kept), variable_shapes(model))
+    return of_products(_sum_of_logits(model, room, kept), variable_shapes(model))
 
 
-def training(
-    model: MultiTaskModel, trainable: Sequence[str], length: int, kept: bool = False
-) -> int:
+def training(model: Model, trainable: Sequence[str], *room: int, kept: bool = False) -> int:
     """The same for forward and backward pass, without recomputation.
 
     Args:
         model: the model.
         trainable: rules, see `pals_jax.training.step.partition`; frozen leaves get no gradient.
-        length: L.
+        *room: see `forward`.
         kept: see `forward`.
     """
-    loss = _sum_of_logits(model.clone(remat=False), length, kept)
+    loss = _sum_of_logits(model.clone(remat=False), room, kept)
     trained, frozen = partition(variable_shapes(model), trainable)
     gradient = jax.grad(lambda trained, frozen: loss(overlay(frozen, trained)))
     return of_products(gradient, trained, frozen)
@@ -50,12 +49,16 @@ def of_products(function: Callable[..., Any], *arguments: Any) -> int:
     return _products(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _sum_of_logits(model: MultiTaskModel, length: int, kept: bool) -> Any:
+def _sum_of_logits(model: Model, room: tuple[int, ...], kept: bool) -> Any:
     """The sum of one row's logits, as a stand-in for the loss."""
-    tokens = jnp.ones((1, length), jnp.int32)
-    hidden = jnp.zeros((1, length, model.config.hidden_size), model.dtype) if kept else None
+    texts = [jnp.ones((1, length), jnp.int32) for length in room]
+    size = model.config.stacks["encoder"].hidden_size
+    hidden = jnp.zeros((1, room[0], size), model.dtype) if kept else None
     apply: Callable[..., Any] = partial(model.apply, hidden=hidden)
-    return lambda variables: apply(variables, tokens, tokens, tokens, jnp.int32(0)).sum()
+    # Tokens, their types and their mask; or tokens and mask of the source, and of the target.
+    copies = 2 if isinstance(model, Seq2SeqModel) else 3
+    arrays = [text for text in texts for _ in range(copies)]
+    return lambda variables: apply(variables, *arrays, jnp.int32(0)).sum()
 
 
 def _products(jaxpr: Jaxpr) -> int:

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from pals_jax.convert import huggingface
 from pals_jax.data.batch import Batch
 from pals_jax.data.packing import Shape
 from pals_jax.data.sampler import Draw
-from pals_jax.data.tokenize import TokenizedSplit, load_tokenizer
+from pals_jax.data.tokenized import TokenizedSplit, TokenizedTargets
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.inference.hidden_cache import as_if_kept
-from pals_jax.inference.steps import make_eval_step
+from pals_jax.inference.steps import make_eval_step, make_text_loss_step
 from pals_jax.models.multitask import init_variables
+from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.runtime.console import in_bytes, say
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel
@@ -56,7 +56,7 @@ class StepEstimate:
     Attributes:
         kind: the TPU that it was compiled for.
         examples: the number of examples in its batch.
-        shape: rows, and positions per row.
+        shape: rows, and positions per row, or per row of sources and of targets.
         model_flops: FLOPs of the model's matrix products, over all rows.
         compiled: the compiled step.
     """
@@ -125,6 +125,7 @@ class StepEstimate:
             "examples": self.examples,
             "rows": self.shape.rows,
             "length": self.shape.length,
+            **({"target_length": self.shape.room[1]} if len(self.shape.room) > 1 else {}),
             "flops": self.flops,
             "model_flops": self.model_flops,
             "model_share": self.model_share,
@@ -235,16 +236,21 @@ def plan(experiment: Experiment, topology: str, price: float | None = None) -> P
 
     state = jax.eval_shape(first_state)
     variables = jax.eval_shape(lambda state: state.variables, state)
-    train_step = make_train_step(model, optimizer, config.seed, parallel.axis_name)
-    eval_step = make_eval_step(model, parallel.axis_name)
+    axis_name, smoothing = parallel.axis_name, config.label_smoothing
+    train_step = make_train_step(model, optimizer, config.seed, axis_name, smoothing)
+    eval_step: Any
+    if isinstance(model, Seq2SeqModel):
+        eval_step, evaluated = make_text_loss_step(model, axis_name), variables
+    else:
+        eval_step, evaluated = make_eval_step(model, axis_name), (variables, None)
     batch, shape, mean_batch = _train_batch(experiment, parallel.shards)
     train = compile_step(parallel.compile(train_step, donate=True), state, batch)
     eval_batch, eval_shape = _eval_batch(experiment, parallel.shards)
-    evaluation = compile_step(parallel.compile(eval_step), (variables, None), eval_batch)
+    evaluation = compile_step(parallel.compile(eval_step), evaluated, eval_batch)
 
     kept = not config.lower_dropout
-    model_flops = shape.rows * flops.training(model, config.trainable, shape.length, kept)
-    eval_flops = eval_shape.rows * flops.forward(model, eval_shape.length, kept)
+    model_flops = shape.rows * flops.training(model, config.trainable, *shape.room, kept=kept)
+    eval_flops = eval_shape.rows * flops.forward(model, *eval_shape.room, kept=kept)
     return Plan(
         topology,
         StepEstimate(kind, config.batch_size, shape, model_flops, train),
@@ -260,7 +266,7 @@ def _train_batch(experiment: Experiment, shards: Shards) -> tuple[Batch, Shape, 
     splits = _training_data(experiment)
     if splits is None:
         config = experiment.config
-        shape = Shape(config.batch_size, config.data.max_length)
+        shape = Shape(config.batch_size, *experiment.room)
         examples = [_examples(experiment, 1)] * len(experiment.trained)
         batches = experiment.train_batches(examples, None, shards)
         zeros = np.zeros((config.groups, config.batch_size // config.groups), np.int64)
@@ -270,9 +276,9 @@ def _train_batch(experiment: Experiment, shards: Shards) -> tuple[Batch, Shape, 
     shapes = {number: batches.place(sampler.draw(number))[0].shape for number in sampler.spread()}
     counts = Counter(shapes.values())
     shape = max(counts, key=lambda shape: counts[shape])
-    mean = np.mean([rows * length for rows, length in shapes.values()])
+    mean = np.mean([each.positions for each in shapes.values()])
     number = next(number for number in shapes if shapes[number] == shape)
-    return batches(sampler.draw(number)), shape, float(mean / (shape.rows * shape.length))
+    return batches(sampler.draw(number)), shape, float(mean / shape.positions)
 
 
 def _training_data(experiment: Experiment) -> list[TokenizedSplit] | None:
@@ -281,7 +287,7 @@ def _training_data(experiment: Experiment) -> list[TokenizedSplit] | None:
         for task in experiment.trained:
             if not experiment.source(task).is_here(task):
                 raise UserError(f"the data of {task.name} are not on this machine.")
-        tokenizer = load_tokenizer(huggingface.resolve(experiment.config.encoder))
+        tokenizer = experiment.load_tokenizer()
         splits = [experiment.read(task, "train", tokenizer) for task in experiment.trained]
         return [as_if_kept(experiment, split) for split in splits]
     except UserError as error:
@@ -293,16 +299,21 @@ def _eval_batch(experiment: Experiment, shards: Shards) -> tuple[Batch, Shape]:
     """An evaluation batch of examples that fill a row each, and its shape."""
     examples = _examples(experiment, experiment.config.eval_batch_size)
     batch, places = next(experiment.eval_batches(examples, 0, shards))
-    return batch, Shape(len(places), experiment.config.data.max_length)
+    return batch, Shape(len(places), *experiment.room)
 
 
 def _examples(experiment: Experiment, count: int) -> TokenizedSplit:
-    length = experiment.config.data.max_length
+    length, *of_targets = experiment.room
+    targets = None
+    if of_targets:
+        each = of_targets[0] + 1  # with the token that the decoder starts with
+        targets = TokenizedTargets(np.zeros(count * each, np.int32), np.arange(count + 1) * each)
     split = TokenizedSplit(
         tokens=np.zeros(count * length, np.int32),
         offsets=np.arange(count + 1) * length,
         first=np.full(count, length, np.int32),
         targets=np.zeros(count, np.float32),
+        target_texts=targets,
     )
     return as_if_kept(experiment, split)
 
@@ -322,7 +333,8 @@ def plan_table(plan: Plan) -> "Table":
     rows.add_column("training step", justify="right")
     rows.add_column("evaluation step", justify="right")
     rows.add_row("examples", *(str(s.examples) for s in steps))
-    rows.add_row("rows x positions", *(f"{s.shape.rows} x {s.shape.length}" for s in steps))
+    shapes = (f"{s.shape.rows} x {' and '.join(map(str, s.shape.room))}" for s in steps)
+    rows.add_row("rows x positions", *shapes)
     rows.add_row("FLOPs, all chips", *(f"{s.flops:.4g}" for s in steps))
     rows.add_row("  the model's share", *(f"{s.model_share:.1%}" for s in steps))
     rows.add_row("moved, per chip", *(in_bytes(s.bytes_moved) for s in steps))

@@ -1,0 +1,265 @@
+"""Runs of encoder-decoders end to end: trained, evaluated, extended, written and refused.
+
+That a run killed and resumed is an unbroken one, and that devices do not matter, is tested together
+with encoders: see `test_recovery` and `test_parallel`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import of_pairs
+from safetensors.numpy import load_file, save_file
+from test_train import arguments, checkpoint, lines
+
+import pals_jax
+from pals_jax.cli import main
+from pals_jax.inference.run import Run
+from pals_jax.models.task_axis import take
+from pals_jax.runtime.errors import UserError
+
+# In 120 steps of both tasks, the loss falls.
+LONGER = (
+    *("--config.steps_per_epoch=60", "--config.checkpoint_every=30", "--config.groups=4"),
+    "--config.optimizer.learning_rate=0.03",
+)
+
+
+@pytest.fixture(scope="module")
+def run(pairs_of_module: Path) -> Path:
+    """The workdir of a finished run on a frozen Marian, for tests that leave it as it is."""
+    workdir = pairs_of_module / "pairs"
+    assert main(arguments(pairs_of_module, workdir, *of_pairs(pairs_of_module), *LONGER)) == 0
+    return workdir
+
+
+def losses(run: Run, task: str) -> np.ndarray:
+    """The loss of each target of a task's dev set."""
+    split = run.experiment.read(run.task(task), "dev", run.tokenizer)
+    return run.evaluator.text_losses(run.variables, run.task(task), split)
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_is_evaluated_again(run: Path, capsys: pytest.CaptureFixture) -> None:
+    evaluations = [line for line in lines(run) if "score" in line]
+    assert [line["step"] for line in evaluations] == [60, 120]
+    first, last = (line["upper/dev/loss"] for line in evaluations)
+    assert last < 0.9 * first
+    best = max(evaluations, key=lambda line: line["score"])
+    assert best["upper/dev/perplexity"] == pytest.approx(np.exp(best["upper/dev/loss"]))
+    scores = [np.exp(-best[f"{task}/dev/loss"]) for task in ("upper", "swap")]
+    assert best["score"] == pytest.approx(np.mean(scores))
+    assert main(["evaluate", f"--workdir={run}", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    for task, splits in results.items():
+        for metric, value in splits["dev"].items():
+            assert value == best[f"{task}/dev/{metric}"]
+    before, log = checkpoint(run), lines(run)
+    assert main(arguments(run.parent, run, *of_pairs(run.parent), *LONGER)) == 0
+    after = checkpoint(run)
+    assert before[0] == after[0]
+    assert all(np.array_equal(before[1][key], after[1][key]) for key in before[1])
+    assert lines(run) == log
+
+
+@pytest.mark.slow
+def test_the_loss_is_that_of_transformers(run: Path, tiny_marian: Path) -> None:
+    """Of the model without its adapters, on the tokens that transformers makes of the pairs."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    model = transformers.MarianMTModel.from_pretrained(tiny_marian).eval()
+    loaded = Run.load(run)
+    bare = loaded.experiment.config.copy_and_resolve_references()
+    bare.method = "shared"
+    loaded.experiment = type(loaded.experiment)(
+        bare, loaded.experiment.tasks, loaded.experiment.architecture
+    )
+    loaded.evaluator = type(loaded.evaluator)(loaded.experiment, loaded.evaluator.parallel)
+    loaded.variables = {"params": loaded.variables["params"], "adapters": {}}
+    found = losses(loaded, "swap")
+    tokenizer = loaded.tokenizer.tokenizer
+    examples = loaded.experiment.source(loaded.task("swap")).read(loaded.task("swap"), "dev")
+    for i in (0, 7):
+        batch = tokenizer(
+            list(examples.texts[i]), text_target=[examples.target_texts[i]], return_tensors="pt"
+        )
+        with torch.no_grad():
+            expected = float(model(**batch).loss) * batch["labels"].shape[1]
+        np.testing.assert_allclose(found[i], expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_task_files_go_around(run: Path, capsys: pytest.CaptureFixture) -> None:
+    """One out, onto the run's model, and onto the model itself; removed and added again."""
+    file, alone = run.parent / "swap.task", run.parent / "alone"
+    assert main(["convert", f"--workdir={run}", "--task=swap", f"--out={file}"]) == 0
+    whole = Run.load(run)
+    expected = {name: losses(whole, name) for name in whole.tasks}
+    for base in (run, run.parent / "marian"):
+        loaded = pals_jax.load(file, base=base)
+        loaded.experiment.config.data.own = whole.experiment.config.data.own
+        loaded.experiment.config.data.cache_dir = whole.experiment.config.data.cache_dir
+        np.testing.assert_allclose(losses(loaded, "swap"), expected["swap"], rtol=1e-6)
+    whole.remove("swap")
+    assert list(whole.tasks) == ["upper"]
+    whole.add(file)
+    whole.experiment.config.data.own = loaded.experiment.config.data.own
+    for name in ("upper", "swap"):
+        np.testing.assert_allclose(losses(whole, name), expected[name], rtol=1e-5)
+    assert main(["convert", f"--workdir={alone}", "--files", str(file), f"--base={run}"]) == 0
+    assert Run.load(alone).tasks["swap"] == whole.tasks["swap"]
+    tensors, name = load_file(file), "decoder.cross.prefix/layers/keys"
+    damaged = run.parent / "damaged.task"
+    with_metadata(file, damaged, {k: v for k, v in tensors.items() if "cross" not in k})
+    assert main(["convert", f"--workdir={alone}2", "--files", str(damaged), f"--base={run}"]) == 2
+    assert "does not fit its method; missing" in capsys.readouterr().err, name
+
+
+def with_metadata(source: Path, path: Path, tensors: Any, **changes: str) -> None:
+    """A task file with other tensors, or with changed metadata."""
+    import safetensors
+
+    with safetensors.safe_open(source, "numpy") as file:
+        save_file(tensors, path, metadata=file.metadata() | changes)
+
+
+@pytest.mark.slow
+def test_a_task_is_added_without_touching_the_earlier_ones(
+    pairs: Path, capsys: pytest.CaptureFixture
+) -> None:
+    old, new = pairs / "old", pairs / "new"
+    once = "--config.epochs=1"
+    assert main(arguments(pairs, old, *of_pairs(pairs, "swap"), once)) == 0
+    add = arguments(pairs, new, *of_pairs(pairs, "upper"), once, f"--base={old}")
+    assert main(add) == 0
+    before, after = Run.load(old), Run.load(new)
+    assert list(after.tasks) == ["swap", "upper"]
+    jax.tree.map(
+        np.testing.assert_array_equal, before.variables["params"], after.variables["params"]
+    )
+    kept = take(after.variables["adapters"], (0, 0), [0])
+    jax.tree.map(np.testing.assert_array_equal, kept, dict(before.variables["adapters"]))
+    np.testing.assert_array_equal(losses(before, "swap"), losses(after, "swap"))
+    other = [*add, "--config.data.max_target_length=12"]
+    assert main([x.replace(str(new), str(pairs / "x")) for x in other]) == 2
+    assert "max_target_length is 12, but 16 in the base run" in capsys.readouterr().err
+
+
+# Methods, and how many of the encoder's two layers lie below what they change.
+BELOW = {
+    "lora(rank=2, blocks=('decoder',))": 2,
+    "pals(size=6, heads=3, layers=(-1,))": 1,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", BELOW)
+def test_a_run_begins_above(
+    method: str, pairs: Path, tiny_marian: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Cached states of the encoder give the run that computes them; there is no dropout."""
+    model = pairs / "without dropout"
+    model.mkdir()
+    for path in tiny_marian.iterdir():
+        if path.name != "config.json":
+            (model / path.name).symlink_to(path)
+    config = json.loads((tiny_marian / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dropout": 0.0}))
+    given = (*of_pairs(pairs), f"--config.encoder={model}", f"--config.method={method}")
+    assert main(arguments(pairs, pairs / "whole", *given)) == 0
+    assert main(arguments(pairs, pairs / "above", *given, "--config.lower_dropout=False")) == 0
+    said = f"the hidden states of the lowest {BELOW[method]} of 2 layers are computed once"
+    assert said in capsys.readouterr().err
+    assert len(list((pairs / "cache").glob("*.hidden"))) == 1  # both tasks have the same sources
+    (_, ours), (_, theirs) = (checkpoint(pairs / name) for name in ("above", "whole"))
+    for key, x in ours.items():
+        np.testing.assert_allclose(x, theirs[key], rtol=0, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.slow
+def test_a_merged_task_is_written_for_transformers(
+    pairs: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = (*of_pairs(pairs), "--config.method=lora(rank=2)", "--config.epochs=1")
+    assert main(arguments(pairs, pairs / "run", *given)) == 0
+    out = pairs / "merged"
+    command = ["convert", f"--workdir={pairs / 'run'}", "--task=swap"]
+    assert main([*command, "--to=huggingface", f"--out={out}"]) == 0
+    assert "merging changes no logit by more than" in capsys.readouterr().err
+    assert (out / "source.spm").exists()
+    for to in ("adapterhub", "peft"):
+        assert main([*command, f"--to={to}", f"--out={pairs / to}"]) == 2
+        assert "this is for encoders only, whose tasks have heads" in capsys.readouterr().err
+
+
+def test_what_a_run_of_pairs_cannot_do(pairs: Path, capsys: pytest.CaptureFixture) -> None:
+    """Each with one sentence, and before anything is written."""
+    for overrides, message in (
+        (of_pairs(pairs, "swap", "colour"), "task colour is answered with classes"),
+        (of_pairs(pairs, "share"), "task share is answered with value"),
+        (("--config.tasks=('swap',)",), "task swap is answered with texts, which the encoder"),
+        (("--config.label_smoothing=0.1",), "only for the texts of encoder-decoders"),
+        ((*of_pairs(pairs), "--config.label_smoothing=1.0"), "it is a share, from 0 to below 1"),
+        ((*of_pairs(pairs), "--config.method=pooler()"), "'pooler' has no place in this model"),
+        (
+            ("--config.method=lora(rank=2, blocks=('decoder',))",),
+            "'lora_query' has no place in this model, whose blocks are encoder",
+        ),
+        (
+            (*of_pairs(pairs), "--config.data.max_target_length=33"),
+            "data.max_target_length 33 is above the decoder's position table of 32",
+        ),
+        (
+            (*of_pairs(pairs), "--config.data.max_length=33"),
+            "data.max_length 33 is above the encoder's position table of 32",
+        ),
+        (
+            (*of_pairs(pairs), "--config.data.max_target_length=1"),
+            "a maximum target length of 1 tokens is too small",
+        ),
+        (
+            (*of_pairs(pairs), "--config.lower_dropout=False"),
+            "no layer below its prefix, ffn_adapter that",
+        ),
+        (
+            (*of_pairs(pairs), "--config.data.own.swap.target=reversed"),
+            "there is no column 'reversed'; the columns are lower, swapped",
+        ),
+        (
+            (*of_pairs(pairs, "upper"), "--config.data.own.upper.text=a"),
+            "there is no column 'a'; the columns are lower, upper",
+        ),
+    ):
+        assert main(arguments(pairs, pairs / "run", *overrides)) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert not (pairs / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_encoders_alone_can_do(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["evaluate", f"--workdir={run}", "--ablate"]) == 2
+    assert "is an encoder-decoder, whose tasks are answered with" in capsys.readouterr().err
+    source = run.parent / "swap.jsonl"
+    assert main(["predict", f"--workdir={run}", "--task=swap", f"--input={source}"]) == 2
+    assert "the tasks of this run are answered with texts" in capsys.readouterr().err
+    with pytest.raises(UserError, match="the tasks of this run are answered with texts"):
+        Run.load(run).encode("red box", task="swap")
+
+
+@pytest.mark.nightly
+def test_runs_of_one_step(pairs: Path) -> None:
+    """Those of a sweep are what each is alone."""
+    runs = [
+        {"seed": seed, "optimizer.learning_rate": rate} for seed, rate in ((0, 1e-3), (1, 1e-2))
+    ]
+    command = [*arguments(pairs, pairs / "sweep", *of_pairs(pairs)), "--sweep"]
+    assert main([*command, f"--config.sweep={tuple(runs)}"]) == 0
+    for run in runs:
+        name = f"seed={run['seed']},learning_rate={run['optimizer.learning_rate']}"
+        changes = [f"--config.{key}={value}" for key, value in run.items()]
+        assert main(arguments(pairs, pairs / name, *of_pairs(pairs), *changes)) == 0
+        (_, ours), (_, theirs) = (checkpoint(x / name) for x in (pairs / "sweep", pairs))
+        for key, x in ours.items():
+            np.testing.assert_allclose(x, theirs[key], rtol=0, atol=1e-5, err_msg=key)
