@@ -19,7 +19,7 @@ from pals_jax.models.stack import unstacked
 
 ROWS, VARIANTS, LENGTH = 3, 2, 5
 BEGIN = 2  # where in the cache a text begins; it goes on at the front
-METHODS = {name: method for name, method in tiny.METHODS.items() if name != "pooler"}
+METHODS = {name: method for name, method in tiny.METHODS.items() if name not in tiny.OF_POOLERS}
 
 
 @cache

@@ -43,6 +43,7 @@ METHODS = {
     "top_layer": methods.top_layer(),
     "top_dense": methods.top_dense(),
     "pooler": methods.pooler(),
+    "mean_pooling": methods.mean_pooling(),
     "houlsby": methods.houlsby(size=5),
     "layer_norms": methods.layer_norms(),
     "top_layers": methods.top_layers(2),
@@ -70,14 +71,15 @@ TOGETHER = {
         ("pals, serial", "top_layer", "top_layers", "adapter"),
         ("houlsby_plus_pals", "top_dense", "pfeiffer", "bitfit"),
         ("scaled_parallel", "parallel", "top_attention", "layer_norms", "prompt_tuning"),
-        ("mam", "multi_head_parallel", "lora", "projected_ffn"),
+        ("mam", "multi_head_parallel", "lora", "projected_ffn", "mean_pooling"),
     )
 }
 
 
 # The same for encoder-decoders, which have no pooler.
+OF_POOLERS = ("pooler", "mean_pooling")
 SEQ2SEQ_TOGETHER = {
-    text: sum((METHODS[name] for name in text.split(" + ") if name != "pooler"), ())
+    text: sum((METHODS[name] for name in text.split(" + ") if name not in OF_POOLERS), ())
     for text in TOGETHER
 }
 

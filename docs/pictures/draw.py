@@ -115,7 +115,7 @@ def sites() -> Figure:
     figure, axes = _canvas(92, 121)
     x, y, ends = 23, 4.0, []
     axes.text(x, 1, "h, the layer's input", ha="center", size=10, color=INK)
-    for sites_here, operation in (*_LAYER, (("layer.output", "top"), "")):
+    for sites_here, operation in (*_LAYER, (("layer.output", "top", "pooled"), "")):
         bottom, y = y, y + 2.2 + 3.8 * len(sites_here)
         _arrow(axes, (x, bottom), (x, y))
         for i, name in enumerate(sites_here):

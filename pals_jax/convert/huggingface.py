@@ -172,7 +172,11 @@ def _load_encoder(model: MultiTaskModel, path: Path, seed: int) -> dict[str, Any
     tensors = read_tensors(path)
     has_pooler = any(name.startswith("pooler.") for name in tensors)
     if not has_pooler:
-        _log.warning("%s has no pooler; a new pooler is initialised.", path)
+        _log.warning(
+            "%s has no pooler; a new pooler is initialised, which a frozen encoder never trains:"
+            " add mean_pooling() or pooler() to the method.",
+            path,
+        )
     return tables.read(
         model,
         tables.bert(model.config),

@@ -68,7 +68,7 @@ def count(model: Model) -> Counts:
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
     names = [place.name for b in model.config.stacks for place in places(model.method, b)]
-    adapters = {name: size(shapes["adapters"][name]) // tasks for name in names}
+    adapters = {name: size(shapes["adapters"].get(name, {})) // tasks for name in names}
     if isinstance(model, Seq2SeqModel):
         return Counts(size(shapes["params"]) - model.config.vocab_size, adapters, (0,) * tasks)
     heads = tuple((model.config.hidden_size + 1) * outputs for outputs in model.num_outputs)

@@ -64,12 +64,20 @@ class Encoder(Stack):
         h = self.through_layers(self.layers, h, longer, keys, adapters, begin=begin)[:, :length]
         return adapters.sites(segments, above)("top", h, h)
 
-    def pool(self, h: Array, first: Array, salts: Array | None = None) -> Array:
-        """[B, L, D] -> [B, M, D]: BERT's pooler on the examples' first positions."""
+    def pool(
+        self, h: Array, adapters: TaskAdapters, first: Array, salts: Array | None = None
+    ) -> Array:
+        """[B, L, D] -> [B, M, D]: BERT's pooler on the examples' first positions.
+
+        Or what an adapter makes of it. Arguments as above.
+        """
         h = jnp.take_along_axis(h, first[..., None], axis=1)
-        return self.pooler(h, Places.of_examples(salts, h))
+        pooled = self.pooler(h, Places.of_examples(salts, h))
+        each = jnp.broadcast_to(jnp.arange(first.shape[1]), first.shape)
+        return adapters.sites(make_segments(each + 1, each), None)("pooled", pooled, h)
 
     def everything(self) -> Array:
         """Touches every parameter, for `init`, without a pass through the layers; -> [1, 1, D]."""
         ids = jnp.zeros((1, 1), jnp.int32)
-        return self.pool(self.embeddings(ids, ids, one_position()), ids)
+        nothing = TaskAdapters((), {}, self.config)
+        return self.pool(self.embeddings(ids, ids, one_position()), nothing, ids)

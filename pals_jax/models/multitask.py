@@ -162,7 +162,9 @@ class MultiTaskModel(nn.Module):
         def pool(adapter_params: Any, task: Array, own: Own, hidden: Array) -> Array:
             adapters = TaskAdapters(self.method, adapter_params, self.config)
             params = adapters.own_outside(self.encoder)
-            return self._apply(params, own.rngs, hidden, own.first, own.salts, method="pool")
+            return self._apply(
+                params, own.rngs, hidden, adapters, own.first, own.salts, method="pool"
+            )
 
         pooled = self._by_row(pool, task_ids, packing, hidden)
         return pooled[:, 0] if packing is None else pooled

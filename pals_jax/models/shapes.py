@@ -41,7 +41,7 @@ def variable_shapes(model: Model) -> dict[str, Any]:
                 if isinstance(place.part, TaskCopy):
                     depth = config.num_hidden_layers
                     tree[place.name] = place.part.copies(params[block], depth, tasks)
-                else:
+                elif place.has_parameters(config):
                     parameters = place.part.parameters(config)
                     is_repeated = lambda x: isinstance(x, Repeated)  # noqa: E731
                     tree[place.name] = jax.tree.map(zeros, parameters, is_leaf=is_repeated)

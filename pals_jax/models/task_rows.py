@@ -65,6 +65,7 @@ def declare(
         place.name: module.variable("adapters", place.name, init, place, config)
         for block, config in stacks.items()
         for place in places(method, block)
+        if place.has_parameters(config)
     }
 
 

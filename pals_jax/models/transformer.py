@@ -54,6 +54,7 @@ SITES = {
     "layer": Site("D", "D", "the sum before the layer's last layer norm; the layer's input"),
     "layer.output": Site("D", "D", "the layer's output; the layer's input"),
     "top": Site("D", "D", "the last hidden states; themselves"),
+    "pooled": Site("D", "D", "what an encoder's pooler returns; the text's first hidden state"),
 }
 
 

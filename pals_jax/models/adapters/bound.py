@@ -76,6 +76,10 @@ class TaskAdapters:
             if isinstance(place.part, TaskCopy):
                 yield place.name, place.part
 
+    def _of(self, name: str) -> Params:
+        """The parameters of an adapter's place, of which there may be none."""
+        return self.adapter_params.get(name, {})
+
     def spans(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of each run of consecutive layers that carry the same adapters."""
         depth = self.config.num_hidden_layers
@@ -94,7 +98,7 @@ class TaskAdapters:
         return {
             name: jax.tree.map(
                 partial(self._span, adapter, start, stop),
-                self.adapter_params[name].get("layers", {}),
+                self._of(name).get("layers", {}),
             )
             for name, _, adapter in self._adapters
             if start in adapter.layer_indices(self.config.num_hidden_layers)
@@ -161,7 +165,7 @@ class TaskAdapters:
             for index, (name, where, adapter) in enumerate(adapters):
                 if where != site or name not in layer:
                     continue
-                params = {**self.adapter_params[name].get("shared", {}), **layer[name]}
+                params = {**self._of(name).get("shared", {}), **layer[name]}
                 own_key = None if key is None else jax.random.fold_in(key, index)
                 of_state = of_layer if segments is None else segments
                 context = Context(self.config, of_state, own_key, **of_heads)

@@ -17,6 +17,7 @@ from pals_jax.models.adapters.forms import (
     Scale,
 )
 from pals_jax.models.adapters.pals import V_D, V_E, low_rank, pals, projected_ffn
+from pals_jax.models.adapters.pooling import mean_pooling
 from pals_jax.models.adapters.spec import Adapter, Layers, Method, TaskCopy
 from pals_jax.runtime.errors import UserError
 
@@ -270,6 +271,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     for method in (
         *(shared, pals, low_rank, projected_ffn, lhuc, bert_n_pals_houlsby, houlsby_plus_pals),
         *(top_attention, top_ffn, top_layer, top_dense, pooler),
+        mean_pooling,
         *(houlsby, layer_norms, top_layers),
         *(prefix_tuning, prompt_tuning, lora, adapter, pfeiffer, parallel, scaled_parallel),
         *(multi_head_parallel, mam, bitfit, ia3),

@@ -34,6 +34,10 @@ class Place(NamedTuple):
         lead = "" if self.block == "encoder" else f"{self.block}."
         return f"{lead}{'cross.' * (self.attention == 'cross')}{self.part.name}"
 
+    def has_parameters(self, config: StackConfig) -> bool:
+        """Whether it has a subtree of the `adapters` collection."""
+        return isinstance(self.part, TaskCopy) or bool(self.part.parameters(config))
+
     @property
     def adapter(self) -> Adapter:
         """The part, where it is an adapter."""
@@ -140,4 +144,6 @@ def _check_collisions(of_block: tuple[Place, ...], params: Params, depth: int) -
 
 
 def _acts(place: Place, params: Params) -> bool:
-    return isinstance(place.part, Adapter) or bool(place.part.matches(params))
+    if isinstance(place.part, Adapter):
+        return place.site != "pooled" or "pooler" in params
+    return bool(place.part.matches(params))

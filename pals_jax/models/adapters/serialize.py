@@ -9,13 +9,13 @@ import dataclasses
 import json
 from typing import Any
 
-from pals_jax.models.adapters import blocks, forms
+from pals_jax.models.adapters import blocks, forms, pooling
 from pals_jax.models.adapters.spec import Adapter, Method, TaskCopy
 from pals_jax.runtime.errors import UserError
 
 _FORMS = (
     *(blocks.Blocks, forms.Bottleneck, forms.Dense, forms.Prefix, forms.ProjectedAttention),
-    *(forms.ProjectedFeedForward, forms.Prompt, forms.Scale),
+    *(forms.ProjectedFeedForward, forms.Prompt, forms.Scale, pooling.Identity, pooling.Mean),
 )
 _TYPES = {each.__name__: each for each in (Adapter, TaskCopy, *_FORMS)}
 

@@ -37,7 +37,7 @@ Layers = Literal["all", "first_half", "final_half"] | tuple[int, ...]
 
 READS = ("block_input", "state", "normalised")
 COMPOSITIONS = ("add", "gate", "multiply", "replace", "concat")
-OUTSIDE_LAYERS = ("embeddings", "top")  # the sites that are not in the layers
+OUTSIDE_LAYERS = ("embeddings", "top", "pooled")  # the sites that are not in the layers
 BLOCKS = ("encoder", "decoder")
 ATTENTIONS = ("self", "cross")
 
