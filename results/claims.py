@@ -167,7 +167,7 @@ def _arm(name: str, given: dict[str, Any], file: Path) -> Arm:
     kind = given.pop("kind", "train")
     together = given.pop("together", kind == "added")
     length = given.pop("length", "together" if together and kind != "added" else "alone")
-    title = given.pop("title", given.get("method", name))
+    title = given.pop("title", given.get("method", name).removesuffix(" + mean_pooling()"))
     of, layers = given.pop("of", ""), tuple(given.pop("layers", ()))
     if kind not in ("train", "added", "without", *BASELINES):
         raise UserError(f"{file}: arm {name} is of an unknown kind, {kind!r}.")
