@@ -112,7 +112,7 @@ def sites() -> Figure:
     methods: dict[str, list[str]] = {site: [] for site in SITES}
     for (site, _), names in _cells().items():
         methods.get(site, []).extend(names)
-    figure, axes = _canvas(92, 121)
+    figure, axes = _canvas(92, 125)
     x, y, ends = 23, 4.0, []
     axes.text(x, 1, "h, the layer's input", ha="center", size=10, color=INK)
     for sites_here, operation in (*_LAYER, (("layer.output", "top", "pooled"), "")):
