@@ -141,7 +141,7 @@ def sharded(tmp_path: Path, tiny_encoder: Path) -> Path:
 def test_a_model_in_several_files_is_that_in_one(sharded: Path, tiny_encoder: Path) -> None:
     (_, ours), (_, theirs) = map(from_huggingface, (sharded, tiny_encoder))
     tiny.assert_same(ours["params"], theirs["params"])
-    assert huggingface.is_encoder(sharded)
+    assert huggingface.has_model_files(sharded)
     assert not huggingface.has_classifier(sharded)
 
 
