@@ -105,7 +105,8 @@ def sites() -> Figure:
     for (site, _), names in _cells().items():
         methods.get(site, []).extend(names)
     figure, axes = _canvas(92, 121)
-    x, y, ends = 23, 4.0, []
+    x, y = 23, 4.0
+    ends: list[tuple[float, float]] = []
     axes.text(x, 1, "h, the layer's input", ha="center", size=10, color=INK)
     for names, operation in (*_LAYER, (("layer.output", "top"), "")):
         bottom, y = y, y + 2.2 + 3.8 * len(names)
