@@ -77,7 +77,7 @@ def _evaluate(client: NotebookClient, index: int, expression: str) -> float:
 
 def main() -> int:
     """Runs the given notebooks, or all."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Runs the notebooks and keeps their outputs.")
     parser.add_argument("files", type=Path, nargs="*")
     parser.add_argument("--check", action="store_true", help="leave the files as they are")
     args = parser.parse_args()
