@@ -34,7 +34,6 @@ def get_config(method: str = "") -> ConfigDict:
     config.method = method or "mam(prefix=30, size=512, scale=4.0)"
     config.trainable = ("adapters/",)
     config.dtype = "bfloat16"
-    config.remat = True
     config.tasks = ("wmt16_enro",)
     config.data.max_length = config.data.max_target_length = 150
     config.epochs, config.steps_per_epoch = 10, 5000

@@ -36,7 +36,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.method = method or "mam(prefix=30, size=512, scale=4.0)"
     config.trainable = ("adapters/",)
     config.dtype = "bfloat16"
-    config.remat = True
     config.tasks = ("xsum",)
     if directory:
         files = {split: f"{directory}/{split}.jsonl" for split in ("train", "dev", "test")}
