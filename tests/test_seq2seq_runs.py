@@ -47,7 +47,7 @@ def test_a_run_learns_and_is_evaluated_again(run: Path, capsys: pytest.CaptureFi
     evaluations = [line for line in lines(run) if "score" in line]
     assert [line["step"] for line in evaluations] == [60, 120]
     first, last = (line["upper/dev/loss"] for line in evaluations)
-    assert last < 0.9 * first
+    assert last < first < np.log(Run.load(run).experiment.architecture.vocab_size)  # of guessing
     best = max(evaluations, key=lambda line: line["score"])
     assert best["upper/dev/perplexity"] == pytest.approx(np.exp(best["upper/dev/loss"]))
     scores = [np.exp(-best[f"{task}/dev/loss"]) for task in ("upper", "swap")]
@@ -141,7 +141,8 @@ def test_a_task_is_added_without_touching_the_earlier_ones(
     )
     kept = take(after.variables["adapters"], (0, 0), [0])
     jax.tree.map(np.testing.assert_array_equal, kept, dict(before.variables["adapters"]))
-    np.testing.assert_array_equal(losses(before, "swap"), losses(after, "swap"))
+    # By another program, with room for two tasks.
+    np.testing.assert_allclose(losses(before, "swap"), losses(after, "swap"), rtol=1e-6)
     other = [*add, "--config.data.max_target_length=12"]
     assert main([x.replace(str(new), str(pairs / "x")) for x in other]) == 2
     assert "max_target_length is 12, but 16 in the base run" in capsys.readouterr().err
