@@ -26,6 +26,12 @@ from pals_jax.runtime.errors import UserError
 TOKENS = {"decoder_start_token_id": 1, "eos_token_id": 2, "pad_token_id": 1}
 
 
+def slow_or_nightly(cases: Any, *slow: str) -> list[Any]:
+    """Test parameters; those in `slow` run in the slow tier, the others in campaigns."""
+    marks = pytest.mark
+    return [pytest.param(x, marks=marks.slow if x in slow else marks.nightly) for x in cases]
+
+
 def in_order(texts: Any) -> list[Generated]:
     return sorted(texts, key=lambda text: text.source)
 
@@ -60,8 +66,7 @@ def test_tokens_of_the_original(shared: Path) -> None:
     assert_generates("bart/mam", ("generated_beam4_lp06",), shared)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_or_nightly(VARIANTS, "bart/plain", "mbart/mam"))
 def test_tokens_of_every_variant_of_the_original(variant: str, shared: Path) -> None:
     """Of prefix_gated there are none: the original cannot generate with it."""
     names = ("generated_greedy", "generated_beam4", "generated_beam4_lp2", "generated_beam4_lp06")
@@ -82,7 +87,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=CLASSES)
+@pytest.fixture(scope="module", params=slow_or_nightly(CLASSES, "bart"))
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """PyTorch's model, and ours with its variables."""
     directory = tmp_path_factory.mktemp(request.param)
@@ -112,7 +117,6 @@ def transformers_config(config: dict[str, Any]) -> Any:
     return GenerationConfig(**TOKENS | options | config)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tokens_of_transformers(models: Any, name: str) -> None:
     """Lengths are bounded by the model's nine positions."""
@@ -140,6 +144,7 @@ def test_each_source_under_its_own_task_in_few_programs(monkeypatch: pytest.Monk
     """More sources than slots, in two buckets; a text too long for the first moves to the next."""
     monkeypatch.setattr(generate, "LENGTHS", (2, 4))
     monkeypatch.setattr(generate, "_POSITIONS", 8)
+    monkeypatch.setattr(generate, "_LEAST_ROOM", 4)
     model = tiny.seq2seq(methods.lora(2) + methods.pals(6, 3))
     variables = tiny.variables(model)
     settings = config(num_beams=2, min_length=5, no_repeat_ngram_size=2)

@@ -19,7 +19,8 @@ from pals_jax.models.task_rows import check_task_ids
 from pals_jax.runtime.errors import UserError
 
 LENGTHS = (16, 32, 64, 128, 256, 512)  # of the sources of a bucket; the last has the model's own
-_POSITIONS = 4096  # of the sources of one call, whose keys and values are kept
+_POSITIONS = 8192  # of the sources of one call, whose keys and values are kept
+_LEAST_ROOM = 64  # tokens that a text has room for in any bucket
 
 
 class Generated(NamedTuple):
@@ -89,9 +90,10 @@ class Generator:
         begin = self.config.decoder_start_token_id if start is None else start
         starts = np.broadcast_to(np.asarray(begin, np.int32), len(sources))
         check_task_ids(self.model.num_tasks, *tasks.reshape(-1).tolist())
+        lengths = [len(source) for source in sources]
         waiting: list[list[int]] = [[] for _ in self._lengths]
-        for index, source in enumerate(sources):
-            waiting[self._bucket(index, len(source))].append(index)
+        for index in sorted(range(len(sources)), key=lambda index: -lengths[index]):
+            waiting[self._bucket(index, lengths[index])].append(index)
 
         def call(bucket: int, chosen: list[int]) -> Texts:
             size = self._size(bucket)
@@ -101,26 +103,37 @@ class Generator:
             given = Sources(ids, mask, start, present, of_each)
             return cast(Texts, jax.device_get(self._program(bucket)(variables, given)))
 
-        return self._generate(sources, waiting, call)
+        return self._generate(waiting, lengths, call)
 
     def _generate(
         self,
-        sources: Sequence[Sequence[int]],
         waiting: list[list[int]],
+        lengths: Sequence[int],
         call: Callable[[int, list[int]], Texts],
     ) -> Iterator[Generated]:
         """The texts, by `call` for some sources of a bucket; `waiting` has those of each bucket."""
-        for bucket, indices in enumerate(waiting):
-            # The longest first, so that the last ones in a call are short.
-            indices.sort(key=lambda index: -len(sources[index]))
-            size = self._size(bucket)
-            for first in range(0, len(indices), size):
-                chosen = indices[first : first + size]
-                for index, tokens, score, ended in zip(chosen, *call(bucket, chosen), strict=False):
-                    if ended:
-                        yield Generated(index, self._cut(tokens), float(score))
-                    else:
-                        waiting[bucket + 1].append(index)
+        while any(waiting):
+            bucket, chosen = self._next_call(waiting, lengths)
+            for index, tokens, score, ended in zip(chosen, *call(bucket, chosen), strict=False):
+                if ended:
+                    yield Generated(index, self._cut(tokens), float(score))
+                else:
+                    waiting[bucket + 1].append(index)
+
+    def _next_call(self, waiting: list[list[int]], lengths: Sequence[int]) -> tuple[int, list[int]]:
+        """The longest bucket that has sources waiting, and those that are computed next.
+
+        Shorter ones come along, to keep the slots busy while the longest text is written.
+        """
+        bucket = max(bucket for bucket, indices in enumerate(waiting) if indices)
+        size, enough = self._size(bucket), self._slots * lengths[waiting[bucket][0]]
+        chosen: list[int] = []
+        for indices in reversed(waiting[: bucket + 1]):
+            while indices and len(chosen) < size:
+                if indices is not waiting[bucket] and sum(lengths[i] for i in chosen) >= enough:
+                    break
+                chosen.append(indices.pop(0))
+        return bucket, chosen
 
     @property
     def compilations(self) -> int:
@@ -144,7 +157,7 @@ class Generator:
         """The compiled program of a bucket."""
         if bucket not in self._programs:
             longest, is_last = self.config.max_length, bucket == len(self._lengths) - 1
-            room = longest if is_last else min(longest, 2 * self._lengths[bucket])
+            room = longest if is_last else min(longest, max(_LEAST_ROOM, 2 * self._lengths[bucket]))
             program = make_generate(self.model, self.config, self._slots, room)
             self._programs[bucket] = jax.jit(program)
         return self._programs[bucket]
