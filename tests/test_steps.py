@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_seq2seq import TOGETHER
+from tiny import SEQ2SEQ_TOGETHER as TOGETHER
 
 from pals_jax.models import kv_cache
 from pals_jax.models.adapters import methods
