@@ -100,9 +100,10 @@ def main() -> None:
         most = max(asked.per_second for asked in found[OURS])
         half = load(work, ports[OURS], rate=most / 2)
         changing = load_while_tasks_change(work, ports[OURS])
-    (args.out / "serving.json").write_text(json.dumps(summary(found, half, changing), indent=1))
-    plot(args.out / "serving.png", found, half)
-    print("\n\n".join(markdown(found, half, changing)))
+    results = summary(found, half, changing)
+    (args.out / "serving.json").write_text(json.dumps(results, indent=1) + "\n")
+    plot(args.out / "serving.png", results)
+    print("\n\n".join(markdown(results)))
 
 
 # ------------------------------------------------ what is served, and what is asked
@@ -197,7 +198,8 @@ def ours(work: Work) -> contextlib.AbstractContextManager[int]:
 def theirs(work: Work, side: str) -> contextlib.AbstractContextManager[int]:
     """The server around the library; gives its port."""
     python = side_by_side.environment(HOULSBY.name, HOULSBY.requirements)
-    path = os.pathsep.join([str(PEERS), *sys.path])
+    # The checkout itself too: an editable installation is not on sys.path.
+    path = os.pathsep.join([str(PEERS), str(PEERS.parents[1]), *sys.path])
     command = [str(python), "-P", "-c", BEHIND, path, "adapters_server", str(work.folder), side]
     return server(command, work.folder / f"{side}.log")
 
@@ -326,49 +328,49 @@ def summary(found: dict[str, list[Asked]], half: Asked, changing: Asked) -> dict
     }
 
 
-def markdown(found: dict[str, list[Asked]], half: Asked, changing: Asked) -> Iterator[str]:
-    """The tables of docs/serving.md."""
-    lines = ["| | requests per second | ours over it | median, ms | p99, ms |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: |"]
-    for side, rounds in found.items():
-        rate, over = statistics.median(asked.per_second for asked in rounds), ""
-        if side != OURS:
-            each = ratios(found, side)
-            over = f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
-        times = [
-            f"{1000 * statistics.median(x.percentile(p) for x in rounds):.0f}" for p in (50, 99)
-        ]
-        lines.append(f"| {side} | {rate:.1f} | {over} | {times[0]} | {times[1]} |")
+def markdown(results: dict[str, Any]) -> Iterator[str]:
+    """The table and the sentences of docs/serving.md; ratios depend less on the machine."""
+    mine = median_of(results, OURS, "p50_seconds")
+    lines = [
+        "| server | pals_jax answers, times as many requests | median wait | 99% wait at most |"
+    ]
+    lines += ["| --- | ---: | ---: | ---: |"]
+    for side in results["rounds"]:
+        over = results["ours_over"].get(side)
+        rate = f"{statistics.median(over):.2f} ({min(over):.2f} to {max(over):.2f})" if over else ""
+        waits = (median_of(results, side, key) / mine for key in ("p50_seconds", "p99_seconds"))
+        lines.append(f"| {side} | {rate} | " + " | ".join(f"{wait:.1f}" for wait in waits) + " |")
     yield "\n".join(lines)
-    for title, asked in (("half the highest rate", half), ("while tasks change", changing)):
-        median, last = asked.percentile(50), asked.percentile(99)
-        yield (
-            f"{title}: {asked.per_second:.1f} requests per second, median {1000 * median:.0f} ms,"
-            f" p99 {1000 * last:.0f} ms, {last / median:.1f} times the median"
-        )
-
-
-def plot(path: Path, found: dict[str, list[Asked]], half: Asked) -> None:
-    """Draws the rates with each round as a dot, and how long our answers take."""
-    figure, (rates, times) = plt.subplots(1, 2, figsize=(10, 2.6))
-    for place, rounds in enumerate(found.values()):
-        each = [asked.per_second for asked in rounds]
-        rates.barh(place, statistics.median(each), color="C7" if place else "C0")
-        rates.plot(each, [place] * len(each), "k.", markersize=3)
-    rates.set_yticks(range(len(found)), [OURS, *(f"adapters, {side}" for side in (EACH, GROUPED))])
-    rates.invert_yaxis()
-    rates.set_xlabel(f"requests per second, {CLIENTS} clients")
-    at_once = [x for asked in found[OURS] for x in asked.seconds]
-    for label, seconds in (
-        (f"{CLIENTS} clients at once", at_once),
-        ("half the highest rate", half.seconds),
+    for title, key in (
+        ("half the highest rate", "half"),
+        ("while tasks change", "while_tasks_change"),
     ):
-        shares = np.linspace(0, 100, len(seconds))
-        times.plot(1000 * np.sort(seconds), shares, label=label)
-    times.set_xlabel("milliseconds to an answer of pals_jax")
-    times.set_ylabel("% of requests")
-    times.set_xlim(left=0)
-    times.legend(frameon=False)
+        last = results[key]["p99_seconds"] / results[key]["p50_seconds"]
+        yield f"{title}: {results[key]['requests']} requests, p99 {last:.1f} times the median"
+
+
+def median_of(results: dict[str, Any], side: str, key: str) -> float:
+    """The median of a side's rounds."""
+    return statistics.median(one[key] for one in results["rounds"][side])
+
+
+def plot(path: Path, results: dict[str, Any]) -> None:
+    """Draws rates and waits of all servers, as multiples of ours."""
+    figure, (rates, waits) = plt.subplots(1, 2, figsize=(10, 2.4), sharey=True)
+    mine = median_of(results, OURS, "p50_seconds")
+    for place, side in enumerate(results["rounds"]):
+        color = "C7" if place else "C0"
+        each = [1 / ratio for ratio in results["ours_over"].get(side, [1])]
+        rates.barh(place, statistics.median(each), color=color)
+        rates.plot(each, [place] * len(each), "k.", markersize=3)
+        few, most = (median_of(results, side, key) / mine for key in ("p50_seconds", "p99_seconds"))
+        waits.plot([few, most], [place] * 2, color=color, linewidth=3)
+        waits.plot([few], [place], "o", color=color)
+    rates.set_yticks(range(3), [OURS, *(f"adapters, {side}" for side in (EACH, GROUPED))])
+    rates.invert_yaxis()
+    rates.set_xlabel(f"requests per second of {results['clients']} clients, of ours")
+    waits.set_xlabel("wait for an answer, in our medians: median to 99%")
+    waits.set_xlim(left=0)
     figure.tight_layout()
     figure.savefig(path, bbox_inches="tight", dpi=120)
 
