@@ -330,7 +330,6 @@ def summary(found: dict[str, list[Asked]], half: Asked, changing: Asked) -> dict
 
 def markdown(results: dict[str, Any]) -> Iterator[str]:
     """The table and the sentences of docs/serving.md; ratios depend less on the machine."""
-    mine = median_of(results, OURS, "p50_seconds")
     lines = [
         "| server | pals_jax answers, times as many requests | median wait | 99% wait at most |"
     ]
@@ -338,8 +337,8 @@ def markdown(results: dict[str, Any]) -> Iterator[str]:
     for side in results["rounds"]:
         over = results["ours_over"].get(side)
         rate = f"{statistics.median(over):.2f} ({min(over):.2f} to {max(over):.2f})" if over else ""
-        waits = (median_of(results, side, key) / mine for key in ("p50_seconds", "p99_seconds"))
-        lines.append(f"| {side} | {rate} | " + " | ".join(f"{wait:.1f}" for wait in waits) + " |")
+        median, most = waits(results, side)
+        lines.append(f"| {side} | {rate} | {median:.1f} | {most:.1f} |")
     yield "\n".join(lines)
     for title, key in (
         ("half the highest rate", "half"),
@@ -349,28 +348,32 @@ def markdown(results: dict[str, Any]) -> Iterator[str]:
         yield f"{title}: {results[key]['requests']} requests, p99 {last:.1f} times the median"
 
 
-def median_of(results: dict[str, Any], side: str, key: str) -> float:
-    """The median of a side's rounds."""
-    return statistics.median(one[key] for one in results["rounds"][side])
+def waits(results: dict[str, Any], side: str) -> tuple[float, float]:
+    """A server's median and 99% wait, medians of its rounds, as multiples of our median wait."""
+
+    def median(side: str, key: str) -> float:
+        return statistics.median(one[key] for one in results["rounds"][side])
+
+    ours = median(OURS, "p50_seconds")
+    return median(side, "p50_seconds") / ours, median(side, "p99_seconds") / ours
 
 
 def plot(path: Path, results: dict[str, Any]) -> None:
     """Draws rates and waits of all servers, as multiples of ours."""
-    figure, (rates, waits) = plt.subplots(1, 2, figsize=(10, 2.4), sharey=True)
-    mine = median_of(results, OURS, "p50_seconds")
+    figure, (rates, times) = plt.subplots(1, 2, figsize=(10, 2.4), sharey=True)
     for place, side in enumerate(results["rounds"]):
         color = "C7" if place else "C0"
         each = [1 / ratio for ratio in results["ours_over"].get(side, [1])]
         rates.barh(place, statistics.median(each), color=color)
         rates.plot(each, [place] * len(each), "k.", markersize=3)
-        few, most = (median_of(results, side, key) / mine for key in ("p50_seconds", "p99_seconds"))
-        waits.plot([few, most], [place] * 2, color=color, linewidth=3)
-        waits.plot([few], [place], "o", color=color)
+        median, most = waits(results, side)
+        times.plot([median, most], [place] * 2, color=color, linewidth=3)
+        times.plot([median], [place], "o", color=color)
     rates.set_yticks(range(3), [OURS, *(f"adapters, {side}" for side in (EACH, GROUPED))])
     rates.invert_yaxis()
-    rates.set_xlabel(f"requests per second of {results['clients']} clients, of ours")
-    waits.set_xlabel("wait for an answer, in our medians: median to 99%")
-    waits.set_xlim(left=0)
+    rates.set_xlabel("requests answered per second, relative to pals_jax")
+    times.set_xlabel("median to 99% wait, relative to pals_jax's median")
+    times.set_xlim(left=0)
     figure.tight_layout()
     figure.savefig(path, bbox_inches="tight", dpi=120)
 
