@@ -74,7 +74,7 @@ class Claim:
     trained_with: tuple[str, ...] = ()
     margin: float = 0.0
     shown: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     picture: str = "scores"
 
     def runs_of(self, arm: Arm) -> list[tuple[str, ...]]:
