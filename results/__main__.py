@@ -1,4 +1,4 @@
-"""The commands `run` and `report`."""
+"""The commands `run`, `bundle` and `report`."""
 
 import argparse
 import math
@@ -36,6 +36,12 @@ def main() -> int:
         action="store_true",
         help="print what is missing, and how long it takes at this device's speed",
     )
+    bundle = commands.add_parser("bundle", help="pack what a machine without a network needs")
+    bundle.set_defaults(run=_bundle)
+    bundle.add_argument("--data", type=Path, required=True, metavar="DIR")
+    bundle.add_argument("--out", type=Path, required=True, metavar="DIR")
+    bundle.add_argument("--device", choices=("cpu", "gpu"), default="gpu")
+    bundle.add_argument("--part-mib", type=int, default=60, help="the largest part, in MiB")
     report = commands.add_parser("report", help="make docs/results from the records of the runs")
     report.set_defaults(run=_report)
     args = parser.parse_args()
@@ -56,6 +62,12 @@ def _run(args: argparse.Namespace) -> None:
         else:
             runner = runs.Runner(campaign, args.workdirs)
             runs.run(runner, listed.only(args.only), args.hours)
+
+
+def _bundle(args: argparse.Namespace) -> None:
+    from results.bundle import make
+
+    make(args.data, args.out, args.device, args.part_mib * 2**20)
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -3,7 +3,8 @@
     pals-jax train --config=results/config.py:DATA --config.tasks="('sst2',)" --workdir=DIR
 
 DATA is a directory with GLUE's official files in `glue/`, and in `extra_tasks/` a folder for each
-task of your own, as in `configs/houlsby_extra.py`.
+task of your own, as in `configs/houlsby_extra.py`. A bundle (`python -m results bundle`) has the
+encoder beside them, in `encoder/`; elsewhere it is that of its package.
 """
 
 from pathlib import Path
@@ -17,7 +18,8 @@ def get_config(data: str) -> ConfigDict:
     """A frozen all-MiniLM-L6-v2; `claims.toml` chooses method, tasks and length."""
     root = Path(data).expanduser()
     config = default()
-    config.encoder = "all-MiniLM-L6-v2"
+    bundled = root / "encoder"
+    config.encoder = str(bundled) if bundled.is_dir() else "all-MiniLM-L6-v2"
     config.trainable = ("adapters/",)
     config.data.source = "glue_dir"
     config.data.dir = str(root / "glue")

@@ -71,8 +71,14 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit of the checkout, with "+" if files that matter have changed since."""
-    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    """The commit of the checkout, with "+" if files that matter have changed since.
+
+    That of a bundle, which is no checkout, is in its file COMMIT.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if (root / "COMMIT").exists():
+        return (root / "COMMIT").read_text().strip()
+    git = ["git", "-C", str(root)]
     try:
         head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
         changed = [*git, "status", "--porcelain", "--", "pals_jax", "results"]

@@ -64,7 +64,6 @@ def newest(workdir: Path) -> int:
     ("kills", "model"),
     [
         pytest.param(2, "encoder", marks=pytest.mark.slow),
-        pytest.param(2, "encoder-decoder", marks=pytest.mark.slow),
         pytest.param(20, "encoder", marks=pytest.mark.nightly),
         pytest.param(20, "encoder-decoder", marks=pytest.mark.nightly),
     ],

@@ -1,7 +1,10 @@
 """The claims file, the runner of what decides them, the statistics and the pages."""
 
+import io
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from test_train import CONFIG
 from pals_jax.data import metrics
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.runtime.errors import UserError
-from results import claims, records, report, runs
+from results import bundle, claims, records, report, runs
 from results.jobs import Campaign, Job
 from results.statistics import Difference, Side, difference, verdict
 
@@ -57,7 +60,7 @@ source = "section 1"
 published = "2 against 1"
 pairs = [["lhuc", "majority"]]
 shown = ["logistic-mean", "lhuc-upper"]
-tasks = ["colour", "share"]
+tasks = ["colour"]
 seeds = [0, 1]
 
 [[claim]]
@@ -96,7 +99,7 @@ def test_what_is_missing_is_run_and_reported(
     pages, chosen = runner.campaign.pages, small_claims.only("")
     runs.run(runner, chosen, hours=1.0)
     files = sorted((small_of_module / "pages" / "runs").rglob("*.json"))
-    assert len(files) == 2 * 4 + 2 + 2 + 2  # two seeds of two tasks; baselines; two of both tasks
+    assert len(files) == 2 * 2 + 2 * 2 + 2  # two arms, two seeds; baselines; both tasks in one run
     assert not list((small_of_module / "work").rglob("checkpoints"))
     report.write(small_claims, pages)
     page = (pages / "houlsby.md").read_text()
@@ -191,6 +194,47 @@ def test_records_that_are_wrong(tmp_path: Path, text: str, message: str) -> None
     file.write_text(text)
     with pytest.raises(UserError, match=message):
         records.read(file)
+
+
+# ---------------------------------------------------------------- bundles
+
+
+def test_parts_have_the_stated_size(tmp_path: Path) -> None:
+    content = bytes(range(250))
+    with io.BufferedWriter(bundle.Parts(tmp_path, 100), 64) as writer:
+        writer.write(content)
+    parts = sorted(tmp_path.iterdir())
+    assert [(part.name, part.stat().st_size) for part in parts] == [
+        ("part.000", 100),
+        ("part.001", 100),
+        ("part.002", 50),
+    ]
+    assert b"".join(part.read_bytes() for part in parts) == content
+
+
+def test_bundles_that_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "glue").mkdir()
+    with pytest.raises(UserError, match="there is no folder extra_tasks in"):
+        bundle.make(tmp_path, tmp_path / "out", "cpu", 1)
+    (tmp_path / "extra_tasks").mkdir()
+    with pytest.raises(UserError, match="parts of 0 bytes hold nothing"):
+        bundle.make(tmp_path, tmp_path / "out", "cpu", 0)
+    with pytest.raises(UserError, match="glue is there already"):
+        bundle.make(tmp_path, tmp_path / "glue", "cpu", 1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.nightly
+def test_a_bundle_runs_where_there_is_no_network(shared: Path, tmp_path: Path) -> None:
+    bundle.make(shared, tmp_path / "parts", "cpu", 60 * 2**20)
+    assert max(part.stat().st_size for part in (tmp_path / "parts").iterdir()) == 60 * 2**20
+    script = "cat parts/part.* | tar -x && rm -r parts && exec bash claims/run --only=H4 --hours=0"
+    env = os.environ | {"PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=env, check=False, capture_output=True, text=True
+    )
+    assert "H4 needs" in ran.stderr, ran.stderr
+    assert ran.stderr.splitlines()[-1].endswith("the time is up; run it again to go on.")
 
 
 # ---------------------------------------------------------------- statistics
