@@ -20,6 +20,7 @@ from pals_jax.data.tokenized import TokenizedSplit, TokenizedTargets
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.inference.hidden_cache import as_if_kept
 from pals_jax.inference.steps import make_eval_step, make_text_loss_step
+from pals_jax.models.compute_dtype import in_compute_dtype
 from pals_jax.models.multitask import init_variables
 from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.runtime.console import in_bytes, say
@@ -173,8 +174,12 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Peak bytes per chip; the training state stays in memory during evaluation."""
-        return self.train.arguments + max(self.train.temporaries, self.evaluation.temporaries)
+        """Peak bytes per chip; the training state stays in memory during evaluation.
+
+        Evaluation has its own copy of trained weights, in the dtype of the computation.
+        """
+        evaluation = self.evaluation.arguments + self.evaluation.temporaries
+        return self.train.arguments + max(self.train.temporaries, evaluation)
 
     @property
     def fits(self) -> bool:
@@ -232,10 +237,10 @@ def plan(experiment: Experiment, topology: str, price: float | None = None) -> P
 
     def first_state() -> TrainState:
         variables = init_variables(model, jax.random.key(config.seed))
-        return create_state(variables, config.trainable, optimizer)
+        return create_state(variables, config.trainable, optimizer).in_compute_dtype(model.dtype)
 
     state = jax.eval_shape(first_state)
-    variables = jax.eval_shape(lambda state: state.variables, state)
+    variables = jax.eval_shape(lambda: in_compute_dtype(first_state().variables, model.dtype))
     axis_name, smoothing = parallel.axis_name, config.label_smoothing
     train_step = make_train_step(model, optimizer, config.seed, axis_name, smoothing)
     eval_step: Any
