@@ -144,15 +144,16 @@ def make_train_step(
         if axis_name is not None:
             loss, grads, weights = jax.lax.psum((loss, grads, weights), axis_name)
         loss, grads = jax.tree.map(lambda x: x / jnp.sum(weights), (loss, grads))
-        updates, opt_state = optimizer.update(
-            grads, with_task_trees(state.opt_state, opt_trees), before, drawn=weights > 0
-        )
-        trainable = optax.apply_updates(before, updates)
+        with jax.named_scope("optimizer"):
+            opt_state = with_task_trees(state.opt_state, opt_trees)
+            updates, opt_state = optimizer.update(grads, opt_state, before, drawn=weights > 0)
+            trainable = optax.apply_updates(before, updates)
+            grad_norm = optax.tree.norm(grads)
         after = trainable.get(TASKS, {}), task_trees(opt_state)
         of_tasks, opt_trees = scatter(every, slot_tasks, after)
         trainable |= {TASKS: of_tasks} if of_tasks else {}
         opt_state = with_task_trees(opt_state, opt_trees)
         state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
-        return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return state, {"loss": loss, "grad_norm": grad_norm}
 
     return train_step
