@@ -155,11 +155,9 @@ class Stack(nn.Module):
         # Save only matmul outputs and what is named; recomputing the rest is cheaper than storing
         # it. With remat, save nothing.
         policies = jax.checkpoint_policies
-        kept = policies.save_from_both_policies(
-            policies.dots_saveable, policies.save_only_these_names(SAVED)
-        )
-        kept = None if self.remat else kept
-        body = jax.checkpoint(body, policy=kept, prevent_cse=False)
+        named = policies.save_only_these_names(SAVED)
+        kept = policies.save_from_both_policies(policies.dots_saveable, named)
+        body = jax.checkpoint(body, policy=None if self.remat else kept, prevent_cse=False)
         params, keys, active = jax.tree.map(
             lambda x: x[start:stop], (layers, keys, adapters.active)
         )
