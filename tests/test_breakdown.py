@@ -1,6 +1,7 @@
 """The compiler's estimate of a step's cycles: its parts, and its time."""
 
 import pytest
+from test_plan import REPOSITORY, planned
 
 from pals_jax.data.packing import Shape
 from pals_jax.training.plan import hlo, tpus
@@ -53,3 +54,17 @@ def test_the_time_is_the_larger_of_roofline_and_estimate():
     ):
         assert (unknown.seconds, unknown.seconds_by_part) == (unknown.roofline, {})
         assert reason in str(unknown.without_estimate)
+
+
+# Millions of cycles of a training step on v4-8, with exchanges; docs/plan.md says where from.
+CYCLES = {"houlsby_glue": 26.9}
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("config", CYCLES)
+def test_no_change_loses_cycles(config: str) -> None:
+    pytest.importorskip("libtpu", reason="needs the compiler for TPUs")
+    step = planned(REPOSITORY / "configs" / f"{config}.py", "v4-8").train
+    assert step.kind.chip.clock is not None
+    cycles = step.kind.chip.clock * sum(step.seconds_by_part.values())
+    assert cycles <= 1.05 * 1e6 * CYCLES[config]
