@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pals_jax.experiment.config import load
 from pals_jax.experiment.experiment import Experiment
-from pals_jax.training.plan.plan import Plan, duration, plan
+from pals_jax.training.plan.plan import Plan, plan
+from pals_jax.training.plan.shown import duration
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 TOPOLOGIES = ("v2-8", "v3-8", "v4-8", "v5litepod-4", "v6e-4")
@@ -21,6 +22,7 @@ COLUMNS = {
     "the model's": lambda p: f"{p.train.model_share:.1%}",
     "all-reduces": lambda p: "{} of {:.0f} MiB".format(*_all_reduces(p)),
     "host transfers": lambda p: str(p.train.program.host_transfers),
+    "roofline": lambda p: f"{p.train.roofline * 1e3:.1f} ms",
     "step": lambda p: f"{p.train.seconds * 1e3:.1f} ms",
     "examples per second": lambda p: f"{p.train.examples / p.train.seconds:,.0f}",
     "run": lambda p: duration(p.hours),

@@ -125,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--topology", required=True, metavar="KIND", help="v3-8 or another kind listed in launch/"
     )
+    plan.add_argument(
+        "--plot", type=_path, metavar="FILE", help="draw where the time of a step goes, as a PNG"
+    )
     plan.add_argument("--price", type=_price, metavar="USD", help="price of the whole TPU per hour")
     methods = commands.add_parser("methods", help="list the methods and their design space")
     methods.set_defaults(run=_methods)
@@ -243,14 +246,16 @@ def _plan(args: argparse.Namespace) -> None:
     from pals_jax.experiment import config
     from pals_jax.experiment.experiment import Experiment
     from pals_jax.runtime.console import print_table
-    from pals_jax.training.plan import plan
+    from pals_jax.training.plan import plan, shown
 
     experiment = Experiment.from_config(config.load([f"--config={args.config}", *args.overrides]))
     planned = plan.plan(experiment, args.topology, args.price)
+    if args.plot is not None:
+        shown.plot(planned, args.plot)
     if args.json:
         print(json.dumps(planned.to_json()))
     else:
-        print_table(plan.plan_table(planned))
+        print_table(shown.plan_table(planned))
 
 
 def _methods(args: argparse.Namespace) -> None:

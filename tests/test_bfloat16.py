@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,10 @@ import tiny
 from conftest import REPOSITORY
 
 from pals_jax.cli import main
+from pals_jax.models.architectures import Model
+from pals_jax.models.compute_dtype import in_compute_dtype, only_cast
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.seq2seq import Seq2SeqModel
 
 
 def test_parameters_and_logits_are_float32_and_the_layers_are_not() -> None:
@@ -22,6 +26,35 @@ def test_parameters_and_logits_are_float32_and_the_layers_are_not() -> None:
     hidden = model.apply(variables, *arrays, method="encode")
     assert hidden.dtype == jnp.bfloat16
     assert model.apply(variables, *arrays).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        MultiTaskModel(tiny.config(), tiny.NUM_OUTPUTS, tiny.METHODS["pals"], jnp.bfloat16),
+        tiny.seq2seq(tiny.METHODS["mam"]).clone(dtype=jnp.bfloat16),
+    ],
+    ids=["encoder", "encoder-decoder"],
+)
+def test_frozen_weights_held_in_bfloat16_change_no_bit(model: Model) -> None:
+    """Of logits and gradients, where the program rounds to bfloat16 as often as it is written."""
+    variables = tiny.variables(model)
+    arrays = (tiny.texts() if isinstance(model, Seq2SeqModel) else tiny.inputs()).values()
+
+    def bounded(adapters: Any, params: Any) -> Any:
+        logits = model.apply({"params": params, "adapters": adapters}, *arrays, 1)
+        return jnp.tanh(logits).sum(), logits
+
+    step = jax.jit(
+        jax.value_and_grad(bounded, has_aux=True),
+        compiler_options={"xla_allow_excess_precision": False},
+    )
+    held = in_compute_dtype(variables, jnp.bfloat16)
+    cast = [x.dtype == jnp.bfloat16 for x in jax.tree.leaves(held)]
+    assert sum(cast) == len(jax.tree.leaves(only_cast(variables, jnp.bfloat16))) > 10
+    tiny.assert_same(held["adapters"], variables["adapters"])
+    expected = step(variables["adapters"], variables["params"])
+    tiny.assert_same(step(variables["adapters"], held["params"]), expected)
 
 
 @pytest.mark.optimized

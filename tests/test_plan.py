@@ -26,6 +26,7 @@ from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel
 from pals_jax.training.plan import flops, hlo, tpus
 from pals_jax.training.plan.ahead_of_time import compile_step
+from pals_jax.training.plan.breakdown import by_part
 from pals_jax.training.plan.plan import Plan, plan
 from pals_jax.training.step import create_state, make_train_step
 
@@ -250,6 +251,11 @@ def test_a_scanned_step_counts_as_much_as_the_same_unrolled(monkeypatch: pytest.
     assert hlo.read(unrolled.as_text()).flops == pytest.approx(flops, rel=1e-4)
     assert scanned.flops == pytest.approx(flops, rel=0.02)
     assert compiled.cost_analysis()["flops"] < 0.5 * flops
+    # Without loops, every instruction runs once, and the sum of what is written is the whole.
+    written = map(int, re.findall(r'"estimated_cycles":"(\d+)"', unrolled.as_text()))
+    cycles = sum(by_part(hlo.read(unrolled.as_text())).values())
+    assert cycles == sum(written) > 0
+    assert sum(by_part(scanned).values()) == pytest.approx(cycles, rel=0.2)
 
 
 @pytest.mark.usefixtures("libtpu")
@@ -270,8 +276,10 @@ def test_the_command(small: Path, capsys: pytest.CaptureFixture[str]):
     """Figures that follow from others, of the real steps of a tiny experiment on four hosts."""
     command = ["plan", f"--config={CONFIG}:{small}", "--topology=v3-32", "--price=32"]
     command += ["--config.epochs=2", "--config.steps_per_epoch=40", "--config.method=shared"]
+    command.append(f"--plot={(picture := small / 'parts.png')}")
     assert main([*command, "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert (planned["chips"], planned["devices"], planned["steps"]) == (16, 32, 80)
     step = planned["train"]
     assert (step["examples"], step["rows"]) == (8, 32)  # packed, but on so many devices
@@ -281,6 +289,12 @@ def test_the_command(small: Path, capsys: pytest.CaptureFixture[str]):
     assert 0.5 < planned["mean_batch"] < 2.0
     assert planned["hours"] == pytest.approx(80 * step["seconds"] * planned["mean_batch"] / 3600)
     assert planned["usd"] == pytest.approx(32 * planned["hours"])
+    cycles, seconds = step["cycles_by_part"], step["seconds_by_part"]
+    assert cycles["optimiser"] > 0
+    assert sum(seconds.values()) == pytest.approx(
+        sum(cycles.values()) / 940e6 + step["seconds_exchanging"]
+    )
+    assert step["seconds"] == max(step["seconds_roofline"], sum(seconds.values()))
     assert planned["fits"]
 
 

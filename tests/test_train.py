@@ -13,13 +13,14 @@ import safetensors.numpy
 import tiny
 
 from pals_jax.cli import main
+from pals_jax.convert import huggingface
 from pals_jax.data.batches import Layout
 from pals_jax.data.sampler import Sampler
 from pals_jax.experiment import workdir
 from pals_jax.experiment.config import load
 from pals_jax.inference.run import Run
 from pals_jax.models.task_axis import take
-from pals_jax.runtime import storage
+from pals_jax.runtime import distributed, storage
 from pals_jax.runtime.errors import UserError
 from pals_jax.training.train import train
 
@@ -216,10 +217,25 @@ def test_data_may_move_between_two_starts(small, capsys):
 
 
 @pytest.mark.slow
-def test_frozen_encoder_and_mixed_batches(small):
+def test_frozen_encoder_and_mixed_batches(small, monkeypatch):
+    """In bfloat16, stopped and resumed; on disk its weights are those that it began with."""
     overrides = ("--config.trainable=('adapters/',)", "--config.groups=4", "--config.epochs=1")
+    overrides = (*overrides, "--config.dtype=bfloat16")
     assert main(arguments(small, small / "run", *overrides)) == 0
     _, state = checkpoint(small / "run")
+    begun = huggingface.load_variables(workdir.load(small / "run").model(), small / "encoder", 0)
+    for folder, at in (("checkpoints", "['frozen']"), ("best", "")):
+        _, saved = checkpoint(small / "run", folder)
+        for path, x in jax.tree.leaves_with_path({"params": begun["params"]}):
+            kept = saved[at + jax.tree_util.keystr(path)]
+            assert kept.dtype == np.float32
+            np.testing.assert_array_equal(kept, x)
+
+    monkeypatch.setattr(distributed.Preemption, "reached", lambda self, step: step == 2)
+    assert main(arguments(small, small / "broken", *overrides)) == 143
+    monkeypatch.undo()
+    assert main(arguments(small, small / "broken", *overrides)) == 0
+    tiny.assert_same(checkpoint(small / "broken"), checkpoint(small / "run"))
     moments = [key for key in state if "opt_state" in key and "embeddings" in key]
     assert moments == []
     assert any("opt_state" in key and "pal" in key for key in state)

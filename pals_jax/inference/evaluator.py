@@ -19,6 +19,7 @@ from pals_jax.inference.steps import (
     make_pool_step,
     make_text_loss_step,
 )
+from pals_jax.models.compute_dtype import in_compute_dtype
 from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.runtime.errors import Diverged
 from pals_jax.runtime.parallel import DataParallel
@@ -120,6 +121,7 @@ class Evaluator:
 
     def evaluate(self, variables: Any, splits: Splits, active: np.ndarray | None = None) -> Results:
         """The metrics of every task of `splits` on each split, over the whole split at once."""
+        variables = in_compute_dtype(variables, self.experiment.model().dtype)
 
         def measure(task: Task, split: TokenizedSplit) -> dict[str, float]:
             if split.target_texts is not None:

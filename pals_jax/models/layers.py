@@ -7,11 +7,14 @@ Dimension letters, here and in every file of `models`:
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from pals_jax.models.dropout import mask_bits
 from pals_jax.models.kv_cache import KeyValueCache
@@ -36,6 +39,36 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
     "swish": jax.nn.silu,
 }
+
+
+SAVED = "saved"  # the name of results that a stack's policy of recomputation keeps
+
+
+def saved(x: Array) -> Array:
+    """Keeps `x` for the backward pass: it is small beside what it takes to compute it again."""
+    return checkpoint_name(x, SAVED)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def softmax(scores: Array, dtype: Any) -> Array:
+    """The softmax over the last axis, in `dtype`; of float32 scores.
+
+    The backward pass reads the saved result and needs no scores.
+    """
+    return jax.nn.softmax(scores, axis=-1).astype(dtype)
+
+
+def _softmax_forward(scores: Array, dtype: Any) -> tuple[Array, Array]:
+    weights = saved(softmax(scores, dtype))
+    return weights, weights
+
+
+def _softmax_backward(dtype: Any, weights: Array, gradient: Array) -> tuple[Array]:
+    weights, gradient = weights.astype(jnp.float32), gradient.astype(jnp.float32)
+    return (weights * (gradient - jnp.sum(weights * gradient, axis=-1, keepdims=True)),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def dropout(
@@ -93,8 +126,7 @@ def dot_product_attention(
     scores = jax.lax.optimization_barrier(scores)
     scores = scores / jnp.sqrt(jnp.float32(query.shape[-1]))
     scores = jnp.where(segments.mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    places = segments.places
+    weights, places = softmax(scores, value.dtype), segments.places
     weights = dropout(weights, dropout_rate, dropout_key, places, segments.key_position)
     heads = jnp.einsum("bhqs,bhsk->bhqk", weights, value)
     return heads, jax.nn.logsumexp(scores, axis=-1)
@@ -110,7 +142,7 @@ def _attention_to_cache(
     earlier = jnp.where(mask, earlier, jnp.finfo(jnp.float32).min)
     scores = jnp.concatenate([earlier, own[..., None]], axis=-1)
     scores = scores / jnp.sqrt(jnp.float32(query.shape[-1]))
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    weights = softmax(scores, value.dtype)
     heads = jnp.einsum("bhqs,bhsk->bhqk", weights[..., :-1], values) + weights[..., -1:] * value
     return heads, jax.nn.logsumexp(scores, axis=-1)
 

@@ -18,6 +18,7 @@ from jax import Array
 
 from pals_jax.models.adapters.bound import TaskAdapters
 from pals_jax.models.adapters.spec import TaskCopy
+from pals_jax.models.layers import SAVED
 from pals_jax.models.segments import Segments, one_position
 from pals_jax.models.transformer import Layer, Source
 
@@ -151,10 +152,12 @@ class Stack(nn.Module):
             h = self._layer().apply({"params": params}, h, segments, sites, source, rngs=rngs)
             return h, None
 
-        # Save only matmul outputs; recomputing the rest is cheaper than storing it. With remat,
-        # save nothing.
-        kept = None if self.remat else jax.checkpoint_policies.dots_saveable
-        body = jax.checkpoint(body, policy=kept, prevent_cse=False)
+        # Save only matmul outputs and what is named; recomputing the rest is cheaper than storing
+        # it. With remat, save nothing.
+        policies = jax.checkpoint_policies
+        named = policies.save_only_these_names(SAVED)
+        kept = policies.save_from_both_policies(policies.dots_saveable, named)
+        body = jax.checkpoint(body, policy=None if self.remat else kept, prevent_cse=False)
         params, keys, active = jax.tree.map(
             lambda x: x[start:stop], (layers, keys, adapters.active)
         )

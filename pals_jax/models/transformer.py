@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -24,6 +25,7 @@ from pals_jax.models.layers import (
     dot_product_attention,
     dropout,
     merge_heads,
+    saved,
     split_heads,
 )
 from pals_jax.models.segments import Places, Segments
@@ -125,10 +127,38 @@ class StackConfig(Protocol):
         """Whether a block reads LN(h), as in mBART, or its sum with h is normalised."""
 
 
-def layer_norm(config: StackConfig, dtype: Any, name: str | None = None) -> nn.LayerNorm:
+class LayerNorm(nn.Module):
+    """The layer norm of a stack, in float32; its statistics are `layers.saved`.
+
+    Attributes:
+        epsilon: what is added to the variance.
+        dtype: of its result.
+    """
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D]."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        wide = x.astype(jnp.float32)
+        centred = wide - saved(wide.mean(axis=-1, keepdims=True))
+        # The fast variance E[x^2] - E[x]^2 would lose digits that parity with PyTorch needs.
+        variance = saved(jnp.square(centred).mean(axis=-1, keepdims=True))
+        factor = jax.lax.rsqrt(variance + self.epsilon) * _wide(scale, x)
+        return (centred * factor + _wide(bias, x)).astype(self.dtype)
+
+
+def _wide(parameter: Array, x: Array) -> Array:
+    """[D] with the rank of x, because rank promotion is an error."""
+    return parameter.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def layer_norm(config: StackConfig, dtype: Any, name: str | None = None) -> LayerNorm:
     """A layer norm of a stack; within `setup`, without a name."""
-    # The fast variance E[x^2] - E[x]^2 loses digits that parity with PyTorch needs.
-    return nn.LayerNorm(config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)
+    return LayerNorm(config.layer_norm_eps, dtype, name=name)
 
 
 class Block(nn.Module):
@@ -142,7 +172,7 @@ class Block(nn.Module):
         init = nn.initializers.normal(self.config.initializer_range)
         return nn.Dense(features, dtype=self.dtype, kernel_init=init, name=name)
 
-    def norm(self, name: str) -> nn.LayerNorm:
+    def norm(self, name: str) -> LayerNorm:
         return layer_norm(self.config, self.dtype, name)
 
     def table(self, rows: int, name: str) -> nn.Embed:

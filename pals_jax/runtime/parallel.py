@@ -96,10 +96,15 @@ class DataParallel:
         return batch if self.axis_name else jax.device_put(batch, self.devices[0])
 
     def to_save(self, tree: Tree) -> Tree:
-        """Views a step's result with the sharding `one_per_host`, without copying."""
+        """Views a step's result with the sharding `one_per_host`, without copying.
+
+        NumPy arrays, which are the same on every host, stay as they are.
+        """
         sharding = self.one_per_host
 
-        def one(x: jax.Array) -> jax.Array:
+        def one(x: Any) -> Any:
+            if isinstance(x, np.ndarray):
+                return x
             return jax.make_array_from_single_device_arrays(
                 x.shape, sharding, [x.addressable_data(0)]
             )

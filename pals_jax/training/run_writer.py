@@ -3,6 +3,7 @@
 import contextlib
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
@@ -13,6 +14,8 @@ from pals_jax.experiment.checkpoint import Checkpoints
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.experiment.families import Tokenizer
 from pals_jax.inference.evaluator import Evaluator, Splits
+from pals_jax.models.adapters.bound import overlay
+from pals_jax.models.compute_dtype import only_cast
 from pals_jax.runtime import distributed
 from pals_jax.runtime.console import say
 from pals_jax.runtime.parallel import DataParallel
@@ -50,6 +53,14 @@ class RunWriter:
         self._writer = self._opened.enter_context(MetricWriter(self._workdir, int(state.step)))
         return state
 
+    def keep_exact(self, state: TrainState) -> None:
+        """Keeps on this host the frozen weights that devices will hold only in the compute dtype.
+
+        Checkpoints get these, in float32.
+        """
+        exact = only_cast(state.frozen, self._experiment.model().dtype)
+        self._exact = jax.tree.map(np.asarray, exact)
+
     def log(self, done: int, scalars: dict[str, np.ndarray], rate: float) -> None:
         """Writes the means of the scalars over the last n of `done` steps.
 
@@ -75,7 +86,8 @@ class RunWriter:
         """
         workdir_lib.refuse_vanished(self._workdir)
         self._writer.flush()  # first, because a run resumed from here will not write these lines
-        self._checkpoints.save(done, state)
+        exact = overlay(state.frozen, self._exact)
+        self._checkpoints.save(done, state.replace(frozen=exact))
 
     def evaluate(self, done: int, state: TrainState, evaluator: Evaluator, splits: Splits) -> None:
         """Evaluates at the end of an epoch, and keeps the best checkpoint."""
@@ -87,7 +99,7 @@ class RunWriter:
         config = self._experiment.config
         epoch = done // config.steps_per_epoch
         say(f"{self._workdir.name}: epoch {epoch} of {config.epochs}: {score:.4f}")
-        self._checkpoints.save_best(done, variables, score)
+        self._checkpoints.save_best(done, overlay(variables, self._exact), score)
 
     def wait(self) -> None:
         """Waits until all checkpoints are on disk."""

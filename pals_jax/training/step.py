@@ -5,6 +5,7 @@ For evaluation, see `inference.steps`.
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from pals_jax.data.batch import Batch
 from pals_jax.experiment.optim import TASKS, task_trees, with_task_trees
 from pals_jax.models.adapters.bound import overlay
 from pals_jax.models.architectures import Model, num_tasks
+from pals_jax.models.compute_dtype import in_compute_dtype
 from pals_jax.models.dropout import mask_key
 from pals_jax.models.task_axis import gather, scatter
 from pals_jax.runtime.errors import UserError
@@ -29,7 +31,7 @@ class TrainState(struct.PyTreeNode):
     Attributes:
         step: int32 scalar; the number of steps taken.
         trainable: the part of `variables` that is trained; only this part has optimiser state.
-        frozen: the rest of `variables`.
+        frozen: the rest of `variables`; during training `in_compute_dtype`.
         opt_state: the state of the optimiser.
     """
 
@@ -42,6 +44,13 @@ class TrainState(struct.PyTreeNode):
     def variables(self) -> optax.Params:
         """{"params", "adapters"}: the trainable and the frozen part together."""
         return overlay(self.frozen, self.trainable)
+
+    def in_compute_dtype(self, dtype: Any) -> "TrainState":
+        """The state with frozen weights as the model casts them: see `models.compute_dtype`.
+
+        This halves their memory and traffic; only checkpoints need them in float32.
+        """
+        return self.replace(frozen=in_compute_dtype(self.frozen, dtype))
 
 
 def partition(variables: optax.Params, rules: Sequence[str]) -> tuple[optax.Params, optax.Params]:
@@ -135,15 +144,16 @@ def make_train_step(
         if axis_name is not None:
             loss, grads, weights = jax.lax.psum((loss, grads, weights), axis_name)
         loss, grads = jax.tree.map(lambda x: x / jnp.sum(weights), (loss, grads))
-        updates, opt_state = optimizer.update(
-            grads, with_task_trees(state.opt_state, opt_trees), before, drawn=weights > 0
-        )
-        trainable = optax.apply_updates(before, updates)
+        with jax.named_scope("optimizer"):
+            opt_state = with_task_trees(state.opt_state, opt_trees)
+            updates, opt_state = optimizer.update(grads, opt_state, before, drawn=weights > 0)
+            trainable = optax.apply_updates(before, updates)
+            grad_norm = optax.tree.norm(grads)
         after = trainable.get(TASKS, {}), task_trees(opt_state)
         of_tasks, opt_trees = scatter(every, slot_tasks, after)
         trainable |= {TASKS: of_tasks} if of_tasks else {}
         opt_state = with_task_trees(opt_state, opt_trees)
         state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
-        return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return state, {"loss": loss, "grad_norm": grad_norm}
 
     return train_step

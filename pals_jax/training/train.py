@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
-import optax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -25,6 +24,7 @@ from pals_jax.inference.evaluator import Evaluator, Results, Splits, results_tab
 from pals_jax.inference.hidden_cache import check_same, with_hidden
 from pals_jax.inference.run import Run
 from pals_jax.models import counts
+from pals_jax.models.shapes import variable_shapes
 from pals_jax.runtime import distributed, storage
 from pals_jax.runtime.compile_cache import forget_compiled, keep_compiled
 from pals_jax.runtime.console import print_table, progress, say
@@ -86,9 +86,10 @@ def train(config: ConfigDict, workdir: epath.Path, base: epath.Path | None = Non
         state = writer.restore(state)
         if int(state.step):
             check_same(experiment, given, state.variables)
-        state = parallel.put(state)
+        writer.keep_exact(state)
+        state = parallel.put(state.in_compute_dtype(experiment.model().dtype))
         del given  # the state owns this memory from here on; the first step donates it
-        state = take_steps(
+        take_steps(
             experiment,
             parallel.compile(train_step, donate=True),
             state,
@@ -98,7 +99,7 @@ def train(config: ConfigDict, workdir: epath.Path, base: epath.Path | None = Non
         )
 
     # ---------------------------------------------------------------- result
-    return report(experiment, workdir, state.variables, evaluator, data)
+    return report(experiment, workdir, evaluator, data)
 
 
 class Writer(Protocol):
@@ -125,7 +126,7 @@ def take_steps(
     make_batch: Callable[[int], Batch],
     writer: Writer,
     evaluate: Callable[[int, TrainState], None],
-) -> TrainState:
+) -> None:
     """The training loop, from the step of `state` to the end of the run.
 
     Args:
@@ -135,9 +136,6 @@ def take_steps(
         make_batch: makes the batch of a step, given its number; called ahead on another thread.
         writer: receives figures and checkpoints.
         evaluate: called with the number of steps taken and the state at the end of each epoch.
-
-    Returns:
-        The last state.
 
     Raises:
         Preempted: the run was told to stop, and has saved its state.
@@ -176,7 +174,6 @@ def take_steps(
                     " on, run the same command again."
                 )
     say(f"the training step was compiled {train_step.count} times")
-    return state
 
 
 def train_separately(config: ConfigDict, workdir: epath.Path) -> Results:
@@ -264,14 +261,11 @@ def describe(experiment: Experiment, batches: TrainBatches) -> None:
 
 
 def report(
-    experiment: Experiment,
-    workdir: epath.Path,
-    shapes: optax.Params,
-    evaluator: Evaluator,
-    data: Data,
+    experiment: Experiment, workdir: epath.Path, evaluator: Evaluator, data: Data
 ) -> Results:
     """Evaluates the best checkpoint of a finished run, and prints how to use it."""
     tasks = experiment.trained
+    shapes = variable_shapes(experiment.model())
     step, variables = restore_best(workdir, shapes, evaluator.parallel)
     results = evaluator.evaluate(variables, data.evals)
     print_table(results_table(tasks, results, _baselines(tasks, data.train, data.evals)))

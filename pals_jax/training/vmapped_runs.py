@@ -97,14 +97,16 @@ def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[epath.Path]
         states = share_frozen(w.restore(state) for w, state in zip(writers, states, strict=True))
         if _common_step(states):
             check_same(experiment, given, states[0].variables)
-        state = parallel.put(runs.stack(states))
+        for writer, state in zip(writers, states, strict=True):
+            writer.keep_exact(state)
+        state = parallel.put(runs.stack(states).in_compute_dtype(experiment.model().dtype))
         del given, states  # the state owns their memory from here on; the first step donates it
 
         def evaluate(done: int, state: TrainState) -> None:
             for writer, own in zip(writers, runs.states(state), strict=True):
                 writer.evaluate(done, own, evaluator, data.evals)
 
-        state = take_steps(
+        take_steps(
             experiment,
             parallel.compile(runs.train_step(parallel.axis_name), donate=True),
             state,
@@ -113,8 +115,7 @@ def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[epath.Path]
             evaluate,
         )
 
-    shapes = next(runs.states(state)).variables
-    return [report(experiment, workdir, shapes, evaluator, data) for workdir in workdirs]
+    return [report(experiment, workdir, evaluator, data) for workdir in workdirs]
 
 
 def _common_step(states: Sequence[TrainState]) -> int:

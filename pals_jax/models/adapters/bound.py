@@ -171,7 +171,8 @@ class TaskAdapters:
                 context = Context(self.config, of_state, own_key, **of_heads)
                 x = block_input if adapter.reads == "block_input" else state
                 x = normalise(x) if adapter.reads == "normalised" else x
-                changed = adapter.change(params, state, x, context)
+                with jax.named_scope("adapters"):
+                    changed = adapter.change(params, state, x, context)
                 state = changed if active is None else jnp.where(active, changed, state)
             return state
 

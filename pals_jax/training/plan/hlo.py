@@ -12,6 +12,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 
@@ -29,7 +30,29 @@ _EXCHANGE = re.compile(
 )
 # Transfers to and from the host, callbacks, and buffers in its memory (space 5).
 _HOST = re.compile(r" (?:infeed|outfeed)\(|is_host_transfer=true|_callback\"|S\(5\)")
+# An instruction with the cycles that libtpu estimates for running it once.
+_ESTIMATED = re.compile(
+    r"^ *(?:ROOT )?%([\w.-]+) = .*?[ )]([a-z][\w-]*)\((.*)\"estimated_cycles\":\"(\d+)\"", re.M
+)
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+
+
+class Operation(NamedTuple):
+    """An instruction of a program, usually many fused into one.
+
+    Attributes:
+        name: its name, without its number; the compiler names a fusion after what it contains.
+        opcode: "fusion", "copy", ...
+        scope: JAX's name of the operation with those of the modules and transformations around it,
+            separated by slashes; empty for what the compiler added.
+        cycles: the compiler's estimate for all its runs.
+    """
+
+    name: str
+    opcode: str
+    scope: str
+    cycles: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +65,15 @@ class Program:
         exchanges: for each kind of collective ("all-reduce", ...), its count and the bytes of its
             results.
         host_transfers: the number of instructions that transfer data to or from the host.
+        operations: those for which the compiler estimates cycles; compilers other than libtpu
+            estimate none. Exchanges and copies that overlap with other work are not among them.
     """
 
     flops: float
     bytes_moved: float
     exchanges: Mapping[str, tuple[int, int]]
     host_transfers: int
+    operations: tuple[Operation, ...]
 
 
 def read(text: str) -> Program:
@@ -62,6 +88,7 @@ def read(text: str) -> Program:
     flops, bytes_moved = _cost(text, entry)
     exchanges: dict[str, tuple[int, int]] = {}
     host_transfers = 0
+    operations: list[Operation] = []
     for name, runs in _runs(computations, entry):
         for loop in _LOOP.finditer(computations[name]):
             again = runs * (_trips(computations, name, loop) - 1)
@@ -71,7 +98,16 @@ def read(text: str) -> Program:
             number, size = exchanges.get(kind, (0, 0))
             exchanges[kind] = number + runs, size + runs * _size(shape)
         host_transfers += runs * len(_HOST.findall(computations[name]))
-    return Program(flops, bytes_moved, exchanges, host_transfers)
+        operations += _operations(computations[name], runs)
+    return Program(flops, bytes_moved, exchanges, host_transfers, tuple(operations))
+
+
+def _operations(computation: str, runs: int) -> Iterator[Operation]:
+    """The instructions of a computation that have an estimate, in all its runs."""
+    for name, opcode, rest, cycles in _ESTIMATED.findall(computation):
+        scope = _OP_NAME.search(rest)
+        plain = re.sub(r"(\.\d+|\.clone|\.remat\d*)+$", "", name)
+        yield Operation(plain, opcode, scope[1] if scope else "", runs * int(cycles))
 
 
 def _runs(computations: Mapping[str, str], name: str, runs: int = 1) -> Iterator[tuple[str, int]]:

@@ -8,7 +8,8 @@ gives an estimate of the run's time and cost.
 import dataclasses
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,19 +21,18 @@ from pals_jax.data.tokenized import TokenizedSplit, TokenizedTargets
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.inference.hidden_cache import as_if_kept
 from pals_jax.inference.steps import make_eval_step, make_text_loss_step
+from pals_jax.models.compute_dtype import in_compute_dtype
 from pals_jax.models.multitask import init_variables
 from pals_jax.models.seq2seq import Seq2SeqModel
-from pals_jax.runtime.console import in_bytes, say
+from pals_jax.runtime.console import say
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel
 from pals_jax.runtime.shards import Shards
 from pals_jax.training.plan import flops, hlo
 from pals_jax.training.plan.ahead_of_time import Compiled, compile_step
+from pals_jax.training.plan.breakdown import by_part
 from pals_jax.training.plan.tpus import KINDS, Kind
 from pals_jax.training.step import TrainState, create_state, make_train_step
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _LINKS = 2  # links per chip that a ring of all chips uses
 
@@ -40,9 +40,10 @@ ASSUMPTIONS = (
     "The step is that of the commonest batch shape of the training data, and the length of the run"
     " is that of the mean shape; without the data or the tokenizer on this machine, every batch is"
     " padded to the full length, which overestimates both.",
-    "Each chip reaches the peak FLOP/s of bfloat16, in which JAX multiplies float32 too, or the"
-    " peak bandwidth of its memory, whichever takes longer; what XLA counts as moved may in part"
-    " stay on the chip.",
+    "A step takes the cycles that the compiler estimates for each of its operations or, if that is"
+    " longer or nothing is estimated, the roofline: each chip reaches the peak FLOP/s of bfloat16,"
+    " in which JAX multiplies float32 too, or the peak bandwidth of its memory, whichever takes"
+    " longer; what XLA counts as moved may in part stay on the chip.",
     "All-reduces go around a ring of all chips over two links of each, and overlap with nothing.",
     "Reading data, what is computed once for each example, evaluation, checkpoints and compilation"
     " are not in the length of the run.",
@@ -115,9 +116,37 @@ class StepEstimate:
         return size * (1 - 1 / self.kind.chips) / (_LINKS * self.kind.chip.link)
 
     @property
-    def seconds(self) -> float:
-        """The roofline estimate of a step's time: see `ASSUMPTIONS`."""
+    def roofline(self) -> float:
+        """The seconds of a step at the chips' peaks: see `ASSUMPTIONS`."""
         return max(self.seconds_computing, self.seconds_moving) + self.seconds_exchanging
+
+    @property
+    def without_estimate(self) -> str | None:
+        """Why the compiler's estimate of the time is unknown, in a sentence; None if known."""
+        if not self.program.operations:
+            return "this libtpu estimates no cycles, so the time of a step is its roofline."
+        if self.kind.chip.clock is None:
+            return (
+                f"the clock of {self.kind.chip.name} is not public; a step's time is its roofline."
+            )
+        return None
+
+    @property
+    def seconds_by_part(self) -> Mapping[str, float]:
+        """The compiler's estimate of the time of each part of a step, exchanges last.
+
+        Empty if it is unknown.
+        """
+        clock = self.kind.chip.clock
+        if clock is None or self.without_estimate:
+            return {}
+        seconds = {part: cycles / clock for part, cycles in by_part(self.program).items()}
+        return {**seconds, "exchanges": self.seconds_exchanging}
+
+    @property
+    def seconds(self) -> float:
+        """The estimated time of a step: the larger of roofline and compiler's estimate."""
+        return max(self.roofline, sum(self.seconds_by_part.values()))
 
     def to_json(self) -> dict[str, Any]:
         """All of it, for --json."""
@@ -141,6 +170,9 @@ class StepEstimate:
             "seconds_computing": self.seconds_computing,
             "seconds_moving": self.seconds_moving,
             "seconds_exchanging": self.seconds_exchanging,
+            "seconds_roofline": self.roofline,
+            "seconds_by_part": self.seconds_by_part,
+            "cycles_by_part": by_part(self.program),
             "seconds": self.seconds,
             "examples_per_second": self.examples / self.seconds,
         }
@@ -173,8 +205,12 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Peak bytes per chip; the training state stays in memory during evaluation."""
-        return self.train.arguments + max(self.train.temporaries, self.evaluation.temporaries)
+        """Peak bytes per chip; the training state stays in memory during evaluation.
+
+        Evaluation has its own copy of trained weights, in the dtype of the computation.
+        """
+        evaluation = self.evaluation.arguments + self.evaluation.temporaries
+        return self.train.arguments + max(self.train.temporaries, evaluation)
 
     @property
     def fits(self) -> bool:
@@ -232,10 +268,10 @@ def plan(experiment: Experiment, topology: str, price: float | None = None) -> P
 
     def first_state() -> TrainState:
         variables = init_variables(model, jax.random.key(config.seed))
-        return create_state(variables, config.trainable, optimizer)
+        return create_state(variables, config.trainable, optimizer).in_compute_dtype(model.dtype)
 
     state = jax.eval_shape(first_state)
-    variables = jax.eval_shape(lambda state: state.variables, state)
+    variables = jax.eval_shape(lambda state: in_compute_dtype(state.variables, model.dtype), state)
     axis_name, smoothing = parallel.axis_name, config.label_smoothing
     train_step = make_train_step(model, optimizer, config.seed, axis_name, smoothing)
     eval_step: Any
@@ -251,9 +287,12 @@ def plan(experiment: Experiment, topology: str, price: float | None = None) -> P
     kept = not config.lower_dropout
     model_flops = shape.rows * flops.training(model, config.trainable, *shape.room, kept=kept)
     eval_flops = eval_shape.rows * flops.forward(model, *eval_shape.room, kept=kept)
+    estimate = StepEstimate(kind, config.batch_size, shape, model_flops, train)
+    if estimate.without_estimate:
+        say(estimate.without_estimate)
     return Plan(
         topology,
-        StepEstimate(kind, config.batch_size, shape, model_flops, train),
+        estimate,
         StepEstimate(kind, eval_shape.rows, eval_shape, eval_flops, evaluation),
         experiment.steps,
         mean_batch,
@@ -316,54 +355,3 @@ def _examples(experiment: Experiment, count: int) -> TokenizedSplit:
         target_texts=targets,
     )
     return as_if_kept(experiment, split)
-
-
-def plan_table(plan: Plan) -> "Table":
-    """The plan as a table."""
-    from rich.table import Table
-
-    kind, steps = plan.kind, (plan.train, plan.evaluation)
-    rows = Table(
-        title=f"{plan.topology}: {kind.chips} chips, {kind.devices} devices",
-        caption="\n".join(ASSUMPTIONS),
-        title_justify="left",
-        caption_justify="left",
-    )
-    rows.add_column("")
-    rows.add_column("training step", justify="right")
-    rows.add_column("evaluation step", justify="right")
-    rows.add_row("examples", *(str(s.examples) for s in steps))
-    shapes = (f"{s.shape.rows} x {' and '.join(map(str, s.shape.room))}" for s in steps)
-    rows.add_row("rows x positions", *shapes)
-    rows.add_row("FLOPs, all chips", *(f"{s.flops:.4g}" for s in steps))
-    rows.add_row("  the model's share", *(f"{s.model_share:.1%}" for s in steps))
-    rows.add_row("moved, per chip", *(in_bytes(s.bytes_moved) for s in steps))
-    rows.add_row("arguments, per chip", *(in_bytes(s.arguments) for s in steps))
-    rows.add_row("temporaries, per chip", *(in_bytes(s.temporaries) for s in steps))
-    for name in sorted({name for s in steps for name in s.program.exchanges}):
-        cells = (s.program.exchanges.get(name, (0, 0)) for s in steps)
-        rows.add_row(f"{name}s", *(f"{count} of {in_bytes(size)}" for count, size in cells))
-    rows.add_row("transfers to the host", *(str(s.program.host_transfers) for s in steps))
-    rows.add_row("compiled in", *(f"{s.compiled.seconds:.0f} s" for s in steps))
-    rows.add_section()
-    rows.add_row("computing", *(f"{s.seconds_computing * 1e3:.2f} ms" for s in steps))
-    rows.add_row("moving", *(f"{s.seconds_moving * 1e3:.2f} ms" for s in steps))
-    rows.add_row("exchanging", *(f"{s.seconds_exchanging * 1e3:.2f} ms" for s in steps))
-    rows.add_row("step, at best", *(f"{s.seconds * 1e3:.2f} ms" for s in steps))
-    rows.add_row("examples per second", *(f"{s.examples / s.seconds:,.0f}" for s in steps))
-    rows.add_section()
-    room = kind.chip.hbm
-    verdict = "fits" if plan.fits else "does not fit"
-    rows.add_row("memory of a chip", f"{in_bytes(plan.memory)} of {in_bytes(room)}: {verdict}")
-    rows.add_row("positions of all batches, on average", f"{plan.mean_batch:.1%} of these")
-    rows.add_row(f"{plan.steps:,} steps", duration(plan.hours))
-    if plan.cost is not None:
-        rows.add_row(f"at {plan.price:.2f} USD per hour", f"{plan.cost:.2f} USD")
-    return rows
-
-
-def duration(hours: float) -> str:
-    """A time, formatted for people."""
-    if hours >= 1:
-        return f"{hours:.1f} h"
-    return f"{60 * hours:.0f} min" if hours >= 1 / 60 else f"{3600 * hours:.1f} s"

@@ -15,6 +15,9 @@ _GIB = 2**30
 class Chip(NamedTuple):
     """Public figures of one chip (Google Cloud's pages "TPU v3" and so on; link: Jouppi et al.).
 
+    The clocks are those of Norrie et al. 2021 (v2, v3), Jouppi et al. 2023 (v4) and, of v5e, the
+    one at which its four units of 128 x 128 give its peak.
+
     Attributes:
         name: the compiler's name for the chip.
         devices: JAX devices per chip; before v4, one per core.
@@ -22,6 +25,7 @@ class Chip(NamedTuple):
         hbm: bytes of memory.
         bandwidth: memory bandwidth in bytes/s.
         link: bytes/s of one link to a neighbouring chip, in one direction.
+        clock: cycles/s of its cores; None if it is not public.
     """
 
     name: str
@@ -30,13 +34,14 @@ class Chip(NamedTuple):
     hbm: float
     bandwidth: float
     link: float
+    clock: float | None
 
 
-_V2 = Chip("v2", 2, 46e12, 16 * _GIB, 700e9, 62e9)
-_V3 = Chip("v3", 2, 123e12, 32 * _GIB, 900e9, 82e9)
-_V4 = Chip("v4", 1, 275e12, 32 * _GIB, 1200e9, 50e9)
-_V5E = Chip("v5e", 1, 197e12, 16 * _GIB, 819e9, 50e9)
-_V6E = Chip("v6e", 1, 918e12, 32 * _GIB, 1638e9, 100e9)
+_V2 = Chip("v2", 2, 46e12, 16 * _GIB, 700e9, 62e9, 700e6)
+_V3 = Chip("v3", 2, 123e12, 32 * _GIB, 900e9, 82e9, 940e6)
+_V4 = Chip("v4", 1, 275e12, 32 * _GIB, 1200e9, 50e9, 1050e6)
+_V5E = Chip("v5e", 1, 197e12, 16 * _GIB, 819e9, 50e9, 1500e6)
+_V6E = Chip("v6e", 1, 918e12, 32 * _GIB, 1638e9, 100e9, None)
 
 
 class Kind(NamedTuple):

@@ -1,0 +1,70 @@
+"""The compiler's estimate of a step's cycles: its parts, and its time."""
+
+import pytest
+from test_plan import REPOSITORY, planned
+
+from pals_jax.data.packing import Shape
+from pals_jax.training.plan import hlo, tpus
+from pals_jax.training.plan.ahead_of_time import Compiled
+from pals_jax.training.plan.breakdown import PARTS, part
+from pals_jax.training.plan.plan import StepEstimate
+
+LAYER = "jit(f)/jvp(MultiTaskModel)/Encoder/Encoder._scan/while/body/Layer/Layer.residual"
+
+
+@pytest.mark.parametrize(
+    ("operation", "expected"),
+    [
+        (("convert", "convert", ""), "casts"),
+        (("dynamic-slice_convert_fusion", "fusion", f"{LAYER}/ffn/output"), "casts"),
+        (("copy", "copy", f"{LAYER}/attention/transpose"), "slices and copies"),
+        (("fusion", "fusion", "jit(f)/while/body/dynamic_slice"), "slices and copies"),
+        (("multiply_add_fusion", "fusion", "jit(f)/optimizer/add"), "optimiser"),
+        (("fusion", "fusion", f"{LAYER}/attention/adapters/dot_general"), "adapters"),
+        (("fusion", "fusion", "jit(f)/Encoder/embeddings/norm/reduce_sum"), "embeddings"),
+        (("fusion", "fusion", f"{LAYER}/attention/query/dot_general"), "attention, products"),
+        (("fusion", "fusion", f"{LAYER}/attention/reduce_max"), "attention, the rest"),
+        (("convert_reduce_fusion", "fusion", f"{LAYER}/ffn/output/dot_general"), "feed-forward"),
+        (("fusion", "fusion", f"{LAYER}/ffn_norm/reduce_sum"), "layer norms and sums"),
+        (("fusion", "fusion", "transpose(jvp(f))/MultiTaskModel.classify/mul"), "heads and loss"),
+        (("fusion", "fusion", ""), "the rest"),
+    ],
+)
+def test_the_part_of_an_operation(operation: tuple[str, str, str], expected: str):
+    assert part(hlo.Operation(*operation, cycles=1)) == expected
+
+
+def test_the_time_is_the_larger_of_roofline_and_estimate():
+    """Without a public clock, or without estimates, it is the roofline, and that is said."""
+
+    def step(topology: str, *cycles: int) -> StepEstimate:
+        operations = tuple(hlo.Operation("copy", "copy", "", each) for each in cycles)
+        program = hlo.Program(1e9, 1e9, {"all-reduce": (1, 10**6)}, 0, operations)
+        kind = tpus.KINDS[topology]
+        return StepEstimate(kind, 1, Shape(1, 8), 10**9, Compiled(program, 0, 0, 0.0))
+
+    slow, fast = step("v4-8", 10**7, 10**6), step("v4-8", 10)
+    exchanging = 2 * 10**6 * (3 / 4) / (2 * 50e9)
+    assert slow.seconds == sum(slow.seconds_by_part.values()) == 1.1e7 / 1050e6 + exchanging
+    assert [*slow.seconds_by_part] == [*PARTS, "exchanges"]
+    assert fast.seconds == fast.roofline == 1e9 / 1200e9 + exchanging
+    for unknown, reason in (
+        (step("v6e-4", 10**9), "the clock of v6e is not public"),
+        (step("v4-8"), "this libtpu estimates no cycles"),
+    ):
+        assert (unknown.seconds, unknown.seconds_by_part) == (unknown.roofline, {})
+        assert reason in str(unknown.without_estimate)
+
+
+# Millions of cycles of a training step on v4-8, with exchanges; docs/plan.md says where from.
+CYCLES = {"houlsby_glue": 26.9}
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("config", CYCLES)
+def test_no_change_loses_cycles(config: str) -> None:
+    pytest.importorskip("libtpu", reason="needs the compiler for TPUs")
+    step = planned(REPOSITORY / "configs" / f"{config}.py", "v4-8").train
+    assert step.kind.chip.clock is not None
+    cycles = step.kind.chip.clock * sum(step.seconds_by_part.values())
+    assert cycles <= 1.05 * 1e6 * CYCLES[config]
