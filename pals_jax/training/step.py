@@ -41,7 +41,8 @@ class TrainState(struct.PyTreeNode):
     @property
     def variables(self) -> optax.Params:
         """{"params", "adapters"}: the trainable and the frozen part together."""
-        return overlay(self.frozen, self.trainable)
+        # Without a method, an encoder-decoder has nothing that belongs to tasks.
+        return {"adapters": {}, **overlay(self.frozen, self.trainable)}
 
 
 def partition(variables: optax.Params, rules: Sequence[str]) -> tuple[optax.Params, optax.Params]:
