@@ -23,8 +23,8 @@ import torch
 import transformers
 
 from pals_jax.convert import from_huggingface
+from pals_jax.inference.generate import Generator
 from pals_jax.inference.generation.config import read_generation_config
-from pals_jax.inference.generation.generate import Generator
 
 BATCHES = (8, 16, 32, 64, 128)
 

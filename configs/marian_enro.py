@@ -29,6 +29,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.max_target_length = 96
     config.epochs, config.steps_per_epoch = 4, 250
     config.label_smoothing = 0.1
+    config.generation.max_length = 97  # with the start token
     config.optimizer.learning_rate = 1e-3
     config.optimizer.b2 = 0.98
     return config

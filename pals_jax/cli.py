@@ -271,6 +271,7 @@ def _methods(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from pals_jax.data import text_metrics
     from pals_jax.inference.evaluator import results_table
     from pals_jax.inference.load import load
     from pals_jax.runtime import distributed
@@ -285,7 +286,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     if not distributed.is_main():
         return
     if args.json:
-        print(json.dumps({"step": run.step, "results": results}))
+        found: dict[str, object] = {"step": run.step, "results": results}
+        if any(run.task(name).output == "text" for name in results):
+            found["sacrebleu"] = text_metrics.bleu_signature()
+        print(json.dumps(found))
     else:
         print_table(results_table([run.task(name) for name in results], results))
 
@@ -328,8 +332,8 @@ def _predict(args: argparse.Namespace) -> None:
         print(json.dumps({"submission": str(path)}) if args.json else path)
         return
     tasks = run.chosen(args.task)
-    predictions = predict.predict(run, tasks, texts.from_file(args.input))
-    predict.write(predictions, args.json, sys.stdout)
+    fitted, rows = predict.stream(run, tasks, texts.from_file(args.input))
+    predict.write(rows, len(fitted.tasks), args.json, sys.stdout)
 
 
 def _serve(args: argparse.Namespace) -> None:

@@ -12,7 +12,12 @@ import tiny
 import torch
 import transformers
 
-from pals_jax.convert import from_huggingface, to_conditional_generation
+from pals_jax.convert import (
+    from_huggingface,
+    from_peft,
+    to_conditional_generation,
+    to_peft,
+)
 from pals_jax.models.adapters import methods
 from pals_jax.runtime.errors import UserError
 
@@ -210,3 +215,51 @@ def test_what_transformers_cannot_express(saved: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is of another architecture"):
         to_conditional_generation(plain, tiny.variables(plain), 0, saved[0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# LoRA of PEFT
+
+# Its targets, and the parts of the method: all places alike, or each on its own.
+PEFT = {
+    "every attention": (["q_proj", "v_proj"], 2),
+    "one of the decoder's": (r".*decoder.*(encoder_attn\.k_proj|\.1\.fc2)", 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PEFT)
+def test_lora_of_peft(name: str, saved: Any, tmp_path: Path) -> None:
+    """We compute what PEFT computes, and it loads what we write."""
+    peft = pytest.importorskip("peft")
+    directory, theirs = saved
+    targets, parts = PEFT[name]
+    config = peft.LoraConfig(
+        task_type="SEQ_2_SEQ_LM", r=3, lora_alpha=5, target_modules=targets, lora_dropout=0.1
+    )
+    model_class = type(theirs)
+    adapted = peft.get_peft_model(model_class.from_pretrained(directory), config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (x for x in adapted.parameters() if x.requires_grad):
+        torch.nn.init.normal_(parameter.data, 0.0, 0.3, generator=generator)
+    adapted.save_pretrained(tmp_path / "theirs")
+    model, variables = from_peft(directory, {"fr": tmp_path / "theirs"})
+    assert len(model.method) == parts
+    assert_logits(model, variables, adapted)
+    to_peft(model, variables, 0, tmp_path / "ours")
+    base = model_class.from_pretrained(directory)
+    assert_logits(model, variables, peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval())
+    back, again = from_peft(directory, {"fr": tmp_path / "ours"})
+    assert back.method == model.method
+    tiny.assert_same(again, variables)
+
+
+def assert_logits(model: Any, variables: Any, theirs: Any) -> None:
+    """They equal PyTorch's at real positions."""
+    names = "input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"
+    with torch.no_grad():
+        inputs = {k: torch.tensor(x.copy()) for k, x in zip(names, ARRAYS, strict=True)}
+        expected = theirs(**inputs).logits
+    real = ARRAYS[3] > 0
+    bound = 1e-5 * max(1.0, float(expected[real].abs().max()))
+    logits = jax.jit(model.apply)(variables, *ARRAYS, 0)
+    np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=bound)

@@ -1,5 +1,6 @@
 """The configurations of `configs/`: each is complete, and those that can run here do."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,37 @@ def test_the_unified_view_takes_any_method() -> None:
     assert config.tasks == ("mnli",)
     assert config.method == "lora(rank=16, alpha=32.0)"
     assert [run["seed"] for run in config.sweep] == [42, 2, 4, 6, 8]
+
+
+SHARES = {  # of BART-large: what a task stores, and the share that the paper and its code state
+    "": (27_414_528, 6.7),
+    "scaled_parallel(size=512)": (25_202_688, 6.2),
+    "lora(rank=102, alpha=408.0, targets=('ffn_in', 'ffn_out'))": (25_067_520, 6.2),
+    "lora(rank=200, alpha=400.0)": (29_491_200, 7.3),
+    "prefix_tuning(length=200, bottleneck=0)": (14_745_600, 3.6),
+    "bitfit()": (333_824, 0.1),
+}
+
+
+@pytest.mark.parametrize("method", SHARES)
+def test_the_papers_shares_of_bart_large(method: str, capsys: pytest.CaptureFixture) -> None:
+    config = REPOSITORY / "configs" / f"unified_xsum.py:{method}"
+    assert main(["params", f"--config={config}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    stored, share = SHARES[method]
+    assert (found["encoder"], found["per_task"]) == (406_291_456, stored)
+    assert round(100 * stored / found["encoder"], 1) == share
+
+
+def test_the_unified_view_writes_as_the_authors_do() -> None:
+    summaries = load("unified_xsum.py", "@data")
+    assert summaries.data.own.xsum.train == "data/train.jsonl"
+    assert summaries.generation.to_dict() == {
+        **{"num_beams": 6, "max_length": 60, "min_length": 10},
+        **{"length_penalty": 1.0, "no_repeat_ngram_size": 3},
+    }
+    translations = load("unified_enro.py").generation
+    assert (translations.num_beams, translations.max_length) == (5, 150)
 
 
 @pytest.mark.optimized

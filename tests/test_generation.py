@@ -17,9 +17,10 @@ from test_bart import write as write_model
 from test_unified_view_seq2seq import VARIANTS, convert, load
 
 from pals_jax.convert import from_huggingface
-from pals_jax.inference.generation import generate, search
+from pals_jax.inference import generate
+from pals_jax.inference.generate import Generated, Generator
+from pals_jax.inference.generation import search
 from pals_jax.inference.generation.config import GenerationConfig, read_generation_config
-from pals_jax.inference.generation.generate import Generated, Generator
 from pals_jax.models.adapters import methods
 from pals_jax.runtime.errors import UserError
 
@@ -160,6 +161,19 @@ def test_each_source_under_its_own_task_in_few_programs(monkeypatch: pytest.Monk
         np.testing.assert_array_equal(text.tokens, alone[task][index].tokens)
         assert text.score == pytest.approx(alone[task][index].score, abs=1e-5)
     assert len({tuple(text.tokens.tolist()) for text in mixed}) > 4
+
+
+def test_a_text_without_an_end() -> None:
+    """The longest length ends every search; padding before a token is refused."""
+    model = tiny.seq2seq()
+    settings = TOKENS | {"max_length": 9, "suppress_tokens": (2,)}
+    ids, mask = np.full((2, 4), 5), np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+    texts = generate.generate(model, tiny.variables(model), ids, mask, 0, **settings)
+    assert texts.shape == (2, 9)
+    assert (texts[:, 0] == 1).all()
+    assert (texts != 2).all()
+    with pytest.raises(UserError, match="padding before a token; put all padding behind"):
+        generate.generate(model, {}, ids, 1 - mask, 0, **settings)
 
 
 def test_the_largest_values_of_a_long_axis() -> None:

@@ -367,7 +367,11 @@ def test_packing_leaves_a_third_of_the_operations(
 )
 def test_every_other_configuration(config: Path, minilm: Path, shared: Path):
     argument = f":{shared / 'extra_tasks'}" if config.stem == "houlsby_extra" else ""
-    assert_good(planned(f"{config}{argument}", "v3-8"))
+    overrides = ["--config.batch_size=112"] if config.stem == "unified_enro" else []
+    assert_good(planned(f"{config}{argument}", "v3-8", *overrides))
+
+
+TOO_LARGE = ("unified_enro", "unified_xsum")  # for a v2-8, if every batch is padded
 
 
 def test_the_table_has_every_configuration():
@@ -376,9 +380,9 @@ def test_the_table_has_every_configuration():
         rows = re.findall(rf"^\| {config.stem} \| (.*) \|$", page, re.MULTILINE)
         assert [row.split(" | ")[0] for row in rows] == list(FOUR_CHIPS)
         for row in rows:
-            _, memory, _, share, all_reduces, host_transfers, *_ = row.split(" | ")
+            kind, memory, _, share, all_reduces, host_transfers, *_ = row.split(" | ")
             used, _, hbm, _ = memory.split()
-            assert float(used) < float(hbm)
+            assert (float(used) < float(hbm)) == (kind != "v2-8" or config.stem not in TOO_LARGE)
             assert 1 / 1.10 < float(share.rstrip("%")) / 100 <= 1.0
             assert int(all_reduces.split()[0]) <= 6
             assert host_transfers == "0"

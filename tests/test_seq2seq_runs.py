@@ -4,6 +4,7 @@ That a run killed and resumed is an unbroken one, and that devices do not matter
 with encoders: see `test_recovery` and `test_parallel`.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from test_train import arguments, checkpoint, lines
 
 import pals_jax
 from pals_jax.cli import main
+from pals_jax.data import text_metrics
+from pals_jax.inference import text_generation
+from pals_jax.inference.generate import generate
 from pals_jax.inference.run import Run
 from pals_jax.models.task_axis import take
 from pals_jax.runtime.errors import UserError
@@ -53,16 +57,59 @@ def test_a_run_learns_and_is_evaluated_again(run: Path, capsys: pytest.CaptureFi
     scores = [np.exp(-best[f"{task}/dev/loss"]) for task in ("upper", "swap")]
     assert best["score"] == pytest.approx(np.mean(scores))
     assert main(["evaluate", f"--workdir={run}", "--json"]) == 0
-    results = json.loads(capsys.readouterr().out)["results"]
-    for task, splits in results.items():
-        for metric, value in splits["dev"].items():
-            assert value == best[f"{task}/dev/{metric}"]
+    found = json.loads(capsys.readouterr().out)
+    assert found["sacrebleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    for task, splits in found["results"].items():
+        for metric in ("loss", "perplexity"):
+            assert splits["dev"].pop(metric) == best[f"{task}/dev/{metric}"]
+        assert list(splits["dev"]) == ["rouge1", "rouge2", "rougeL", "bleu"]
     before, log = checkpoint(run), lines(run)
     assert main(arguments(run.parent, run, *of_pairs(run.parent), *LONGER)) == 0
     after = checkpoint(run)
     assert before[0] == after[0]
     assert all(np.array_equal(before[1][key], after[1][key]) for key in before[1])
     assert lines(run) == log
+
+
+@pytest.mark.slow
+@pytest.mark.all_devices
+def test_texts_of_both_tasks(
+    run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are what `generate` writes on one device, in order, and what is scored."""
+    monkeypatch.setattr(text_generation, "_WINDOW", 25)  # of 60
+    source = run.parent / "swap.jsonl"
+    command = ["predict", f"--workdir={run}", "--task=all", f"--input={source}", "--json"]
+    assert main(command) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    loaded = Run.load(run)
+    examples = loaded.experiment.source(loaded.task("swap")).read(loaded.task("swap"), "dev")
+    assert [row["lower"] for row in rows] == [text for (text,) in examples.texts]
+    tokens = loaded.tokenizer.tokenizer([row["lower"] for row in rows], padding=True)
+    variables = jax.tree.map(np.asarray, loaded.variables)
+    settings = text_generation.generation_config(loaded.experiment, loaded.tokenizer)
+    assert (settings.num_beams, settings.max_length, settings.forced_eos_token_id) == (4, 17, 0)
+    for task, name in enumerate(loaded.tasks):
+        texts = generate(
+            loaded.experiment.model(),
+            variables,
+            np.array(tokens["input_ids"]),
+            np.array(tokens["attention_mask"]),
+            task,
+            **dataclasses.asdict(settings),
+        )
+        assert texts.shape == (60, 17)
+        found = [row[f"{name}: prediction"] for row in rows]
+        assert found == [loaded.tokenizer.text(text) for text in texts.tolist()]
+        assert len(set(found)) > 1
+        scores = loaded.evaluate()[name]["dev"] if name == "swap" else None
+        if scores:
+            assert scores["bleu"] == text_metrics.bleu(found, examples.target_texts).score > 0
+            rouge = text_metrics.rouge(found, examples.target_texts)
+            assert {metric: scores[metric] for metric in rouge} == rouge
+    (one,) = loaded.predict("red box", task="swap")
+    assert (one.task, one.label, one.value, one.probabilities) == ("swap", None, None, {})
+    assert one.columns() == {"prediction": one.text}
 
 
 @pytest.mark.slow
@@ -190,9 +237,11 @@ def test_a_merged_task_is_written_for_transformers(
     assert main([*command, "--to=huggingface", f"--out={out}"]) == 0
     assert "merging changes no logit by more than" in capsys.readouterr().err
     assert (out / "source.spm").exists()
-    for to in ("adapterhub", "peft"):
-        assert main([*command, f"--to={to}", f"--out={pairs / to}"]) == 2
-        assert "this is for encoders only, whose tasks have heads" in capsys.readouterr().err
+    assert main([*command, "--to=peft", f"--out={pairs / 'peft'}"]) == 0
+    with pytest.raises(UserError, match="PEFT's files do not name the columns of a task"):
+        pals_jax.load(pairs / "peft", base=pairs / "marian")
+    assert main([*command, "--to=adapterhub", f"--out={pairs / 'hub'}"]) == 2
+    assert "this is for encoders only, whose tasks have heads" in capsys.readouterr().err
 
 
 def test_what_a_run_of_pairs_cannot_do(pairs: Path, capsys: pytest.CaptureFixture) -> None:
@@ -221,6 +270,18 @@ def test_what_a_run_of_pairs_cannot_do(pairs: Path, capsys: pytest.CaptureFixtur
             "a maximum target length of 1 tokens is too small",
         ),
         (
+            (*of_pairs(pairs), "--config.generation.max_length=33"),
+            "max_length 33 of the generation is above the 32 positions of the decoder",
+        ),
+        (
+            (*of_pairs(pairs), "--config.generation.num_beams=0"),
+            "num_beams of the generation must be a whole number from 1, not 0",
+        ),
+        (
+            (*of_pairs(pairs), "--config.generation.min_length=17"),
+            "min_length 17 of the generation is not below its max_length 17",
+        ),
+        (
             (*of_pairs(pairs), "--config.lower_dropout=False"),
             "no layer below its prefix, ffn_adapter that",
         ),
@@ -242,9 +303,6 @@ def test_what_a_run_of_pairs_cannot_do(pairs: Path, capsys: pytest.CaptureFixtur
 def test_what_encoders_alone_can_do(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["evaluate", f"--workdir={run}", "--ablate"]) == 2
     assert "is an encoder-decoder, whose tasks are answered with" in capsys.readouterr().err
-    source = run.parent / "swap.jsonl"
-    assert main(["predict", f"--workdir={run}", "--task=swap", f"--input={source}"]) == 2
-    assert "the tasks of this run are answered with texts" in capsys.readouterr().err
     with pytest.raises(UserError, match="the tasks of this run are answered with texts"):
         Run.load(run).encode("red box", task="swap")
 

@@ -27,6 +27,7 @@ def get_config(directory: str) -> ConfigDict:
         }
     )
     config.data.max_length = config.data.max_target_length = 16
+    config.generation.max_length = 17  # with the start token
     config.data.cache_dir = str(root / "cache")
     config.epochs = 2
     config.steps_per_epoch = 4

@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 def from_adapterhub(
     base_dir: str | Path, adapters: Mapping[str, str | Path]
-) -> tuple[MultiTaskModel, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """A model with one task per adapter, in the given order, on one encoder.
 
     Heads are not read: the library saves them separately (`head_config.json`) and allows kinds that

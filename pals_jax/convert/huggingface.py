@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ import numpy as np
 import safetensors
 
 from pals_jax.convert import bart, tables, tensor_files
+from pals_jax.convert.tables import Slot
 from pals_jax.models.adapters.methods import Method
+from pals_jax.models.adapters.places import Place
 from pals_jax.models.architectures import Architecture, Model, new_model
 from pals_jax.models.bart import BartConfig
 from pals_jax.models.bert import BertConfig
@@ -192,6 +194,18 @@ def architecture(name: str | Path) -> Architecture:
     """The architecture of anything that `resolve` accepts, without a download if it is known."""
     known = str(name) in KNOWN and not Path(name).is_dir()
     return KNOWN[str(name)] if known else _read_architecture(resolve(name))
+
+
+def slots(of: Architecture) -> Iterator[Slot]:
+    """The table of names of a model's own parameters."""
+    return bart.bart(of) if isinstance(of, BartConfig) else tables.bert(of)
+
+
+def module(of: Architecture, place: Place, layer: int) -> str:
+    """The module of a model's layer that outputs the state at a place."""
+    if isinstance(of, BartConfig):
+        return f"model.{place.block}.layers.{layer}.{bart.MODULES[place.site]}"
+    return f"encoder.layer.{layer}.{tables.MODULES[place.site]}"
 
 
 def _read_architecture(directory: Path) -> Architecture:

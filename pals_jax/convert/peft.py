@@ -1,22 +1,26 @@
-"""Import and export of LoRA in the format of Hugging Face's PEFT, for sequence classification.
+"""Import and export of LoRA in the format of Hugging Face's PEFT.
 
-A directory holds `adapter_config.json` and `adapter_model.safetensors` (or `.bin`), without the
-encoder. The tensors' names tell which projections of which layers have LoRA.
+On an encoder it is for sequence classification, on an encoder-decoder for generation. A directory
+holds `adapter_config.json` and `adapter_model.safetensors` (or `.bin`), without the model. The
+tensors' names tell which projections of which layers have LoRA.
 """
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from pals_jax.convert import stacking, tables, tensor_files
+from pals_jax.convert import huggingface, stacking, tables, tensor_files
 from pals_jax.convert.stacking import Part
 from pals_jax.convert.tables import Slot, Tensors
 from pals_jax.models.adapters import methods
+from pals_jax.models.adapters.places import Place, places
 from pals_jax.models.adapters.spec import Adapter, Method
-from pals_jax.models.bert import BertConfig
+from pals_jax.models.architectures import Architecture, Model, num_tasks
+from pals_jax.models.bart import BartConfig
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.models.task_rows import check_task_ids
 from pals_jax.runtime.errors import UserError
 
@@ -33,29 +37,31 @@ _OPTIONS = {
 # Options with restricted values. Other values of init_lora_weights also change the encoder.
 _VALUES: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "task_type": (None, "SEQ_CLS", "FEATURE_EXTRACTION"),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
+_ENCODER_TYPES = (None, "SEQ_CLS", "FEATURE_EXTRACTION")
+_ENCODER_DECODER_TYPES = (None, "SEQ_2_SEQ_LM")
 _HEADS = {"classifier", "score"}  # PEFT's names for a sequence classifier's head
 
 
 def from_peft(
     base_dir: str | Path, adapters: Mapping[str, str | Path]
-) -> tuple[MultiTaskModel, dict[str, Any]]:
-    """A model with one task per adapter, in the given order, on one encoder.
+) -> tuple[Any, dict[str, Any]]:
+    """A model with one task per adapter, in the given order, on one encoder or encoder-decoder.
 
     A classifier saved with the LoRA becomes the task's head; on RoBERTa its first layer becomes a
     task-specific pooler. Without a saved classifier, the head is new and has two outputs.
 
     Args:
-        base_dir: the encoder that the adapters were trained on; a directory, a hub id, or anything
+        base_dir: the model that the adapters were trained on; a directory, a hub id, or anything
             else that `from_huggingface` accepts.
         adapters: maps each task name to a directory with `adapter_config.json` and
             `adapter_model.safetensors` or `adapter_model.bin`; the latter needs PyTorch.
 
     Returns:
-        The model, and its variables {"params", "adapters"} with float32 leaves.
+        A `MultiTaskModel` or a `Seq2SeqModel`, and its variables {"params", "adapters"} with
+        float32 leaves.
 
     Raises:
         UserError: if options are not supported, adapters differ in rank or targets, a file is
@@ -64,10 +70,8 @@ def from_peft(
     return stacking.stack(base_dir, adapters, (_SAFETENSORS, _PICKLE), _read_part)
 
 
-def to_peft(
-    model: MultiTaskModel, variables: Mapping[str, Any], task: int, directory: str | Path
-) -> None:
-    """Writes one task's LoRA and head in PEFT's format for a sequence classifier.
+def to_peft(model: Model, variables: Mapping[str, Any], task: int, directory: str | Path) -> None:
+    """Writes one task's LoRA in PEFT's format, with its head for a sequence classifier.
 
     Args:
         model: the model.
@@ -78,26 +82,29 @@ def to_peft(
     Raises:
         UserError: if there is no such task, or PEFT's LoRA cannot express the method.
     """
-    check_task_ids(len(model.num_outputs), task)
-    loras, depth = _loras(model), model.config.num_hidden_layers
+    check_task_ids(num_tasks(model), task)
+    loras, has_head = _loras(model), isinstance(model, MultiTaskModel)
     form, scale = loras[0].form, loras[0].scale
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
+        "task_type": "SEQ_CLS" if has_head else "SEQ_2_SEQ_LM",
         "r": form.size,
         "lora_alpha": round(scale * form.size, 9),  # so that alpha / r reproduces the scale
         "lora_dropout": form.dropout,
         # Full names: PEFT matches suffixes, and "output.dense" ends "attention.output.dense" too.
         "target_modules": [
-            _module(adapter, layer) for adapter in loras for layer in adapter.layer_indices(depth)
+            huggingface.module(model.config, place, layer)
+            for place in _places(loras, model.config)
+            for layer in _layers(model.config, place)
         ],
-        "modules_to_save": ["classifier"],
+        "modules_to_save": ["classifier"] if has_head else None,
         "bias": "none",
         "inference_mode": True,
     }
 
     def nested(name: str) -> str:
-        encoder = "" if name.startswith("classifier.") else f"{model.config.model_type}."
+        within = has_head and not name.startswith("classifier.")
+        encoder = f"{model.config.model_type}." if within else ""
         return f"base_model.model.{encoder}{name}"
 
     tensors = tables.write(variables, tables.renamed(peft_slots(model, task), nested))
@@ -110,23 +117,26 @@ def has_head(directory: Path) -> bool:
     return any(set(name.split(".")) & _HEADS for name in tensors)
 
 
-def _read_part(config: Mapping[str, Any], tensors: Tensors, encoder: BertConfig) -> Part:
-    _check(config)
-    method = _method(config, tensors, encoder)
-    head = "classifier.out_proj" if encoder.model_type == "roberta" else "classifier"
+def _read_part(config: Mapping[str, Any], tensors: Tensors, of: Architecture) -> Part:
+    types = _ENCODER_DECODER_TYPES if isinstance(of, BartConfig) else _ENCODER_TYPES
+    _check(config, {**_VALUES, "task_type": types})
+    method = _method(config, tensors, of)
+    if isinstance(of, BartConfig):
+        return Part(method, tensors, peft_slots)
+    head = "classifier.out_proj" if of.model_type == "roberta" else "classifier"
     if f"{head}.weight" not in tensors:
         return Part(method, tensors, _lora_slots)
     num_outputs = len(tensors[f"{head}.weight"])
-    own = methods.pooler() if encoder.model_type == "roberta" else ()
+    own = methods.pooler() if of.model_type == "roberta" else ()
     return Part(method + own, tensors, peft_slots, num_outputs)
 
 
-def _check(config: Mapping[str, Any]) -> None:
+def _check(config: Mapping[str, Any], restricted: Mapping[str, tuple[Any, ...]]) -> None:
     """Refuses options that would make the adapter something other than plain LoRA."""
     for option, value in config.items():
         if option not in _OPTIONS and value:
             raise UserError(f"PEFT's {option}={value!r} is not supported; train without it.")
-    for option, values in _VALUES.items():
+    for option, values in restricted.items():
         value = config.get(option, values[0])
         if value not in values:
             names = ", ".join(map(repr, values))
@@ -137,29 +147,52 @@ def _check(config: Mapping[str, Any]) -> None:
         )
 
 
-def _method(config: Mapping[str, Any], names: Collection[str], encoder: BertConfig) -> Method:
+def _method(config: Mapping[str, Any], names: Collection[str], of: Architecture) -> Method:
     """LoRA on the projections for which there are tensors."""
     try:
         rank, alpha, dropout = (config[name] for name in ("r", "lora_alpha", "lora_dropout"))
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        loras: Any = methods.lora(rank, alpha, tuple(methods.LORA_SITES), dropout)
+        loras = methods.lora(rank, alpha, tuple(methods.LORA_SITES), dropout)
     except KeyError as error:
         raise UserError(f"the adapter's configuration lacks {error}.") from error
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"the adapter's configuration is invalid: {error}.") from error
-    found = []
-    depth = encoder.num_hidden_layers
-    for adapter in loras:
-        layers = [i for i in range(depth) if f"{_module(adapter, i)}.lora_A.weight" in names]
-        which = "all" if len(layers) == depth else tuple(layers)
-        if layers:
-            found.append(dataclasses.replace(adapter, scale=scale, layers=which))
+    found: list[Adapter] = []
+    for lora in loras:
+        adapter = dataclasses.replace(cast(Adapter, lora), scale=scale)
+        found += _where(adapter, names, of)
     if not found:
-        raise UserError("this directory has no LoRA on any layer of the encoder.")
+        raise UserError("this directory has no LoRA on any layer of the model.")
     return tuple(found)
 
 
-def _loras(model: MultiTaskModel) -> list[Any]:
+def _where(adapter: Adapter, names: Collection[str], of: Architecture) -> list[Adapter]:
+    """An adapter where there are tensors: one at all its places if it can be, or one at each."""
+    found: dict[Place, Any] = {}
+    every = _places([adapter], of)
+    for place in every:
+        layers = tuple(
+            layer
+            for layer in _layers(of, place)
+            if f"{huggingface.module(of, place, layer)}.lora_A.weight" in names
+        )
+        if layers:
+            found[place] = "all" if layers == _layers(of, place) else layers
+    if len(found) == len(every) and len(set(found.values())) == 1:
+        return [dataclasses.replace(adapter, layers=found[every[0]])]
+    return [
+        dataclasses.replace(
+            adapter,
+            name=f"{adapter.name}_{'cross' if place.attention == 'cross' else place.block}",
+            layers=layers,
+            blocks=(place.block,),
+            attention=(place.attention,),
+        )
+        for place, layers in found.items()
+    ]
+
+
+def _loras(model: Model) -> list[Any]:
     """The method's adapters; they must be LoRA of one rank and scale, as PEFT requires."""
     loras: list[Any] = []
     others: list[Any] = []
@@ -168,7 +201,10 @@ def _loras(model: MultiTaskModel) -> list[Any]:
             continue  # exported as the first layer of RoBERTa's classifier
         (loras if methods.is_lora(spec) else others).append(spec)
     agree = len({(spec.form, spec.scale) for spec in loras}) == 1
-    if others or not agree or len({spec.site for spec in loras}) < len(loras):
+    at = [
+        (place.block, place.site) for b in model.config.stacks for place in places(tuple(loras), b)
+    ]
+    if others or not agree or len(set(at)) < len(at):
         names = ", ".join(spec.name for spec in others or model.method) or "no adapter"
         raise UserError(
             f"a PEFT directory cannot hold {names}; it holds LoRA of one rank and scale on"
@@ -180,9 +216,11 @@ def _loras(model: MultiTaskModel) -> list[Any]:
 # ------------------------------------------------ their names
 
 
-def peft_slots(model: MultiTaskModel, task: int) -> Iterator[Slot]:
+def peft_slots(model: Model, task: int) -> Iterator[Slot]:
     """The table of names of one task's LoRA and head, without the prefixes of outer modules."""
     yield from _lora_slots(model, task)
+    if isinstance(model, Seq2SeqModel):
+        return
     if model.config.model_type == "bert":
         yield from tables.head("classifier", task, model.num_outputs[task])
         return
@@ -193,13 +231,17 @@ def peft_slots(model: MultiTaskModel, task: int) -> Iterator[Slot]:
     yield from tables.head("classifier.out_proj", task, model.num_outputs[task])
 
 
-def _lora_slots(model: MultiTaskModel, task: int) -> Iterator[Slot]:
-    for adapter in _loras(model):
-        path = ("adapters", adapter.name, "layers")
-        for place, layer in enumerate(adapter.layer_indices(model.config.num_hidden_layers)):
-            name = f"{_module(adapter, layer)}.lora_"
-            yield from tables.lora(name, path, (task, place), ".weight")
+def _lora_slots(model: Model, task: int) -> Iterator[Slot]:
+    for place in _places(_loras(model), model.config):
+        path = ("adapters", place.name, "layers")
+        for index, layer in enumerate(_layers(model.config, place)):
+            name = f"{huggingface.module(model.config, place, layer)}.lora_"
+            yield from tables.lora(name, path, (task, index), ".weight")
 
 
-def _module(adapter: Adapter, layer: int) -> str:
-    return f"encoder.layer.{layer}.{tables.MODULES[adapter.site]}"
+def _places(loras: Iterable[Adapter], of: Architecture) -> list[Place]:
+    return [place for block in of.stacks for place in places(tuple(loras), block)]
+
+
+def _layers(of: Architecture, place: Place) -> tuple[int, ...]:
+    return place.adapter.layer_indices(of.stacks[place.block].num_hidden_layers)

@@ -1,4 +1,4 @@
-"""Combines adapters of several tasks, one directory each, on one encoder."""
+"""Combines adapters of several tasks, one directory each, on one model."""
 
 import dataclasses
 import re
@@ -9,11 +9,10 @@ from typing import Any
 from pals_jax.convert import huggingface, tables, tensor_files
 from pals_jax.convert.tables import Slot, Tensors
 from pals_jax.models.adapters.spec import Method
-from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.architectures import Architecture, Model, new_model
 from pals_jax.runtime.errors import UserError
 
-_NESTED = r"^(base_model\.model\.)?(bert\.|roberta\.)?"  # prefixes before a name in the encoder
+_NESTED = r"^(base_model\.model\.)?(bert\.|roberta\.)?"  # prefixes before a name in the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +28,11 @@ class Part:
 
     method: Method
     tensors: Tensors
-    slots: Callable[[MultiTaskModel, int], Iterable[Slot]]
+    slots: Callable[[Any, int], Iterable[Slot]]
     num_outputs: int = 2
 
 
-ReadPart = Callable[[Mapping[str, Any], Tensors, BertConfig], Part]
+ReadPart = Callable[[Mapping[str, Any], Tensors, Any], Part]
 
 
 def stack(
@@ -42,15 +41,16 @@ def stack(
     weights: tuple[str, ...],
     read_part: ReadPart,
     may_lack: str = "$^",
-) -> tuple[MultiTaskModel, dict[str, Any]]:
-    """A model with one task per adapter, in the given order, on one encoder.
+) -> tuple[Model, dict[str, Any]]:
+    """A model with one task per adapter, in the given order, on one encoder or encoder-decoder.
 
     Args:
         base_dir: anything that `huggingface.resolve` accepts.
         directories: the adapters' directories by task name; each holds `adapter_config.json`.
         weights: the possible names of the tensor file.
-        read_part: a function from the configuration, the tensors and the encoder's architecture to
-            a `Part`. The tensors' names are relative to the encoder.
+        read_part: a function from the configuration, the tensors and the model's architecture to a
+            `Part`. The tensors' names are relative to the encoder, or to the encoder-decoder with
+            its words.
         may_lack: a pattern of tensors that an adapter may lack.
 
     Returns:
@@ -63,14 +63,14 @@ def stack(
     if not directories:
         raise UserError("there is no adapter to convert; give the directory of at least one.")
     base = huggingface.resolve(base_dir)
-    config = huggingface.read_config(base)
+    config = huggingface.architecture(base)
     parts = {
         task: _read(Path(directory), weights, read_part, config)
         for task, directory in directories.items()
     }
     num_outputs = tuple(part.num_outputs for part in parts.values())
-    model = MultiTaskModel(config, num_outputs, _common_method(parts, directories))
-    slots = list(tables.bert(config))
+    model = new_model(config, num_outputs, _common_method(parts, directories))
+    slots = list(huggingface.slots(config))
     tensors = tables.write(huggingface.from_huggingface(base)[1], slots)
     for index, (task, part) in enumerate(parts.items()):
         where = f"{directories[task]}: "  # lets error messages name the directory of a tensor
@@ -80,13 +80,11 @@ def stack(
     return model, tables.read(model, slots, tensors, source="an adapter", may_lack=may_lack)
 
 
-def _read(
-    directory: Path, weights: tuple[str, ...], read_part: ReadPart, encoder: BertConfig
-) -> Part:
+def _read(directory: Path, weights: tuple[str, ...], read_part: ReadPart, of: Architecture) -> Part:
     path = directory / "adapter_config.json"
     config, tensors = tensor_files.read_json(path), tensor_files.find_tensors(directory, *weights)
     try:
-        return read_part(config, {re.sub(_NESTED, "", k): x for k, x in tensors.items()}, encoder)
+        return read_part(config, {re.sub(_NESTED, "", k): x for k, x in tensors.items()}, of)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

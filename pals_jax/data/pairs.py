@@ -9,10 +9,11 @@ import functools
 import hashlib
 import importlib.util
 import json
+import operator
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ _FORMAT = 1  # format version of the cache; increment when the meaning of its co
 _BATCH = 1000  # texts per call of the tokenizer, to bound memory
 # The tokenizer of each `model_type`, unless tokenizer_config.json names another one.
 _CLASSES = {"bart": "BartTokenizer", "mbart": "MBartTokenizer", "marian": "MarianTokenizer"}
+_GENERATION = "generation_config.json"
 _MARIAN_CODE = ">>{}<<"  # a token before the source that names the language of the target
 
 
@@ -39,11 +41,14 @@ class PairTokenizer:
         model_type: of the model: bart, mbart or marian.
         start_id: the token that the decoder starts with. None: the last one of the target, as in
             mBART, where it is the language code.
+        generation: how the model's own configuration has texts generated, as in the JSON of Hugging
+            Face: special tokens, and what the authors of the model recommend.
     """
 
     tokenizer: Any
     model_type: str
     start_id: int | None
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, directory: Path, model_type: str, start_id: int | None) -> Self:
@@ -61,10 +66,7 @@ class PairTokenizer:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         import transformers
 
-        try:
-            declared = json.loads((directory / "tokenizer_config.json").read_text())
-        except (OSError, ValueError):
-            declared = {}
+        declared = _settings(directory / "tokenizer_config.json")
         name = str(declared.get("tokenizer_class", "")).removesuffix("Fast")
         kind = getattr(transformers, name, None) or getattr(transformers, _CLASSES[model_type])
         files = kind.vocab_files_names
@@ -80,11 +82,19 @@ class PairTokenizer:
                 tokenizer = kind.from_pretrained(str(directory), local_files_only=True)
         except Exception as error:  # of many kinds, from the file system and the parsers
             raise UserError(f"there is no usable tokenizer in {directory}.") from error
-        return cls(tokenizer, model_type, start_id)
+        # Older models have no generation_config.json, and these settings in config.json.
+        files = (directory / name for name in ("config.json", _GENERATION))
+        generation = functools.reduce(operator.or_, map(_settings, files))
+        return cls(tokenizer, model_type, start_id, generation)
 
     def save_pretrained(self, directory: Path, /) -> None:
         """Writes the files from which `load` makes it again."""
         self.tokenizer.save_pretrained(directory)
+        (directory / _GENERATION).write_text(json.dumps(dict(self.generation), indent=2))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of a target's tokens, without the special ones."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def __len__(self) -> int:
         """The number of tokens."""
@@ -210,6 +220,14 @@ class PairEncoder:
         )
 
     @property
+    def start_id(self) -> int:
+        """The token that the decoder starts with."""
+        start = self.tokenizer.start_id
+        if start is not None:
+            return start
+        return int(self.tokenizer.tokenizer.convert_tokens_to_ids(self.target_language))
+
+    @property
     def _prefix(self) -> str:
         """What is before each source."""
         is_marian = self.tokenizer.model_type == "marian" and self.target_language
@@ -229,6 +247,14 @@ class PairEncoder:
                     "input_ids"
                 ]
                 bar.update(len(batch))
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty if there is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _joined(texts: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -48,6 +48,11 @@ def bleu(predictions: Sequence[str], references: Sequence[str], tokenize: str = 
     return Bleu(score, str(metric.get_signature()))
 
 
+def bleu_signature() -> str:
+    """How `bleu` computes it by default, in sacrebleu's words."""
+    return bleu(["a"], ["a"]).signature
+
+
 def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
     if len(predictions) != len(references) or not references:
         raise ValueError(

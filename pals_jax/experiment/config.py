@@ -50,6 +50,14 @@ def default() -> ConfigDict:
     config.eval_batch_size = 16  # rows
     # For an encoder-decoder: the share of a token's loss that is the mean loss of all words.
     config.label_smoothing = 0.0
+    # For an encoder-decoder: how predict and evaluate search for texts. What is not here, such as
+    # the special tokens, is as the model's own generation_config.json has it.
+    config.generation = ConfigDict()
+    config.generation.num_beams = 4  # 1 is greedy search
+    config.generation.max_length = 128  # maximum tokens of a text, its start token included
+    config.generation.min_length = 0  # the end token is not among the first so many
+    config.generation.length_penalty = 1.0  # a text's score is log p / length^length_penalty
+    config.generation.no_repeat_ngram_size = 0  # no so many tokens occur twice; 0 allows it
     config.checkpoint_every = 1000  # steps; the end of an epoch also writes a checkpoint
 
     # For train --sweep: one {dotted key: value} per run. --config.sweep="({'seed': 0}, ...)"

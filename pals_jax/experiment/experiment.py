@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from pals_jax.convert import huggingface
 from pals_jax.data.batch import Batch
 from pals_jax.data.batches import Layout, TrainBatches, eval_batches, sizes
+from pals_jax.data.examples import Examples
 from pals_jax.data.metrics import CORRELATIONS, METRICS, TEXT_METRICS
 from pals_jax.data.own_tasks import own_files, own_task
 from pals_jax.data.packing import Packed, Padded
@@ -257,14 +258,26 @@ class Experiment:
         encoder = self.family.text_encoder(tokenizer, task, self.config.data)
         return encode_once(self.source(task).read(task, split), encoder, self.cache_dir)
 
-    def read_eval(self, task: Task, tokenizer: Tokenizer) -> dict[str, TokenizedSplit]:
-        """The evaluation splits that the source has; there must be at least one."""
+    def eval_splits(self, task: Task) -> list[str]:
+        """The evaluation splits that the source has.
+
+        Raises:
+            UserError: if there is none.
+        """
         present = self.source(task).splits(task)
         splits = [split for split in task.eval_splits if split in present]
         if not splits:
             wanted = " or ".join(task.eval_splits) or "dev"
             raise UserError(f"task {task.name} has no {wanted} split to evaluate on.")
-        return {split: self.read(task, split, tokenizer) for split in splits}
+        return splits
+
+    def read_eval(self, task: Task, tokenizer: Tokenizer) -> dict[str, TokenizedSplit]:
+        """The examples of the evaluation splits, as `read` gives them."""
+        return {split: self.read(task, split, tokenizer) for split in self.eval_splits(task)}
+
+    def eval_examples(self, task: Task) -> dict[str, Examples]:
+        """The examples of the evaluation splits as texts."""
+        return {split: self.source(task).read(task, split) for split in self.eval_splits(task)}
 
 
 def _check_base(config: ConfigDict, base: Experiment) -> None:

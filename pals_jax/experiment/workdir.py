@@ -27,7 +27,7 @@ _TOKENIZER = "tokenizer"
 # Keys that may change when a run is resumed: paths and execution, not the experiment itself.
 _MAY_DIFFER = (
     r"config\.(encoder|data\.dir|data\.cache_dir|eval_batch_size|checkpoint_every|packing|sweep"
-    r"|data\.own\.[^.]+\.(train|dev|test))$"
+    r"|generation\.\w+|data\.own\.[^.]+\.(train|dev|test))$"
 )
 
 

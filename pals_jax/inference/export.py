@@ -68,7 +68,7 @@ def _adapterhub(run: Run, task: int, out: Path) -> None:
 
 
 def _peft(run: Run, task: int, out: Path) -> None:
-    convert.to_peft(run.experiment.encoder(), run.variables, task, out)
+    convert.to_peft(run.experiment.model(), run.variables, task, out)
 
 
 FORMATS: Mapping[str, Callable[[Run, int, Path], None]] = {

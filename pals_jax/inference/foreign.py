@@ -15,6 +15,7 @@ from pals_jax import convert
 from pals_jax.convert import huggingface, peft, tensor_files
 from pals_jax.data.tasks import Task
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.runtime.errors import UserError
 
 _BERT_N_PALS, _UNIFIED_VIEW = "hidden_size_aug", "attn_mode"  # keys that only their configs have
@@ -91,6 +92,11 @@ def _adapterhub(place: str, base: str) -> Checkpoint:
 def _peft(place: str, base: str) -> Checkpoint:
     directory = Path(place)
     model, variables = convert.from_peft(base, {_name(place): directory})
+    if isinstance(model, Seq2SeqModel):
+        raise UserError(
+            f"{base} is an encoder-decoder, for which PEFT's files do not name the columns of a"
+            " task; read them with from_peft of pals_jax.convert, or train a task of your own."
+        )
     has_heads = peft.has_head(directory)
     tasks = _tasks(model.num_outputs if has_heads else (1,), _name(place))
     return Checkpoint(model, variables, tasks, directory, has_heads)

@@ -101,6 +101,8 @@ def from_task_files(files: Sequence[Path], base: str) -> Run:
     loaded = task_file.load(files, found)
     experiment = _experiment(base, found.architecture, loaded.method, loaded.tasks)
     experiment.config.data.update(dict(loaded.max_lengths))
+    generation = experiment.config.generation
+    generation.max_length = min(generation.max_length, found.architecture.max_length)
     return Run.of(experiment, found.tokenizer, loaded.variables)
 
 

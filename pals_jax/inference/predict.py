@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -30,9 +30,10 @@ class Prediction:
     Attributes:
         texts: the example, by the names of the task's text columns.
         task: the task's name.
-        label: the most probable class; None for regression.
-        probabilities: of each class; empty for regression.
-        value: the predicted number; None for classification.
+        label: the most probable class; None for other answers than classes.
+        probabilities: of each class; empty for other answers.
+        value: the predicted number; None for other answers than values.
+        text: the generated text; None for other answers than texts.
     """
 
     texts: dict[str, str]
@@ -40,9 +41,15 @@ class Prediction:
     label: str | None
     probabilities: dict[str, float]
     value: float | None
+    text: str | None = None
 
     def columns(self) -> dict[str, Any]:
-        """The answer by the names of a table's columns: "label" and "p(LABEL)", or "value"."""
+        """The answer by the names of a table's columns.
+
+        They are "label" and "p(LABEL)", or "value", or "prediction" of a text.
+        """
+        if self.text is not None:
+            return {"prediction": self.text}
         if self.label is None:
             return {"value": self.value}
         return {"label": self.label} | {f"p({k})": p for k, p in self.probabilities.items()}
@@ -103,16 +110,33 @@ def predict(
     Raises:
         UserError: if the examples do not fit, or a task came without a head.
     """
+    fitted, rows = stream(run, tasks, examples)
+    return Predictions(tuple(rows), tuple(task.name for task in fitted.tasks), index)
+
+
+def stream(
+    run: "Run", tasks: Sequence[Task], examples: Sequence[Example]
+) -> tuple[Fitted, Iterator[Prediction]]:
+    """As `predict`: the examples with their tasks, and the predictions as they are made."""
     if headless := [task.name for task in tasks if not task.has_head]:
         raise UserError(
             f"task {headless[0]} came without a head, so it has no labels to predict; encode gives"
             " vectors of texts."
         )
     fitted = fit(tasks, examples)
+    if tasks[0].output == "text":
+        return fitted, _generated(run, fitted)
     split = run.text_encoder(Examples(fitted.texts, None))
     answers = run.evaluator.answers(run.variables, fitted.tasks, split)
-    rows = tuple(rows_of(fitted, answers))
-    return Predictions(rows, tuple(task.name for task in fitted.tasks), index)
+    return fitted, rows_of(fitted, answers)
+
+
+def _generated(run: "Run", fitted: Fitted) -> Iterator[Prediction]:
+    written = run.text_generator(run.variables, fitted.tasks, fitted.texts)
+    for texts, row in zip(fitted.texts, written, strict=True):
+        columns = dict(zip(fitted.columns, texts, strict=True))
+        for task, text in zip(fitted.tasks, row, strict=True):
+            yield Prediction(columns, task.name, None, {}, None, text)
 
 
 def rows_of(fitted: Fitted, answers: Sequence[np.ndarray]) -> Iterator[Prediction]:
@@ -141,30 +165,30 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
-def write(predictions: Predictions, as_json: bool, out: Any) -> None:
-    """Writes one line for each example, of JSON or, below a header, of TSV.
+def write(rows: Iterable[Prediction], tasks: int, as_json: bool, out: Any) -> None:
+    """Writes one line for each example, of JSON or, below a header, of TSV, as the rows come.
 
     Its keys are the text columns, "prediction" and "p(LABEL)", the last two with the task's name
     before them if there are several tasks.
     """
-    for number, rows in enumerate(_batched(predictions.rows, len(predictions.tasks))):
-        record: dict[str, Any] = dict(rows[0].texts)
-        for row in rows:
-            before = f"{row.task}: " if len(rows) > 1 else ""
-            answer = row.columns()
-            record[f"{before}prediction"] = answer.pop("value" if row.label is None else "label")
-            record |= {f"{before}{name}": value for name, value in answer.items()}
+    for number, answers in enumerate(_batched(rows, tasks)):
+        record: dict[str, Any] = dict(answers[0].texts)
+        for row in answers:
+            before = f"{row.task}: " if tasks > 1 else ""
+            (_, prediction), *others = row.columns().items()
+            record[f"{before}prediction"] = prediction
+            record |= {f"{before}{name}": value for name, value in others}
         if as_json:
-            print(json.dumps(record), file=out)
+            print(json.dumps(record), file=out, flush=True)
             continue
         if number == 0:
             print("\t".join(record), file=out)
         cells = (f"{x:.4f}" if isinstance(x, float) else x for x in record.values())
         # Texts from CSV or JSON may contain tabs and line ends, which would break the TSV.
-        print("\t".join(" ".join(cell.split()) for cell in cells), file=out)
+        print("\t".join(" ".join(cell.split()) for cell in cells), file=out, flush=True)
 
 
-def _batched(rows: Sequence[Prediction], size: int) -> Iterator[tuple[Prediction, ...]]:
+def _batched(rows: Iterable[Prediction], size: int) -> Iterator[tuple[Prediction, ...]]:
     rest = iter(rows)
     return iter(lambda: tuple(itertools.islice(rest, size)), ())
 

@@ -23,6 +23,7 @@ from pals_jax.experiment.families import Tokenizer
 from pals_jax.inference import predict as predict_lib
 from pals_jax.inference.evaluator import Evaluator, Results
 from pals_jax.inference.predict import Predictions
+from pals_jax.inference.text_generation import TextGenerator
 from pals_jax.inference.texts import Texts, fit, from_python, is_frame
 from pals_jax.models import task_axis
 from pals_jax.models.adapters import serialize
@@ -122,16 +123,23 @@ class Run:
         """
         if isinstance(self.tokenizer, PairTokenizer):
             raise UserError(
-                "the tasks of this run are answered with texts, which only evaluate, by their loss,"
-                " can do as yet."
+                "the tasks of this run are answered with texts; predict and evaluate can do that,"
+                " and this is for encoders only, whose tasks have heads."
             )
         return TextEncoder(self.tokenizer, self.experiment.config.data.max_length)
+
+    @functools.cached_property
+    def text_generator(self) -> TextGenerator:
+        """Generates texts, with an encoder-decoder."""
+        assert isinstance(self.tokenizer, PairTokenizer)
+        return TextGenerator(self.experiment, self.tokenizer, self.evaluator.parallel)
 
     def predict(self, texts: Texts, task: str | None = None) -> Predictions:
         """The predictions of one task, or of all tasks that the texts fit.
 
         The first call for a shape of batch compiles a program, or reads it from the disk; the
         shapes are few, so later calls do not. A text beyond the run's maximum length is truncated.
+        An encoder-decoder generates texts, as `experiment.config.generation` has it.
 
         Args:
             texts: N examples: a str or a pair (a tuple of two str) for one; a list or other
@@ -171,6 +179,8 @@ class Run:
     def evaluate(self) -> Results:
         """The dev results of every task with a known data source.
 
+        Of an encoder-decoder, ROUGE and BLEU of the texts that it generates too.
+
         Returns:
             {task: {split: {metric: value}}}.
 
@@ -185,7 +195,12 @@ class Run:
         if others := ", ".join(task.name for task in tasks if task not in known):
             say(f"not evaluated, as they came as files without data, or without a head: {others}")
         splits = {task.name: self.experiment.read_eval(task, self.tokenizer) for task in known}
-        return self.evaluator.evaluate(self.variables, splits)
+        results = self.evaluator.evaluate(self.variables, splits)
+        for task in (task for task in known if task.output == "text"):
+            for split, examples in self.experiment.eval_examples(task).items():
+                scores = self.text_generator.scores(self.variables, task, examples)
+                results[task.name][split].update(scores)
+        return results
 
     def add(self, file: str | Path) -> None:
         """Adds the task of a task file, last on the task axis; the others keep their parameters.
@@ -274,7 +289,8 @@ class Run:
         self.evaluator = Evaluator(self.experiment, self.evaluator.parallel)
         put = self.evaluator.parallel.put(dict(adapters))
         self.variables = {"params": self.variables["params"], "adapters": put}
-        self.__dict__.pop("text_encoder", None)  # its maximum length may have changed
+        for outdated in ("text_encoder", "text_generator"):
+            self.__dict__.pop(outdated, None)
 
     def extended(self, experiment: Experiment) -> Any:
         """The variables of an experiment based on this run: its tasks, followed by new ones.

@@ -43,7 +43,8 @@ class TrainState(struct.PyTreeNode):
     @property
     def variables(self) -> optax.Params:
         """{"params", "adapters"}: the trainable and the frozen part together."""
-        return overlay(self.frozen, self.trainable)
+        # Without a method, an encoder-decoder has nothing that belongs to tasks.
+        return {"adapters": {}, **overlay(self.frozen, self.trainable)}
 
     def in_compute_dtype(self, dtype: Any) -> "TrainState":
         """The state with frozen weights as the model casts them: see `models.compute_dtype`.

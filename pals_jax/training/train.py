@@ -23,6 +23,7 @@ from pals_jax.experiment.workdir import refuse_another_experiment
 from pals_jax.inference.evaluator import Evaluator, Results, Splits, results_table
 from pals_jax.inference.hidden_cache import check_same, with_hidden
 from pals_jax.inference.run import Run
+from pals_jax.inference.text_generation import generation_config
 from pals_jax.models import counts
 from pals_jax.models.shapes import variable_shapes
 from pals_jax.runtime import distributed, storage
@@ -270,10 +271,7 @@ def report(
     results = evaluator.evaluate(variables, data.evals)
     print_table(results_table(tasks, results, _baselines(tasks, data.train, data.evals)))
     say(f"the best checkpoint, of step {step}, is in {workdir / 'best'}; use it with")
-    if tasks[0].output == "text":
-        say(f"  pals-jax evaluate --workdir={workdir}")
-    else:
-        say(f"  pals-jax predict --workdir={workdir} --task={tasks[0].name}")
+    say(f"  pals-jax predict --workdir={workdir} --task={tasks[0].name}")
     return results
 
 
@@ -293,6 +291,8 @@ def _check_fit(experiment: Experiment, tokenizer: Tokenizer) -> None:
                 f"configuration: data.{name} {length} is above the {part}'s position table"
                 f" of {architecture.max_length}; shorten it."
             )
+    if experiment.tasks[0].output == "text":
+        generation_config(experiment, tokenizer)  # raises for what is wrong
 
 
 def _baselines(tasks: Sequence[Task], train: Sequence[TokenizedSplit], evals: Splits) -> Results:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pals_jax.convert.tensor_files import read_json
+from pals_jax.models.bart import BartConfig
 from pals_jax.runtime.errors import UserError
 
 # Settings of transformers that are not held, with the values that turn them off.
@@ -83,6 +84,26 @@ class GenerationConfig:
                 "early_stopping of the generation is True, False or 'original', not"
                 f" {self.early_stopping!r}."
             )
+
+    def check(self, architecture: BartConfig) -> None:
+        """Checks that a model can write such texts.
+
+        Raises:
+            UserError: texts of `max_length` are longer than its positions, or a token of the
+                settings is not in its vocabulary.
+        """
+        positions = architecture.max_length
+        if self.max_length > positions:
+            raise UserError(
+                f"max_length {self.max_length} of the generation is above the {positions}"
+                " positions of the decoder; lower it."
+            )
+        for name, token in self.token_ids().items():
+            if not 0 <= token < architecture.vocab_size:
+                raise UserError(
+                    f"{name} {token} of the generation is not among the {architecture.vocab_size}"
+                    " tokens of the model; correct it."
+                )
 
     def token_ids(self) -> dict[str, int]:
         """The single tokens among the settings, by name."""

@@ -90,7 +90,11 @@ class _State(NamedTuple):
 
 
 def make_generate(
-    model: Seq2SeqModel, config: GenerationConfig, slots: int, room: int
+    model: Seq2SeqModel,
+    config: GenerationConfig,
+    slots: int,
+    room: int,
+    axis_name: str | None = None,
 ) -> Callable[[optax.Params, Sources], Texts]:
     """The pure function from variables and sources to their texts.
 
@@ -99,12 +103,16 @@ def make_generate(
         config: the settings of the search.
         slots: S, the number of sources in a step; it divides N.
         room: L, the most tokens of a text.
+        axis_name: of the devices, each with its own sources; every device returns the texts of all
+            of them, in device order. None: there is one device.
     """
 
     def generate(variables: optax.Params, sources: Sources) -> Texts:
         layers = unstacked(variables["params"]["decoder"]["layers"])
         columns = cast(Array, model.apply(variables, method="columns"))
-        return _Loop(model, config, slots, room, variables, layers, columns, sources).texts()
+        loop = _Loop(model, config, slots, room, variables, layers, columns, sources)
+        texts = loop.texts()
+        return texts if axis_name is None else lax.all_gather(texts, axis_name, tiled=True)
 
     return generate
 

@@ -5,8 +5,9 @@ A text that needs more room than its bucket has is computed again in the next on
 attend to few positions.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -17,10 +18,14 @@ from pals_jax.inference.generation.program import Sources, Texts, make_generate
 from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.models.task_rows import check_task_ids
 from pals_jax.runtime.errors import UserError
+from pals_jax.runtime.parallel import DataParallel
 
 LENGTHS = (16, 32, 64, 128, 256, 512)  # of the sources of a bucket; the last has the model's own
 _POSITIONS = 8192  # of the sources of one call, whose keys and values are kept
 _LEAST_ROOM = 64  # tokens that a text has room for in any bucket
+
+# Of some sources, their indices and `program.Texts`.
+_Call: TypeAlias = Callable[[int, list[int]], tuple[np.ndarray, Texts]]
 
 
 class Generated(NamedTuple):
@@ -40,29 +45,27 @@ class Generated(NamedTuple):
 class Generator:
     """Generates texts with a model and its settings; it keeps the programs that are compiled."""
 
-    def __init__(self, model: Seq2SeqModel, config: GenerationConfig, rows: int = 32) -> None:
+    def __init__(
+        self,
+        model: Seq2SeqModel,
+        config: GenerationConfig,
+        rows: int = 32,
+        parallel: DataParallel | None = None,
+    ) -> None:
         """Args:
         model: the model.
         config: the settings of the search.
-        rows: about how many live texts a step computes, num_beams for each source.
+        rows: about how many live texts a step computes on a device, num_beams for each source.
+        parallel: the devices, which divide the sources; each host gets all texts. None: one device.
 
         Raises:
             UserError: texts of `max_length` are longer than the model's positions, or a token of
                 the settings is not in its vocabulary.
         """
+        config.check(model.config)
         positions = model.config.max_length
-        if config.max_length > positions:
-            raise UserError(
-                f"max_length {config.max_length} of the generation is above the {positions}"
-                " positions of the decoder; lower it."
-            )
-        for name, token in config.token_ids().items():
-            if not 0 <= token < model.config.vocab_size:
-                raise UserError(
-                    f"{name} {token} of the generation is not among the {model.config.vocab_size}"
-                    " tokens of the model; correct it."
-                )
         self.model, self.config = model, config
+        self._parallel = parallel or DataParallel.over(jax.local_devices()[:1])
         self._slots = max(1, rows // config.num_beams)
         self._lengths = (*(length for length in LENGTHS if length < positions), positions)
         self._programs: dict[int, Any] = {}
@@ -70,9 +73,9 @@ class Generator:
     def __call__(
         self,
         variables: optax.Params,
-        sources: Sequence[Sequence[int]],
-        task_ids: int | Sequence[int] = 0,
-        start: int | Sequence[int] | None = None,
+        sources: Sequence[Sequence[int] | np.ndarray],
+        task_ids: int | Sequence[int] | np.ndarray = 0,
+        start: int | Sequence[int] | np.ndarray | None = None,
     ) -> Iterator[Generated]:
         """The best text for each source, in the order in which calls of a program give them.
 
@@ -95,30 +98,46 @@ class Generator:
         for index in sorted(range(len(sources)), key=lambda index: -lengths[index]):
             waiting[self._bucket(index, lengths[index])].append(index)
 
-        def call(bucket: int, chosen: list[int]) -> Texts:
-            size = self._size(bucket)
-            ids, mask = self._padded_sources([sources[i] for i in chosen], bucket)
-            start, present = _padded(starts[chosen], size), np.array(len(chosen), np.int32)
-            of_each = tasks if tasks.ndim == 0 else _padded(tasks[chosen], size)
-            given = Sources(ids, mask, start, present, of_each)
-            return cast(Texts, jax.device_get(self._program(bucket)(variables, given)))
+        def call(bucket: int, chosen: list[int]) -> tuple[np.ndarray, Texts]:
+            order = self._divided(bucket, chosen)
+            mine = self._parallel.shards.mine(len(order))
+            here = order[mine]
+            chosen_sources = [[sources[i] if i >= 0 else () for i in shard] for shard in here]
+            padded = [self._padded_sources(shard, bucket) for shard in chosen_sources]
+            ids, mask = (np.stack(x) for x in zip(*padded, strict=True))
+            given = Sources(
+                ids,
+                mask,
+                starts[here],
+                (here >= 0).sum(1, dtype=np.int32),
+                tasks[here] if tasks.ndim else np.full(len(here), tasks),
+            )
+            return order.reshape(-1), jax.device_get(self._program(bucket)(variables, given))
 
         return self._generate(waiting, lengths, call)
 
     def _generate(
-        self,
-        waiting: list[list[int]],
-        lengths: Sequence[int],
-        call: Callable[[int, list[int]], Texts],
+        self, waiting: list[list[int]], lengths: Sequence[int], call: _Call
     ) -> Iterator[Generated]:
         """The texts, by `call` for some sources of a bucket; `waiting` has those of each bucket."""
         while any(waiting):
             bucket, chosen = self._next_call(waiting, lengths)
-            for index, tokens, score, ended in zip(chosen, *call(bucket, chosen), strict=False):
-                if ended:
+            order, texts = call(bucket, chosen)
+            for index, tokens, score, ended in zip(order.tolist(), *texts, strict=True):
+                if index >= 0 and ended:
                     yield Generated(index, self._cut(tokens), float(score))
-                else:
+                elif index >= 0:
                     waiting[bucket + 1].append(index)
+
+    def _divided(self, bucket: int, chosen: list[int]) -> np.ndarray:
+        """The sources of a call in the order of the devices, [devices, N]; -1 where there is none.
+
+        They are dealt out in turn, so that each device has as many long ones.
+        """
+        devices = self._parallel.shards.total
+        order = np.full((devices, self._size(bucket) // devices), -1)
+        order.T.flat[: len(chosen)] = chosen
+        return order
 
     def _next_call(self, waiting: list[list[int]], lengths: Sequence[int]) -> tuple[int, list[int]]:
         """The longest bucket that has sources waiting, and those that are computed next.
@@ -126,7 +145,8 @@ class Generator:
         Shorter ones come along, to keep the slots busy while the longest text is written.
         """
         bucket = max(bucket for bucket, indices in enumerate(waiting) if indices)
-        size, enough = self._size(bucket), self._slots * lengths[waiting[bucket][0]]
+        size, slots = self._size(bucket), self._slots * self._parallel.shards.total
+        enough = slots * lengths[waiting[bucket][0]]
         chosen: list[int] = []
         for indices in reversed(waiting[: bucket + 1]):
             while indices and len(chosen) < size:
@@ -150,27 +170,29 @@ class Generator:
         return next(bucket for bucket, most in enumerate(self._lengths) if length <= most)
 
     def _size(self, bucket: int) -> int:
-        """N of a bucket's program, a multiple of its slots."""
-        return self._slots * max(1, _POSITIONS // self._lengths[bucket] // self._slots)
+        """The most sources of a call of a bucket's program, N for each device."""
+        blocks = max(1, _POSITIONS // self._lengths[bucket] // self._slots)
+        return self._slots * blocks * self._parallel.shards.total
 
     def _program(self, bucket: int) -> Any:
         """The compiled program of a bucket."""
         if bucket not in self._programs:
             longest, is_last = self.config.max_length, bucket == len(self._lengths) - 1
             room = longest if is_last else min(longest, max(_LEAST_ROOM, 2 * self._lengths[bucket]))
-            program = make_generate(self.model, self.config, self._slots, room)
-            self._programs[bucket] = jax.jit(program)
+            axis_name = self._parallel.axis_name
+            program = make_generate(self.model, self.config, self._slots, room, axis_name)
+            self._programs[bucket] = self._parallel.compile(program)
         return self._programs[bucket]
 
     def _padded_sources(
-        self, sources: Sequence[Sequence[int]], bucket: int
+        self, sources: Sequence[Sequence[int] | np.ndarray], bucket: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The sources of a call of a bucket's program and their mask, int [N, J] both."""
-        ids = np.full((self._size(bucket), self._lengths[bucket]), self.config.pad_token_id)
-        mask = np.zeros_like(ids)
+        """The sources of a device in a call of a bucket's program and their mask, int [N, J]."""
+        shape = len(sources), self._lengths[bucket]
+        ids, mask = np.full(shape, self.config.pad_token_id, np.int32), np.zeros(shape, np.int32)
         for row, source in enumerate(sources):
             ids[row, : len(source)], mask[row, : len(source)] = source, 1
-        return ids.astype(np.int32), mask.astype(np.int32)
+        return ids, mask
 
     def _cut(self, tokens: np.ndarray) -> np.ndarray:
         """The text without the padding behind it."""
@@ -179,6 +201,51 @@ class Generator:
         return tokens[: ends[0] + 2] if len(ends) else tokens
 
 
-def _padded(values: np.ndarray, size: int) -> np.ndarray:
-    """[n] -> [size]."""
-    return np.pad(values, (0, size - len(values)))
+def generate(
+    model: Seq2SeqModel,
+    variables: optax.Params,
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray,
+    task_ids: int | np.ndarray,
+    **settings: Any,
+) -> np.ndarray:
+    """The best text for each of B sources, on one device.
+
+    Repeated calls with a model and settings use the programs of the first one.
+
+    Args:
+        model: the model.
+        variables: its variables.
+        input_ids: int [B, J]; the sources.
+        attention_mask: int [B, J]; 1, then 0 at padding.
+        task_ids: int, a scalar, [B], or [G] with G dividing B: the task of each of G equal,
+            consecutive groups of sources.
+        **settings: the fields of `GenerationConfig`; `max_length`, `decoder_start_token_id`,
+            `eos_token_id` and `pad_token_id` are needed.
+
+    Returns:
+        int32 [B, max_length]; from the start token to the end token, then padding.
+
+    Raises:
+        UserError: a setting is out of range, there is padding before a token, a source is empty or
+            longer than the model's positions, or there is no such task.
+    """
+    generator = _generator(model, GenerationConfig(**settings))
+    mask = np.asarray(attention_mask) != 0
+    if (mask[:, 1:] > mask[:, :-1]).any():
+        raise UserError("a source has padding before a token; put all padding behind the tokens.")
+    sources = [row[seen].tolist() for row, seen in zip(np.asarray(input_ids), mask, strict=True)]
+    tasks = np.asarray(task_ids, np.int32)
+    if tasks.ndim:
+        tasks = np.repeat(tasks, len(sources) // len(tasks))
+    out = np.full(
+        (len(sources), generator.config.max_length), generator.config.pad_token_id, np.int32
+    )
+    for text in generator(variables, sources, tasks):
+        out[text.source, : len(text.tokens)] = text.tokens
+    return out
+
+
+@functools.lru_cache(maxsize=8)
+def _generator(model: Seq2SeqModel, config: GenerationConfig) -> Generator:
+    return Generator(model, config)
