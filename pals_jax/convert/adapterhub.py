@@ -1,8 +1,8 @@
 """Import and export of adapters in the format of AdapterHub's library (`adapters`).
 
 A directory holds `adapter_config.json` and `adapter.safetensors` or `pytorch_adapter.bin`, without
-the encoder. A prefix tensor there covers the keys and values of all layers; the tables here split
-it into one piece per layer ("control_trans.2[0]").
+the model, a BERT, RoBERTa or BART. A prefix tensor there covers the keys and values of all layers
+of a stack; the tables here split it into one piece per layer ("control_trans.2[0]").
 """
 
 import logging
@@ -13,21 +13,30 @@ from typing import Any
 
 import numpy as np
 
-from pals_jax.convert import stacking, tables, tensor_files
+from pals_jax.convert import huggingface, stacking, tables, tensor_files
 from pals_jax.convert.adapterhub_config import read_method, write_method
 from pals_jax.convert.stacking import Part
 from pals_jax.convert.tables import Slot, Tensors
 from pals_jax.models.adapters.forms import Bottleneck, Prefix, Scale
+from pals_jax.models.adapters.places import Place, places
 from pals_jax.models.adapters.spec import Adapter, Method
-from pals_jax.models.bert import BertConfig
-from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.architectures import Architecture, Model, num_tasks
+from pals_jax.models.bart import BartConfig
 from pals_jax.models.task_rows import check_task_ids
 from pals_jax.runtime.errors import UserError
 
 _VERSION = "adapters.1.3.0"  # the version whose format is written
 _SAFETENSORS, _PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
 # Per-layer copies of the one prefix, which only some versions of the library save.
-_PREFIX_COPIES = r"encoder\.layer\.\d+\.attention\.self\.prefix_tuning\.pool\."
+_PREFIX_COPIES = r".*\.prefix_tuning\.pool\."
+# For each `model_type` that the library and this module know, the class of the model.
+_CLASSES = {"bert": "BertModel", "roberta": "RobertaModel", "bart": "BartForConditionalGeneration"}
+# Of BART, for each site of a bottleneck adapter, the module of a layer that holds it.
+_BART_MODULES = {
+    "attention.output": "attention_adapters",
+    "cross_attention.output": "cross_attention_adapters",
+    "ffn.output": "output_adapters",
+}
 # Names of activations in files that predate the version field.
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
@@ -37,20 +46,21 @@ _log = logging.getLogger(__name__)
 def from_adapterhub(
     base_dir: str | Path, adapters: Mapping[str, str | Path]
 ) -> tuple[Any, dict[str, Any]]:
-    """A model with one task per adapter, in the given order, on one encoder.
+    """A model with one task per adapter, in the given order, on one encoder or encoder-decoder.
 
     Heads are not read: the library saves them separately (`head_config.json`) and allows kinds that
-    this package does not have. Each task gets a new, untrained head with two outputs; a warning is
-    logged if a directory contains a head.
+    this package does not have. Each task of an encoder gets a new, untrained head with two outputs;
+    a warning is logged if a directory contains a head.
 
     Args:
-        base_dir: the encoder that the adapters were trained on; a directory, a hub id, or anything
+        base_dir: the model that the adapters were trained on; a directory, a hub id, or anything
             else that `from_huggingface` accepts.
         adapters: maps each task name to a directory with `adapter_config.json` and
             `adapter.safetensors` or `pytorch_adapter.bin`; the latter needs PyTorch.
 
     Returns:
-        The model, and its variables {"params", "adapters"} with float32 leaves.
+        A `MultiTaskModel` or a `Seq2SeqModel`, and its variables {"params", "adapters"} with
+        float32 leaves.
 
     Raises:
         UserError: if a method is not supported, the methods differ, a file is damaged, or tensors
@@ -63,7 +73,7 @@ def from_adapterhub(
 
 
 def to_adapterhub(
-    model: MultiTaskModel, variables: Mapping[str, Any], task_index: int, directory: str | Path
+    model: Model, variables: Mapping[str, Any], task_index: int, directory: str | Path
 ) -> None:
     """Writes one task's adapter, without its head, for the library's `load_adapter`.
 
@@ -76,13 +86,14 @@ def to_adapterhub(
     Raises:
         UserError: if there is no such task, or the library does not have the method.
     """
-    check_task_ids(len(model.num_outputs), task_index)
+    check_task_ids(num_tasks(model), task_index)
+    _check_known(model.config)
     path = Path(directory).resolve()
     name = path.name.replace(".", "_")  # PyTorch module names must not contain dots
     config = {
         "config": write_method(model.method, model.config),
-        "hidden_size": model.config.hidden_size,
-        "model_class": {"bert": "BertModel", "roberta": "RobertaModel"}[model.config.model_type],
+        "hidden_size": model.config.stacks["encoder"].hidden_size,
+        "model_class": _CLASSES[model.config.model_type],
         "model_name": "",
         "model_type": model.config.model_type,
         "name": name,
@@ -105,13 +116,22 @@ def _look_around(directory: Path) -> None:
         )
 
 
-def _read_part(config: Mapping[str, Any], tensors: Tensors, encoder: BertConfig) -> Part:
+def _check_known(of: Architecture) -> None:
+    if of.model_type not in _CLASSES:
+        raise UserError(
+            f"adapters of AdapterHub are supported on {', '.join(_CLASSES)}, and this is a"
+            f" {of.model_type}; use task files, or PEFT for LoRA."
+        )
+
+
+def _read_part(config: Mapping[str, Any], tensors: Tensors, of: Architecture) -> Part:
+    _check_known(of)
     if not isinstance(config.get("config"), dict) or not isinstance(config.get("name"), str):
         raise UserError("it lacks the adapter's config or name.")
-    method = read_method(_as_trained(config), encoder)
+    method = read_method(_as_trained(config), of)
     return Part(
         method,
-        _cut(tensors, method, encoder),
+        _cut(tensors, method, of),
         lambda model, task: adapterhub_slots(model, task, config["name"]),
     )
 
@@ -129,26 +149,54 @@ def _as_trained(config: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------ their names
 
 
-def adapterhub_slots(model: MultiTaskModel, task: int, name: str) -> Iterator[Slot]:
+def adapterhub_slots(model: Model, task: int, name: str) -> Iterator[Slot]:
     """The table of names of one task's adapter, called `name`."""
-    depth = model.config.num_hidden_layers
-    for adapter in (spec for spec in model.method if isinstance(spec, Adapter)):
-        layers = adapter.layer_indices(depth)
-        if isinstance(adapter.form, Prefix):
-            group = f"prefix_tunings.{name}.self_prefix"
-            yield from _prefix_slots(f"prefix_tuning.{group}", adapter, task, len(layers))
-            for layer in range(depth):
-                copy = f"encoder.layer.{layer}.attention.self.prefix_tuning.pool.{group}"
-                yield from _prefix_slots(copy, adapter, task, len(layers))
-            continue
-        for place, layer in enumerate(layers):
-            module = f"encoder.layer.{layer}.{tables.MODULES[adapter.site]}"
-            yield from _layer_slots(module, name, adapter, task, place)
+    of = model.config
+    for block, stack in of.stacks.items():
+        for place in places(model.method, block):
+            if not isinstance(place.part, Adapter):
+                continue
+            layers = place.adapter.layer_indices(stack.num_hidden_layers)
+            if isinstance(place.adapter.form, Prefix):
+                for pool in _prefix_pools(of):
+                    prefix = f"{pool}.prefix_tunings.{name}.{_prefix_group(of, place)}"
+                    yield from _prefix_slots(prefix, place, task, len(layers))
+                continue
+            for index, layer in enumerate(layers):
+                yield from _layer_slots(_module(of, place, layer), name, place, task, index)
 
 
-def _layer_slots(module: str, name: str, adapter: Adapter, task: int, place: int) -> Iterator[Slot]:
-    """The slots of an adapter at one module of the encoder."""
-    path, index = ("adapters", adapter.name, "layers"), (task, place)
+def _module(of: Architecture, place: Place, layer: int) -> str:
+    """The module that holds an adapter."""
+    if isinstance(of, BartConfig) and place.site in _BART_MODULES:
+        return f"model.{place.block}.layers.{layer}.{_BART_MODULES[place.site]}"
+    return huggingface.module(of, place, layer)
+
+
+def _prefix_pools(of: Architecture) -> Iterator[str]:
+    """The modules with the prefixes of all layers, of which each attention has a copy."""
+    if not isinstance(of, BartConfig):
+        yield "prefix_tuning"
+        for layer in range(of.num_hidden_layers):
+            yield f"encoder.layer.{layer}.attention.self.prefix_tuning.pool"
+        return
+    yield "model.prefix_tuning"
+    for block, stack in of.stacks.items():
+        for attention in ("self_attn", "encoder_attn")[: 1 + (block == "decoder")]:
+            for layer in range(stack.num_hidden_layers):
+                yield f"model.{block}.layers.{layer}.{attention}.prefix_tuning.pool"
+
+
+def _prefix_group(of: Architecture, place: Place) -> str:
+    """The library's name of the prefixes of an attention; those of an encoder alone are "self"."""
+    if isinstance(of, BartConfig) and place.block == "encoder":
+        return "encoder_prefix"
+    return f"{place.attention}_prefix"
+
+
+def _layer_slots(module: str, name: str, where: Place, task: int, place: int) -> Iterator[Slot]:
+    """The slots of an adapter at one module of the model."""
+    adapter, path, index = where.adapter, ("adapters", where.name, "layers"), (task, place)
     lora, bottleneck = f"{module}.loras.{name}", f"{module}.adapters.{name}"
     one = (task, slice(place, place + 1))  # their tensor has an axis of size 1
     match adapter.form:
@@ -163,10 +211,10 @@ def _layer_slots(module: str, name: str, adapter: Adapter, task: int, place: int
                 yield Slot(f"{bottleneck}.scaling", (*path, "scale"), one)
 
 
-def _prefix_slots(name: str, adapter: Adapter, task: int, count: int) -> Iterator[Slot]:
+def _prefix_slots(name: str, where: Place, task: int, count: int) -> Iterator[Slot]:
     """One copy of a prefix for `count` layers, flat or with its network."""
-    path = ("adapters", adapter.name)
-    if not adapter.shared:
+    path = ("adapters", where.name)
+    if not where.adapter.shared:
         for place in range(count):
             for i, part in enumerate(("key", "value")):
                 piece = f"{name}.control_trans[{2 * place + i}]"
@@ -179,23 +227,28 @@ def _prefix_slots(name: str, adapter: Adapter, task: int, count: int) -> Iterato
         yield from tables.dense(f"{name}.control_trans.2", up, index, f"[{place}]")
 
 
-def _cut(tensors: Tensors, method: Method, encoder: BertConfig) -> dict[str, np.ndarray]:
+def _cut(tensors: Tensors, method: Method, of: Architecture) -> dict[str, np.ndarray]:
     """The tensors, with each prefix tensor of the expected size split into one piece per layer."""
     pieces = dict(tensors)
-    for adapter in method:
-        if not (isinstance(adapter, Adapter) and isinstance(adapter.form, Prefix)):
-            continue
-        count, width = len(adapter.layer_indices(encoder.num_hidden_layers)), encoder.hidden_size
-        for name, tensor in tensors.items():
-            if re.search(r"\.control_trans\.2\.\w+$", name) and len(tensor) == 2 * count * width:
-                parts = np.split(tensor, count)
-            elif re.search(r"\.control_trans$", name) and not len(tensor) % (2 * count * width):
-                # [P, keys and values of the first layer, then of the second ..., D]
-                parts = [*np.moveaxis(tensor.reshape(-1, 2 * count, width), 1, 0)]
-            else:
+    for block, stack in of.stacks.items():
+        for place in places(method, block):
+            if not (isinstance(place.part, Adapter) and isinstance(place.adapter.form, Prefix)):
                 continue
-            del pieces[name]
-            pieces |= tables.cut(name, parts)
+            count = len(place.adapter.layer_indices(stack.num_hidden_layers))
+            group, size = (
+                f".{_prefix_group(of, place)}.control_trans",
+                2 * count * stack.hidden_size,
+            )
+            for name, tensor in tensors.items():
+                if re.search(rf"{re.escape(group)}\.2\.\w+$", name) and len(tensor) == size:
+                    parts = np.split(tensor, count)
+                elif name.endswith(group) and not len(tensor) % size:
+                    # [P, keys and values of the first layer, then of the second ..., D]
+                    parts = [*np.moveaxis(tensor.reshape(-1, 2 * count, stack.hidden_size), 1, 0)]
+                else:
+                    continue
+                del pieces[name]
+                pieces |= tables.cut(name, parts)
     return pieces
 
 

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.forms import Bottleneck, Prefix, Scale
-from pals_jax.models.adapters.spec import Adapter, Layers, Method, TaskCopy
-from pals_jax.models.bert import BertConfig
+from pals_jax.models.adapters.spec import ATTENTIONS, Adapter, Layers, Method, TaskCopy
+from pals_jax.models.architectures import Architecture
+from pals_jax.models.bart import BartConfig
 from pals_jax.runtime.errors import UserError
 
 _BOTTLENECK = {
@@ -27,7 +28,10 @@ _BOTTLENECK = {
     "dropout": 0.0,
     "stochastic_depth": 0.0,
 }
-_PREFIX = {"encoder_prefix": True, "non_linearity": "tanh", "dropout": 0.0, "use_gating": False}
+_PREFIX = {
+    **{"encoder_prefix": True, "cross_prefix": True},
+    **{"non_linearity": "tanh", "dropout": 0.0, "use_gating": False},
+}
 _LORA = {"use_gating": False, "use_dora": False, "vera_d": None, "vera_b": None}
 _IA3 = _LORA | {"alpha": 1, "r": 1, "dropout": 0.0}
 # The common names of options, for error messages.
@@ -40,6 +44,7 @@ _KNOWN_AS = {
 }
 
 _SITES = {"mh_adapter": "attention.output", "output_adapter": "ffn.output"}
+_CROSS = "cross_adapter"  # of BART: the site of mh_adapter, at the cross attention
 _ACTIVATIONS = {  # theirs -> ours, where the names differ
     "linear": "identity",
     "silu": "swish",
@@ -53,12 +58,12 @@ _OUTSIDE = {"intermediate_lora": "ffn_in", "output_lora": "ffn_out"}
 # ------------------------------------------------ in
 
 
-def read_method(config: Mapping[str, Any], encoder: BertConfig) -> Method:
+def read_method(config: Mapping[str, Any], of: Architecture) -> Method:
     """The method that a configuration describes.
 
     Args:
         config: the "config" entry of an `adapter_config.json`.
-        encoder: the architecture of the encoder.
+        of: the architecture of the model.
 
     Raises:
         UserError: if the method is not supported, or options are missing or invalid.
@@ -66,9 +71,9 @@ def read_method(config: Mapping[str, Any], encoder: BertConfig) -> Method:
     architecture = config.get("architecture")
     try:
         if architecture == "union":
-            return tuple(a for part in config["configs"] for a in read_method(part, encoder))
+            return tuple(a for part in config["configs"] for a in read_method(part, of))
         if architecture in (None, "bottleneck"):
-            method = _bottleneck(config, encoder)
+            method = _bottleneck(config, of)
         elif architecture == "prefix_tuning":
             method = _prefix(config)
         elif architecture == "lora" and config.get("composition_mode") == "scale":
@@ -84,16 +89,16 @@ def read_method(config: Mapping[str, Any], encoder: BertConfig) -> Method:
         raise UserError(f"the adapter's configuration lacks {error}.") from error
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"the adapter's configuration is invalid: {error}.") from error
-    layers = _layers(config, encoder.num_hidden_layers)
+    layers = _layers(config, of)
     return tuple(dataclasses.replace(adapter, layers=layers) for adapter in method)
 
 
-def _bottleneck(config: Mapping[str, Any], encoder: BertConfig) -> Method:
+def _bottleneck(config: Mapping[str, Any], of: Architecture) -> Method:
     _check(config, _BOTTLENECK)
     factor = config["reduction_factor"]
     if isinstance(factor, Mapping):
         raise UserError("a separate reduction_factor for each layer is not supported.")
-    size = max(1, int(encoder.hidden_size // factor))
+    size = max(1, int(of.stacks["encoder"].hidden_size // factor))
     activation = config["non_linearity"].lower()
     init = _INITS.get(config.get("init_weights", "bert"), "bert")
     form = Bottleneck(size, _ACTIVATIONS.get(activation, activation), init)
@@ -102,12 +107,23 @@ def _bottleneck(config: Mapping[str, Any], encoder: BertConfig) -> Method:
         reads = "block_input"
     elif config.get("original_ln_before"):
         reads = "normalised"
-    scale = config.get("scaling", 1.0)
-    return tuple(
-        Adapter(name, _SITES[option], form, reads, scale=scale)
-        for option, name in (("mh_adapter", "attention_adapter"), ("output_adapter", "ffn_adapter"))
-        if config[option]
-    )
+    scale, found = config.get("scaling", 1.0), []
+    for option, name, attention in (
+        ("mh_adapter", "attention_adapter", _attentions(config, of)),
+        ("output_adapter", "ffn_adapter", ATTENTIONS if config["output_adapter"] else ()),
+    ):
+        if attention:
+            site = _SITES[option]
+            found.append(Adapter(name, site, form, reads, scale=scale, attention=attention))
+    return tuple(found)
+
+
+def _attentions(config: Mapping[str, Any], of: Architecture) -> tuple[str, ...]:
+    """At which attentions there are bottleneck adapters; an encoder has only one."""
+    if not isinstance(of, BartConfig):
+        return ATTENTIONS if config["mh_adapter"] else ()
+    options = {"self": config["mh_adapter"], "cross": config.get(_CROSS, False)}
+    return tuple(attention for attention in ATTENTIONS if options[attention])
 
 
 def _prefix(config: Mapping[str, Any]) -> Method:
@@ -136,8 +152,10 @@ def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (*(_MATRICES[matrix] for matrix in _MATRICES if matrix in attention), *outside)
 
 
-def _layers(config: Mapping[str, Any], depth: int) -> Layers:
-    out = config.get("leave_out") or ()
+def _layers(config: Mapping[str, Any], of: Architecture) -> Layers:
+    out, depth = config.get("leave_out") or (), of.stacks["encoder"].num_hidden_layers
+    if out and isinstance(of, BartConfig):
+        raise UserError(f"leave_out={out} is not supported on an encoder-decoder.")
     layers = tuple(layer for layer in range(depth) if layer not in out)
     if not layers:
         raise UserError(f"leave_out={out} leaves none of the encoder's {depth} layers.")
@@ -157,25 +175,25 @@ def _check(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
 # ------------------------------------------------ out
 
 
-def write_method(method: Method, encoder: BertConfig) -> dict[str, Any]:
+def write_method(method: Method, of: Architecture) -> dict[str, Any]:
     """The configuration of a method: the "config" entry of an `adapter_config.json`.
 
     Raises:
         UserError: if the library does not have the method.
     """
-    depth = encoder.num_hidden_layers
+    depth = of.stacks["encoder"].num_hidden_layers
     groups: dict[Any, list[Any]] = {}
     for spec in method:
         groups.setdefault(_group(spec, depth), []).append(spec)
     configs = []
     for (architecture, layers, *_), adapters in groups.items():
-        config = _WRITERS[architecture](adapters[0].form, adapters, encoder)
+        config = _WRITERS[architecture](adapters[0].form, adapters, of)
         configs.append(config | {"leave_out": sorted(set(range(depth)) - set(layers))})
     config = configs[0] if len(configs) == 1 else {"architecture": "union", "configs": configs}
     claims = [claim for part in configs for claim in _claims(part)]
     # Reading the result back must give the same method; otherwise the format cannot express it.
     try:
-        changed = _bare(read_method(config, encoder), depth) != _bare(method, depth)
+        changed = _bare(read_method(config, of), depth) != _bare(method, depth)
     except UserError as error:
         raise _no_place(method) from error
     if changed or not claims or len(set(claims)) < len(claims):
@@ -200,14 +218,17 @@ def _group(spec: Adapter | TaskCopy, depth: int) -> tuple[Any, ...]:
 
 
 def _write_bottleneck(
-    form: Bottleneck, adapters: Sequence[Adapter], encoder: BertConfig
+    form: Bottleneck, adapters: Sequence[Adapter], of: Architecture
 ) -> dict[str, Any]:
-    sites = {adapter.site for adapter in adapters}
-    width, size = encoder.hidden_size, form.size
+    sites = {adapter.site: adapter for adapter in adapters}
+    attention = sites[_SITES["mh_adapter"]].attention if _SITES["mh_adapter"] in sites else ()
+    two = isinstance(of, BartConfig)
+    width, size = of.stacks["encoder"].hidden_size, form.size
     reads, scale = adapters[0].reads, adapters[0].scale
     return {
         **_BOTTLENECK,
         **{option: site in sites for option, site in _SITES.items()},
+        **({"mh_adapter": "self" in attention, _CROSS: "cross" in attention} if two else {}),
         # They compute width // factor; size + 0.5 keeps the quotient away from rounding errors.
         "reduction_factor": width / (size + 0.5) if width % size else width // size,
         "non_linearity": _theirs(_ACTIVATIONS, form.activation) or form.activation,
@@ -218,7 +239,7 @@ def _write_bottleneck(
     }
 
 
-def _write_prefix(form: Prefix, adapters: Sequence[Adapter], encoder: BertConfig) -> dict[str, Any]:
+def _write_prefix(form: Prefix, adapters: Sequence[Adapter], of: Architecture) -> dict[str, Any]:
     return {
         **_PREFIX,
         "architecture": "prefix_tuning",
@@ -228,9 +249,7 @@ def _write_prefix(form: Prefix, adapters: Sequence[Adapter], encoder: BertConfig
     }
 
 
-def _write_lora(
-    form: Bottleneck, adapters: Sequence[Adapter], encoder: BertConfig
-) -> dict[str, Any]:
+def _write_lora(form: Bottleneck, adapters: Sequence[Adapter], of: Architecture) -> dict[str, Any]:
     alpha = float(adapters[0].scale) * form.size
     return {
         **_LORA,
@@ -243,7 +262,7 @@ def _write_lora(
     }
 
 
-def _write_ia3(form: Scale, adapters: Sequence[Adapter], encoder: BertConfig) -> dict[str, Any]:
+def _write_ia3(form: Scale, adapters: Sequence[Adapter], of: Architecture) -> dict[str, Any]:
     mode = {"composition_mode": "scale", "init_weights": "ia3"}
     return {**_IA3, **_write_targets(adapters), **mode}
 
@@ -272,7 +291,7 @@ def _claims(config: Mapping[str, Any]) -> list[str]:
     """The architecture or sites that at most one configuration of a union may have."""
     if "architecture" in config:
         return [config["architecture"]]
-    return [option for option in _SITES if config[option]]
+    return [option for option in (*_SITES, _CROSS) if config.get(option)]
 
 
 def _bare(method: Method, depth: int) -> Counter[Any]:

@@ -64,7 +64,7 @@ def _huggingface(run: Run, task: int, out: Path) -> None:
 
 
 def _adapterhub(run: Run, task: int, out: Path) -> None:
-    convert.to_adapterhub(run.experiment.encoder(), run.variables, task, out)
+    convert.to_adapterhub(run.experiment.model(), run.variables, task, out)
 
 
 def _peft(run: Run, task: int, out: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from pals_jax import convert
 from pals_jax.convert import huggingface, peft, tensor_files
 from pals_jax.data.tasks import Task
+from pals_jax.models.architectures import Model
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.runtime.errors import UserError
@@ -82,9 +83,18 @@ def _is_adapter(path: Path, *weights: str) -> bool:
     )
 
 
+def _check_heads(model: Model, place: str, function: str) -> None:
+    if isinstance(model, Seq2SeqModel):
+        raise UserError(
+            f"{place} is for an encoder-decoder, and its files do not name the columns of a task;"
+            f" read them with {function} of pals_jax.convert."
+        )
+
+
 def _adapterhub(place: str, base: str) -> Checkpoint:
     directory = Path(place)
     model, variables = convert.from_adapterhub(base, {_name(place): directory})
+    _check_heads(model, place, "from_adapterhub")
     tasks = (Task(_name(place), ()),)
     return Checkpoint(model, variables, tasks, directory, has_heads=False)
 
@@ -92,11 +102,7 @@ def _adapterhub(place: str, base: str) -> Checkpoint:
 def _peft(place: str, base: str) -> Checkpoint:
     directory = Path(place)
     model, variables = convert.from_peft(base, {_name(place): directory})
-    if isinstance(model, Seq2SeqModel):
-        raise UserError(
-            f"{base} is an encoder-decoder, for which PEFT's files do not name the columns of a"
-            " task; read them with from_peft of pals_jax.convert, or train a task of your own."
-        )
+    _check_heads(model, place, "from_peft")
     has_heads = peft.has_head(directory)
     tasks = _tasks(model.num_outputs if has_heads else (1,), _name(place))
     return Checkpoint(model, variables, tasks, directory, has_heads)
