@@ -17,7 +17,11 @@ def main() -> int:
     run = commands.add_parser("run", help="run what is missing, the cheapest decision first")
     run.set_defaults(run=_run)
     run.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="see results/config.py"
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="see results/config.py and translation.py",
     )
     run.add_argument("--only", default="", metavar="H1,U1", help="these claims only")
     run.add_argument(

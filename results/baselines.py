@@ -1,4 +1,4 @@
-"""What a person would try first: the majority class, and logistic regression on frozen vectors."""
+"""What a person would try first: the majority class, logistic regression, or the model as it is."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -11,9 +11,10 @@ from jax import Array
 from pals_jax.convert import huggingface
 from pals_jax.data.batch import Batch
 from pals_jax.data.tasks import Task
-from pals_jax.data.tokenize import load_tokenizer
 from pals_jax.data.tokenized import TokenizedSplit
+from pals_jax.experiment.config import override
 from pals_jax.experiment.experiment import Experiment
+from pals_jax.inference.run import Run
 from pals_jax.models.segments import Packing
 from pals_jax.runtime.console import progress
 from pals_jax.runtime.shards import Shards
@@ -29,10 +30,11 @@ def answers(experiment: Experiment) -> dict[str, Answers]:
     Returns:
         "majority"; and "logistic-cls" and "logistic-mean", a logistic regression (a ridge
         regression for values) on the standardised last hidden states of the frozen encoder, at the
-        first position or averaged over all.
+        first position or averaged over all. Or, for an encoder-decoder, "untouched": its texts.
     """
-    directory = huggingface.resolve(experiment.config.encoder)
-    tokenizer = load_tokenizer(directory)
+    if experiment.tasks[0].output == "text":
+        return {"untouched": texts(untouched(experiment))}
+    tokenizer = experiment.load_tokenizer()
     encode = _encoder(experiment)
     found: dict[str, Answers] = {"majority": {}, "logistic-cls": {}, "logistic-mean": {}}
     for task in experiment.tasks:
@@ -44,6 +46,33 @@ def answers(experiment: Experiment) -> dict[str, Answers]:
         for at, kind in enumerate(("logistic-cls", "logistic-mean")):
             model = _fitted(task, known[:, at], train.targets)
             found[kind][task.name] = {s: _answer(task, model, x[:, at]) for s, x in asked.items()}
+    return found
+
+
+def untouched(experiment: Experiment, params: Any = None) -> Run:
+    """The run of an encoder-decoder without anything that belongs to tasks.
+
+    Args:
+        experiment: its encoder-decoder and data; the method does not matter.
+        params: the parameters; None: those before training.
+    """
+    config = override(experiment.config, {"method": "shared"})
+    bare = Experiment(config, experiment.tasks, experiment.architecture)
+    if params is None:
+        directory = huggingface.resolve(config.encoder)
+        params = huggingface.load_variables(bare.model(), directory, seed=0)["params"]
+    return Run.of(bare, bare.load_tokenizer(), {"params": params, "adapters": {}})
+
+
+def texts(run: Run) -> Answers:
+    """What a run of an encoder-decoder writes for its dev sets."""
+    found: Answers = {}
+    for task in run.experiment.tasks:
+        examples = run.experiment.eval_examples(task)
+        found[task.name] = {
+            split: np.array([x for (x,) in run.text_generator(run.variables, [task], of.texts)])
+            for split, of in examples.items()
+        }
     return found
 
 

@@ -25,7 +25,7 @@ from pals_jax.runtime.errors import UserError
 from results.jobs import REPOSITORY
 
 ENCODER = "all-MiniLM-L6-v2"
-FOLDERS = ("glue", "extra_tasks")
+FOLDERS = ("glue", "extra_tasks", "seq2seq/en_ro", "models/opus-mt-en-fr")
 EXTRA = {"cpu": "", "gpu": "[gpu]"}
 
 _RUN = """#!/usr/bin/env bash
@@ -66,7 +66,7 @@ def make(data: Path, out: Path, device: str, part_size: int) -> None:
     """Writes the parts into `out`, which must not exist.
 
     Args:
-        data: the directory that results/config.py reads.
+        data: the directory that results/config.py and results/translation.py read.
         out: the directory of the parts.
         device: "cpu" or "gpu": what the wheels are for.
         part_size: the largest size of a part, in bytes.
@@ -76,7 +76,10 @@ def make(data: Path, out: Path, device: str, part_size: int) -> None:
     """
     for folder in FOLDERS:
         if not (data / folder).is_dir():
-            raise UserError(f"there is no folder {folder} in {data}; see results/config.py.")
+            raise UserError(
+                f"there is no folder {folder} in {data}; results/config.py and"
+                " results/translation.py say what must be there."
+            )
     if part_size < 1:
         raise UserError(f"parts of {part_size} bytes hold nothing; give --part-mib at least 1.")
     if out.exists():

@@ -15,7 +15,8 @@ PAPERS = {
     "unified": "Towards a unified view (He et al. 2022)",
     "pals": "BERT and PALs (Stickland & Murray 2019)",
 }
-BASELINES = ("majority", "logistic-cls", "logistic-mean")  # kinds of arms that are not trained
+# Kinds of arms that are not trained; the last is the model without adapters, whose tasks are texts.
+BASELINES = ("majority", "logistic-cls", "logistic-mean", "untouched")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Arm:
         length: how long runs are: a key of the devices' settings.
         of: with the kind "without", the arm whose runs are evaluated again.
         layers: with the kind "without", the layers whose adapters are removed, from 0.
+        config: the configuration file; empty: that of most arms.
         overrides: {dotted key: value} of the configuration.
     """
 
@@ -42,6 +44,7 @@ class Arm:
     length: str
     of: str
     layers: tuple[int, ...]
+    config: str
     overrides: dict[str, Any]
 
 
@@ -92,7 +95,7 @@ class Claims:
     """The content of the file.
 
     Attributes:
-        config: the configuration file of all trained arms.
+        config: the configuration file of the arms that name no other.
         devices: device -> length -> overrides of the configuration.
         arms: by name.
         claims: by name, in the order of the file.
@@ -156,6 +159,7 @@ def read(file: Path = FILE) -> Claims:
                 arm,
                 together=trained.together,
                 length=trained.length,
+                config=trained.config,
                 overrides=trained.overrides,
             )
     claims = [_claim(given, arms, file) for given in content.get("claim", ())]
@@ -169,12 +173,13 @@ def _arm(name: str, given: dict[str, Any], file: Path) -> Arm:
     length = given.pop("length", "together" if together and kind != "added" else "alone")
     title = given.pop("title", given.get("method", name).removesuffix(" + mean_pooling()"))
     of, layers = given.pop("of", ""), tuple(given.pop("layers", ()))
+    config = given.pop("config", "")
     if kind not in ("train", "added", "without", *BASELINES):
         raise UserError(f"{file}: arm {name} is of an unknown kind, {kind!r}.")
     if "learning_rate" in given:
         given["optimizer.learning_rate"] = given.pop("learning_rate")
     overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    return Arm(name, title, kind, together, length, of, layers, overrides)
+    return Arm(name, title, kind, together, length, of, layers, config, overrides)
 
 
 def _claim(given: dict[str, Any], arms: dict[str, Arm], file: Path) -> Claim:

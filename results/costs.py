@@ -9,8 +9,6 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from pals_jax.convert import huggingface
-from pals_jax.data.tokenize import load_tokenizer
 from pals_jax.experiment.config import override
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.runtime.console import print_table, say
@@ -37,8 +35,8 @@ class Costs:
 
     def _cost(self, job: Job) -> float:
         experiment = Experiment.from_config(self.campaign.config(job, job.seeds[0]))
-        config, length = experiment.config, experiment.config.data.max_length
-        forward = flops.forward(experiment.model(), length) / length
+        config, room = experiment.config, experiment.room
+        forward = flops.forward(experiment.model(), *room) / sum(room)
         dev = forward * sum(self._tokens(experiment, task)["dev"] for task in job.tasks)
         if job.arm.kind in BASELINES:
             whole = sum(self._tokens(experiment, task)["train"] for task in job.tasks)
@@ -54,22 +52,22 @@ class Costs:
     def training_flops(self, job: Job) -> float:
         """FLOPs of the matrix products of one example's training."""
         experiment = Experiment.from_config(self.campaign.config(job, job.seeds[0]))
-        length = experiment.config.data.max_length
-        whole = flops.training(experiment.model(), experiment.config.trainable, length)
+        room = experiment.room
+        whole = flops.training(experiment.model(), experiment.config.trainable, *room)
         mean = np.mean([self._tokens(experiment, task)["mean"] for task in job.tasks])
-        return float(whole / length * mean)
+        return float(whole / sum(room) * mean)
 
     def _tokens(self, experiment: Experiment, name: str) -> dict[str, float]:
-        """Tokens of a task's train and dev sets, and of its mean training example."""
+        """Tokens, of all texts, of a task's train and dev sets and of its mean training example."""
         if name not in self._counted:
             (task,) = (task for task in experiment.tasks if task.name == name)
-            tokenizer = load_tokenizer(huggingface.resolve(experiment.config.encoder))
+            tokenizer = experiment.load_tokenizer()
             train = experiment.read(task, "train", tokenizer)
             held_out = experiment.read_eval(task, tokenizer).values()
             self._counted[name] = {
-                "train": float(train.offsets[-1]),
-                "dev": float(sum(split.offsets[-1] for split in held_out)),
-                "mean": float(train.lengths.mean()),
+                "train": float(train.sizes.sum()),
+                "dev": float(sum(split.sizes.sum() for split in held_out)),
+                "mean": float(train.sizes.sum() / len(train)),
             }
         return self._counted[name]
 

@@ -1,5 +1,6 @@
 """What the records of the runs say about a claim."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from results import records
 from results.claims import BASELINES, Arm, Claim, Claims
-from results.statistics import Difference, Side, difference
+from results.statistics import BLEU, Difference, Side, difference
 
 _MISSING = "runs are missing"
 
@@ -46,7 +47,9 @@ class Evidence:
         truth = records.decode_all({task: dev["answers"]})[task]
         answers = [records.decode_all(run["answers"])[task] for run in runs]
         rows = [np.concatenate([each[split] for split in truth]) for each in answers]
-        return Side(np.stack(rows), np.concatenate([*truth.values()]), dev["metric"])
+        of_texts = dev["metric"] == BLEU
+        make = Side.of_texts if of_texts else functools.partial(Side, metric=dev["metric"])
+        return make(np.stack(rows), np.concatenate([*truth.values()]))
 
     def compare(self, claim: Claim, pair: tuple[str, str]) -> Difference | None:
         """The difference of a pair over all tasks of a claim, or None if a run is missing."""

@@ -33,7 +33,7 @@ class Campaign:
     Attributes:
         claims: the claims file.
         device: "cpu" or "gpu"; its settings are in the claims file.
-        data: the directory that results/config.py reads.
+        data: the directory that results/config.py and results/translation.py read.
         pages: docs/results.
     """
 
@@ -72,7 +72,8 @@ class Campaign:
 
     def config(self, job: Job, seed: int) -> ConfigDict:
         """The configuration of one run."""
-        config = load([f"--config={REPOSITORY / self.claims.config}:{self.data}"])
+        file = REPOSITORY / (job.arm.config or self.claims.config)
+        config = load([f"--config={file}:{self.data}"])
         settings = self.claims.settings(self.device, job.arm)
         tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         return override(config, {**tuples, "tasks": job.tasks, "seed": seed})

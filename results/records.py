@@ -16,9 +16,17 @@ from pals_jax.runtime.errors import UserError
 
 FORMAT = 1
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "results"
-VERSIONED = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "transformers")
+VERSIONED = (
+    *("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "transformers"),
+    "sacrebleu",
+)
 
-Answers = dict[str, dict[str, np.ndarray]]  # task -> split -> [N], class ids or values in [0, 1]
+# task -> split -> [N], class ids, values in [0, 1], or texts
+Answers = dict[str, dict[str, np.ndarray]]
+# What else a record may have: by how much the parameters of earlier tasks changed at most, and how
+# many dev texts the model writes otherwise than before, without adapters.
+EARLIER, UNTOUCHED = "largest_change_of_earlier_tasks", "untouched_texts_changed"
+_TEXTS = "json"  # takes the place of a dtype
 
 
 def run_file(device: str, arm: str, tasks: Sequence[str], seed: int, pages: Path = PAGES) -> Path:
@@ -32,16 +40,21 @@ def dev_file(task: str, pages: Path = PAGES) -> Path:
 
 
 def encode(values: np.ndarray) -> str:
-    """An array as text: uint8 for class ids, else float32, compressed, in base64."""
-    dtype = "u1" if np.array_equal(values, values.astype(np.uint8)) else "<f4"
-    packed = zlib.compress(values.astype(dtype).tobytes(), 9)
+    """An array as text: uint8 for class ids, float32, or JSON for texts; compressed, in base64."""
+    if values.dtype.kind == "U":
+        dtype, content = _TEXTS, json.dumps(values.tolist(), ensure_ascii=False).encode()
+    else:
+        dtype = "u1" if np.array_equal(values, values.astype(np.uint8)) else "<f4"
+        content = values.astype(dtype).tobytes()
+    packed = zlib.compress(content, 9)
     return f"{dtype}:{base64.b64encode(packed).decode('ascii')}"
 
 
 def decode(text: str) -> np.ndarray:
     """The inverse of `encode`."""
     dtype, _, packed = text.partition(":")
-    return np.frombuffer(zlib.decompress(base64.b64decode(packed)), dtype)
+    content = zlib.decompress(base64.b64decode(packed))
+    return np.array(json.loads(content)) if dtype == _TEXTS else np.frombuffer(content, dtype)
 
 
 def encode_all(answers: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, str]]:

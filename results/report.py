@@ -32,7 +32,8 @@ def write(claims: Claims, pages: Path = records.PAGES) -> None:
             places[length] = f"{settings['epochs'] * settings['steps_per_epoch']:,}"
         _page(made / "README.md", places)
         for paper in PAPERS:
-            _page(made / f"{paper}.md", {"claims": "\n\n".join(sections[paper])})
+            here = {**places, "claims": "\n\n".join(sections[paper])}
+            _page(made / f"{paper}.md", here)
         pages.mkdir(parents=True, exist_ok=True)
         for file in made.iterdir():
             shutil.copyfile(file, pages / file.name)
@@ -96,12 +97,25 @@ def _section(
     changes = [
         change
         for run in evidence.all_runs(claim)
-        if (change := run.get("largest_change_of_earlier_tasks")) is not None
+        if (change := run.get(records.EARLIER)) is not None
     ]
     if changes:
         lines.append(
             f"- Largest change of a task's parameters while later tasks were added,"
             f" {len(changes)} runs: {max(changes):g}"
+        )
+    changed: dict[str, list[int]] = {}
+    for run in evidence.all_runs(claim):
+        if records.UNTOUCHED in run:
+            changed.setdefault(run["arm"], []).append(run[records.UNTOUCHED])
+    if changed:
+        counts = (
+            f"{_code(evidence.claims.arms[arm].title)} {max(numbers)}"
+            for arm, numbers in changed.items()
+        )
+        lines.append(
+            "- Dev texts that the model writes otherwise than before training, without the task's"
+            f" adapters, at most: {', '.join(counts)}"
         )
     lines += ["", *_table(evidence, claim)]
     if drawn:

@@ -7,8 +7,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,8 +18,6 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from pals_jax.convert import huggingface
-from pals_jax.data.tokenize import load_tokenizer
 from pals_jax.experiment.config import encoder_is_frozen, override
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.inference.evaluator import decide
@@ -33,6 +32,8 @@ from results import baselines, records
 from results.claims import BASELINES, Claim
 from results.costs import Costs, cheapest_first
 from results.jobs import Campaign, Job
+from results.records import EARLIER, UNTOUCHED
+from results.statistics import BLEU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,10 @@ class Runner:
                 answers = None if run is None else _answers(run, active)
                 done = dataclasses.replace(job, arm=arm)
                 cost = seconds if arm.name == job.arm.name else 0.0
-                self._write(done, config.seed, experiment, answers, cost, change)
+                noticed = {} if change is None else {EARLIER: change}
+                if run is not None and experiment.tasks[0].output == "text":
+                    noticed = {UNTOUCHED: _changed_texts(run)}
+                self._write(done, config.seed, experiment, answers, cost, noticed)
 
     def _run_baselines(self, job: Job) -> None:
         """All baselines of a task, because they share the encoder's vectors."""
@@ -115,7 +119,7 @@ class Runner:
         experiment: Experiment,
         answers: records.Answers | None,
         seconds: float,
-        change: float | None = None,
+        noticed: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self._write_dev(experiment)
         counted = counts.count(experiment.model())
@@ -128,7 +132,7 @@ class Runner:
             "settings": self.campaign.claims.settings(self.campaign.device, job.arm),
             "steps": 0 if job.arm.kind in BASELINES else turns * experiment.steps,
             "seconds": round(seconds, 1),
-            **({} if change is None else {"largest_change_of_earlier_tasks": change}),
+            **noticed,
             "parameters": {
                 "encoder": counted.encoder,
                 "per_task": 0 if job.arm.kind in BASELINES else counted.per_task,
@@ -144,14 +148,17 @@ class Runner:
         for task in experiment.tasks:
             path = records.dev_file(task.name, self.campaign.pages)
             if not path.exists():
-                tokenizer = load_tokenizer(huggingface.resolve(experiment.config.encoder))
-                splits = experiment.read_eval(task, tokenizer)
-                targets = {split: x.targets for split, x in splits.items()}
+                texts = task.output == "text"
+                examples = experiment.eval_examples(task)
+                targets = {
+                    split: np.array(x.target_texts if texts else x.targets)
+                    for split, x in examples.items()
+                }
                 records.write(
                     path,
                     {
                         "task": task.name,
-                        "metric": task.metrics[0],
+                        "metric": BLEU if texts else task.metrics[0],
                         "answers": records.encode_all({task.name: targets})[task.name],
                     },
                 )
@@ -159,6 +166,8 @@ class Runner:
 
 def _answers(run: Run, active: np.ndarray | None) -> records.Answers:
     """What a run answers on the dev sets, with the adapters of the `active` layers."""
+    if run.experiment.tasks[0].output == "text":
+        return baselines.texts(run)
     found: records.Answers = {}
     for task in run.experiment.tasks:
         splits = run.experiment.read_eval(task, run.tokenizer)
@@ -167,6 +176,17 @@ def _answers(run: Run, active: np.ndarray | None) -> records.Answers:
             for name, split in splits.items()
         }
     return found
+
+
+def _changed_texts(run: Run) -> int:
+    """How many dev texts the model writes otherwise than before training, without adapters."""
+    before = baselines.answers(run.experiment)["untouched"]
+    after = baselines.texts(baselines.untouched(run.experiment, run.variables["params"]))
+    return sum(
+        int((texts != after[task][split]).sum())
+        for task, splits in before.items()
+        for split, texts in splits.items()
+    )
 
 
 def _train(job: Job, configs: dict[str, ConfigDict], parent: epath.Path) -> dict[str, Run | None]:

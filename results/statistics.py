@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import sacrebleu.metrics
 from scipy import stats
 
 from results.claims import Claim
 
 RESAMPLES = 1000
+BLEU = "bleu"
 VERDICTS = ("holds", "does not hold", "not decided here")
 
 
@@ -17,15 +19,31 @@ class Side:
     """What an arm answers on a dev set.
 
     Attributes:
-        answers: [S, N], of each seed and example: class ids, or values in [0, 1]. An arm that is
-            not trained has one row.
-        truth: [N].
+        answers: [S, N], of each seed and example: class ids, or values in [0, 1]. Of a text what
+            BLEU sums over texts, [S, N, 9]: the n-grams that match, all n-grams, and the length. An
+            arm that is not trained has one row.
+        truth: [N]; of a text the length of the reference.
         metric: the metric of the task.
     """
 
     answers: np.ndarray
     truth: np.ndarray
     metric: str
+
+    @classmethod
+    def of_texts(cls, answers: np.ndarray, references: np.ndarray) -> "Side":
+        """The side of texts: [S, N], for the references [N]."""
+        metric = sacrebleu.metrics.BLEU()
+        rows = [
+            [
+                (*found.counts, *found.totals, found.sys_len, found.ref_len)
+                for text, reference in zip(row.tolist(), references.tolist(), strict=True)
+                for found in [metric.sentence_score(text, [reference])]
+            ]
+            for row in answers
+        ]
+        counts = np.array(rows)
+        return cls(counts[..., :-1], counts[0, :, -1], BLEU)
 
     def score(self, seeds: np.ndarray | None = None, examples: np.ndarray | None = None) -> float:
         """The mean over seeds of the metric x 100, over all of them or those of a resample."""
@@ -43,6 +61,10 @@ class Side:
 
 def _score(metric: str, answers: np.ndarray, truth: np.ndarray) -> float:
     """A metric as in `pals_jax.data.metrics`, whose libraries take too long for all resamples."""
+    if metric == BLEU:
+        *counts, length = answers.sum(0).tolist()
+        sums = counts[:4], counts[4:], length, int(truth.sum())
+        return sacrebleu.metrics.BLEU.compute_bleu(*sums, smooth_method="exp").score / 100.0
     if metric == "pearson":
         x, y = answers.astype(np.float64), truth.astype(np.float64)
         return 0.0 if np.ptp(x) == 0 or np.ptp(y) == 0 else float(np.corrcoef(x, y)[0, 1])

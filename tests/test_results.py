@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_train import CONFIG
 
-from pals_jax.data import metrics
+from pals_jax.data import metrics, text_metrics
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.runtime.errors import UserError
 from results import bundle, claims, records, report, runs
@@ -216,7 +216,8 @@ def test_bundles_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "glue").mkdir()
     with pytest.raises(UserError, match="there is no folder extra_tasks in"):
         bundle.make(tmp_path, tmp_path / "out", "cpu", 1)
-    (tmp_path / "extra_tasks").mkdir()
+    for folder in bundle.FOLDERS[1:]:
+        (tmp_path / folder).mkdir(parents=True)
     with pytest.raises(UserError, match="parts of 0 bytes hold nothing"):
         bundle.make(tmp_path, tmp_path / "out", "cpu", 0)
     with pytest.raises(UserError, match="glue is there already"):
@@ -286,3 +287,88 @@ def test_verdicts(
     fields = vars(small_claims.claims["X1"]) | {"margin": margin}
     found = [each and Difference(0.0, *map(float, each)) for each in intervals]
     assert verdict(claims.Claim(**fields), found) == expected
+
+
+# ---------------------------------------------------------------- texts
+
+TRANSLATION = """
+format = 1
+config = "CONFIG"
+
+[device.cpu]
+translation = { epochs = 1, steps_per_epoch = 4 }
+
+[arm.untouched]
+kind = "untouched"
+
+[arm.full]
+method = "shared"
+trainable = ["params/"]
+length = "translation"
+
+[arm.lora]
+method = "lora(rank=2)"
+trainable = ["adapters/"]
+length = "translation"
+
+[[claim]]
+name = "X3"
+paper = "unified"
+sentence = "One translates as well as the other."
+source = "section 3"
+published = "1.0 against 1.0"
+pairs = [["lora", "full"]]
+shown = ["untouched"]
+tasks = ["swap"]
+seeds = [0]
+"""
+
+
+OF_PAIRS = """
+import tiny_experiment
+
+def get_config(directory):
+    config = tiny_experiment.get_config(directory)
+    config.encoder = f"{directory}/marian"
+    config.method = "shared"
+    config.generation.num_beams = 1
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_translations_are_compared(pairs_of_module: Path, tmp_path: Path) -> None:
+    """By BLEU; French is what the model writes without adapters, and stays as it was."""
+    config, file = tmp_path / "config.py", tmp_path / "claims.toml"
+    config.write_text(OF_PAIRS)
+    file.write_text(TRANSLATION.replace("CONFIG", str(config)))
+    listed = claims.read(file)
+    campaign = Campaign(listed, "cpu", pairs_of_module, tmp_path / "pages")
+    runs.run(runs.Runner(campaign, tmp_path / "work"), listed.only(""), hours=1.0)
+    found = {
+        name: records.read(campaign.record(name, ("swap",), 0))
+        for name in ("untouched", "full", "lora")
+    }
+    texts = {name: records.decode(x["answers"]["swap"]["dev"]) for name, x in found.items()}
+    assert texts["lora"].shape == (60,)
+    assert found["lora"][records.UNTOUCHED] == 0
+    assert found["full"][records.UNTOUCHED] == (texts["full"] != texts["untouched"]).sum() > 0
+    truth = records.decode(records.read(records.dev_file("swap", campaign.pages))["answers"]["dev"])
+    side = Side.of_texts(texts["lora"][None], truth)
+    expected = text_metrics.bleu(texts["lora"].tolist(), truth.tolist()).score
+    assert side.score() == pytest.approx(100 * expected)
+    report.write(listed, campaign.pages)
+    page = (campaign.pages / "unified.md").read_text()
+    assert "without the task's adapters, at most: `lora(rank=2)` 0, shared" in page
+    assert "runs are missing" not in page
+
+
+def test_bleu_of_a_resample_is_that_of_its_texts() -> None:
+    rng = np.random.default_rng(0)
+    words = np.array(["a", "the", "red", "box", "cup", "is", "on", "under"])
+    texts, truth = (np.array([" ".join(rng.choice(words, 7)) for _ in range(20)]) for _ in range(2))
+    chosen = rng.integers(0, 20, 20)
+    expected = text_metrics.bleu(texts[chosen].tolist(), truth[chosen].tolist()).score
+    found = Side.of_texts(texts[None], truth).score(examples=chosen)
+    assert found == pytest.approx(100 * expected)
+    np.testing.assert_array_equal(records.decode(records.encode(texts)), texts)
