@@ -33,7 +33,7 @@ class Side:
     @classmethod
     def of_texts(cls, answers: np.ndarray, references: np.ndarray) -> "Side":
         """The side of texts: [S, N], for the references [N]."""
-        metric = sacrebleu.metrics.BLEU()
+        metric = sacrebleu.metrics.BLEU(effective_order=True)  # the counts are the same
         rows = [
             [
                 (*found.counts, *found.totals, found.sys_len, found.ref_len)
