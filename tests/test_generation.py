@@ -249,6 +249,7 @@ def test_sources_that_are_refused(sources: Any, tasks: Any, message: str) -> Non
 
 
 @pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
 @pytest.mark.parametrize("beams", [1, 4, 6])
 def test_the_real_marian(beams: int, shared: Path) -> None:
     """English software strings to French, with the settings of the authors of the model."""
