@@ -34,8 +34,8 @@ def select(collection: Params, task_ids: Array) -> Params:
 
 
 def overlay(tree: Params, patch: Params) -> Params:
-    """`tree` with the leaves of `patch` in place of its own."""
-    return unflatten_dict(flatten_dict(tree) | flatten_dict(patch))
+    """`tree`, its empty parts included, with the leaves of `patch` in place of its own."""
+    return unflatten_dict(flatten_dict(tree, keep_empty_nodes=True) | flatten_dict(patch))
 
 
 @dataclasses.dataclass(frozen=True)
