@@ -33,7 +33,7 @@ def main() -> None:
     experiment, make, parallel = mix.experiment, mix.packed(), DataParallel.over()
     optimizer, _ = experiment.optimizer()
     step = parallel.compile(
-        make_train_step(experiment.model(), optimizer, 0, parallel.axis_name), donate=True
+        make_train_step(experiment.model(), optimizer, 0, parallel.division), donate=True
     )
     state = parallel.put(create_state(mix.variables(), experiment.config.trainable, optimizer))
     made = [make(mix.draw(i)) for i in range(ROUNDS * STEPS)]

@@ -44,7 +44,7 @@ def main() -> None:
         method=methods.pals(size=8, heads=2),
     )
     optimizer, _ = make_optimizer(config_lib.default().optimizer, 8, 10_000)
-    step = make_train_step(model, optimizer, 0, parallel.axis_name)
+    step = make_train_step(model, optimizer, 0, parallel.division)
     state = parallel.put(
         create_state(init_variables(model, jax.random.key(0)), ["params/", "adapters/"], optimizer)
     )

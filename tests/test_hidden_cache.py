@@ -101,7 +101,7 @@ def trained(it: Experiment, splits: Any, tasks: list[int], devices: int, packing
     parallel, model = DataParallel.over(jax.devices()[:devices]), it.model()
     optimizer = tiny.recording(make_optimizer(tiny.optimizer_config(), 3, tiny.TOTAL_STEPS)[0])
     state = parallel.put(create_state(tiny.variables(model), ("adapters/",), optimizer))
-    step = parallel.compile(make_train_step(model, optimizer, 0, parallel.axis_name))
+    step = parallel.compile(make_train_step(model, optimizer, 0, parallel.division))
     rng, shards = np.random.default_rng(0), parallel.shards
     shape = len(tasks), 8 // len(tasks)
     draws = [Draw(np.array(tasks, np.int32), rng.integers(0, 11, shape)) for _ in range(2)]

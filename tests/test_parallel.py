@@ -60,19 +60,21 @@ def trained(
     count: int, groups: int, size: int, rate: float, pairs: bool, packing: bool = True
 ) -> tuple[Any, list[float]]:
     """The state, with gradients, after one step; the losses of three."""
-    devices = parallel(count)
-    optimizer = tiny.recording(make_optimizer(tiny.optimizer_config(), 3, tiny.TOTAL_STEPS)[0])
-    everything = ("params/", "adapters/")
     it = model(rate, pairs)
+    devices = parallel(count).dividing(tiny.shapes(it))
+    totals = devices.division.totals
+    optimizer, _ = make_optimizer(tiny.optimizer_config(), 3, tiny.TOTAL_STEPS, totals)
+    optimizer = tiny.recording(optimizer)
+    everything = ("params/", "adapters/")
     state = devices.put(create_state(tiny.variables(it), everything, optimizer))
-    step = make_train_step(it, optimizer, 0, devices.axis_name, 0.1 if pairs else 0.0)
-    step = devices.compile(step, donate=True)
+    step = make_train_step(it, optimizer, 0, devices.division, 0.1 if pairs else 0.0)
+    step = devices.compile(step, donate=True, like=state)
     losses = []
     for number, batch in enumerate(batches(devices, groups, size, packing, pairs)):
         state, scalars = step(state, batch)
         losses.append(float(scalars["loss"]))
         if number == 0:
-            first = jax.device_get(state)
+            first = jax.device_get(devices.to_save(state))
     return first, losses
 
 
@@ -128,6 +130,27 @@ def test_every_device_evaluates_its_rows_and_has_all_logits() -> None:
             found[count][examples[examples >= 0]] = logits[examples >= 0]
     tiny.assert_rounded_alike(found[3], found[1])
     tiny.assert_rounded_alike(found[8], found[1])
+
+
+def test_a_divided_state_is_whole_in_checkpoints_and_in_evaluation() -> None:
+    """Each device has its part of weights and moments, on any number of devices the same."""
+    it = model(0.0)
+    optimizer, _ = make_optimizer(tiny.optimizer_config(), 3, tiny.TOTAL_STEPS)
+    state = create_state(tiny.variables(it), ("params/", "adapters/"), optimizer)
+    for count in (4, 2):
+        devices = parallel(count).dividing(state.trainable)
+        put = devices.put(state)
+        tiny.assert_same(devices.gathered(put.variables), state.variables)
+        saved = devices.to_save(put)
+        tiny.assert_same(saved, state)
+        tiny.assert_same(devices.put(saved), put)
+        for path in devices.axes:
+            one = saved.trainable
+            for key in path:
+                one = one[key]
+            assert {x.data.size for x in one.addressable_shards} == {one.size // count}
+    assert len(devices.axes) == 8  # of each layer's six kernels, the pooler's, and the token types
+    assert put.opt_state[1].shared[0].mu["params"]["encoder"]["pooler"]["dense"]["kernel"].ndim == 3
 
 
 def test_what_is_saved_is_one_copy_and_moves_nothing() -> None:

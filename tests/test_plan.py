@@ -234,7 +234,7 @@ def tpu_step() -> Any:
     )
     rows = tiny.batch([0], rows=4).replace(**tokens)
     batch = jax.tree.map(lambda x: np.stack([x] * 8), rows)
-    step = make_train_step(model, optimizer, 0, parallel.axis_name)
+    step = make_train_step(model, optimizer, 0, parallel.division)
     return parallel.compile(step, donate=True).lower(jax.eval_shape(first_state), batch)
 
 
@@ -307,7 +307,7 @@ def assert_good(plan: Plan) -> None:
     """It fits, computes little but the model, and speaks rarely."""
     assert plan.fits
     assert 1.0 <= plan.train.flops / plan.train.model_flops <= 1.10
-    assert plan.train.program.exchanges.keys() == {"all-reduce"}
+    assert plan.train.program.exchanges.keys() <= {"all-reduce", "all-gather", "reduce-scatter"}
     assert plan.train.program.exchanges["all-reduce"][0] <= 6
     assert plan.train.program.host_transfers == plan.evaluation.program.host_transfers == 0
 

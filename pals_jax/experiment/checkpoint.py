@@ -78,7 +78,7 @@ class Checkpoints:
                 manager.wait_until_finished()
 
     def restore(self, state: Tree) -> Tree:
-        """The newest checkpoint in the shapes of `state`, or `state` itself if there is none.
+        """The newest checkpoint, or `state` if there is none, as steps take it.
 
         A damaged checkpoint is set aside with a warning, and the previous one is used.
 
@@ -99,7 +99,7 @@ class Checkpoints:
             raise UserError(
                 f"{damaged}, and there is no earlier one; run again to start over, or repair it."
             )
-        return state
+        return self._parallel.put(state)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -174,11 +174,11 @@ def _manager(directory: epath.Path, **options: Any) -> ocp.CheckpointManager:
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, like: Tree, parallel: DataParallel) -> Tree:
-    def target(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.one_per_host)
+    def target(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.checkpoint_sharding(path))
 
     try:
-        args = ocp.args.StandardRestore(jax.tree.map(target, like))
+        args = ocp.args.StandardRestore(jax.tree_util.tree_map_with_path(target, like))
         return parallel.put(manager.restore(step, args=args))
     except Exception as error:  # Orbax and its storage raise many types
         raise UserError(

@@ -35,6 +35,7 @@ from pals_jax.models.architectures import Architecture, Model, new_model
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.shapes import adapter_shapes
 from pals_jax.models.stack import lowest_layers
+from pals_jax.runtime.division import Division
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.shards import Shards
 
@@ -130,13 +131,19 @@ class Experiment:
         return int(self.config.epochs * self.config.steps_per_epoch)
 
     def optimizer(
-        self, learning_rate: Any = None
+        self, learning_rate: Any = None, division: Division | None = None
     ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
-        """The optimiser and its schedule; `learning_rate` overrides the peak, and may be traced."""
+        """The optimiser and its schedule.
+
+        Args:
+            learning_rate: overrides the peak; it may be traced.
+            division: how weights are divided among devices; None: they are not.
+        """
         settings = self.config.optimizer
         if learning_rate is not None:
             settings = ConfigDict(settings.to_dict() | {"learning_rate": learning_rate})
-        return make_optimizer(settings, len(self.tasks), self.steps)
+        totals = (division or Division()).totals
+        return make_optimizer(settings, len(self.tasks), self.steps, totals)
 
     @property
     def layout(self) -> Layout:

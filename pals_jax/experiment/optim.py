@@ -146,25 +146,60 @@ def _is_per_task(x: Any) -> bool:
     return isinstance(x, PerTaskState)
 
 
-def clip_by_tensor_norm(max_norm: float) -> optax.GradientTransformation:
+Totals = Callable[[Any], Any]  # makes sums over whole leaves of sums over a device's parts
+
+
+def _undivided(sums: Any) -> Any:
+    return sums
+
+
+def clip_by_tensor_norm(
+    max_norm: float, totals: Totals = _undivided
+) -> optax.GradientTransformation:
     """Clips each tensor by its own norm; each layer or block of a stack counts as one tensor.
 
     The denominator includes PyTorch's 1e-6 (Stickland & Murray, code).
     """
 
-    def clip(path: Any, grad: Array) -> Array:
+    def square(path: Any, grad: Array) -> Array:
         stacked = any(getattr(key, "key", None) in ("layers", "blocks") for key in path)
         axes = tuple(range(int(stacked), grad.ndim))
-        norm = jnp.sqrt(jnp.sum(jnp.square(grad), axes, keepdims=True))
-        return grad * jnp.minimum(1.0, max_norm / (norm + 1e-6))
+        return jnp.sum(jnp.square(grad), axes, keepdims=True)
+
+    def clip(grad: Array, square: Array) -> Array:
+        return grad * jnp.minimum(1.0, max_norm / (jnp.sqrt(square) + 1e-6))
 
     def update(
         grads: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
     ) -> Any:
         del params
-        return jax.tree_util.tree_map_with_path(clip, grads), state
+        squares = totals(jax.tree_util.tree_map_with_path(square, grads))
+        return jax.tree.map(clip, grads, squares), state
 
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def clip_by_global_norm(
+    max_norm: float, totals: Totals = _undivided
+) -> optax.GradientTransformation:
+    """Clips all tensors by their common norm, as `optax.clip_by_global_norm` does."""
+
+    def update(
+        grads: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
+    ) -> Any:
+        del params
+        norm = global_norm(grads, totals)
+        return jax.tree.map(
+            lambda x: jnp.where(norm < max_norm, x, (x / norm) * max_norm), grads
+        ), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def global_norm(tree: optax.Updates, totals: Totals = _undivided) -> Array:
+    """The norm of all leaves together, float32."""
+    squares = totals(jax.tree.map(lambda x: jnp.sum(jnp.square(x)), tree))
+    return jnp.sqrt(sum(jax.tree.leaves(squares)))
 
 
 def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
@@ -203,9 +238,15 @@ def moves_idle_tasks(config: ConfigDict) -> bool:
 
 
 def make_optimizer(
-    config: ConfigDict, num_tasks: int, total_steps: int
+    config: ConfigDict, num_tasks: int, total_steps: int, totals: Totals = _undivided
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """The optimiser that `config` (`config.optimizer` of an experiment) describes.
+
+    Args:
+        config: see above.
+        num_tasks: T.
+        total_steps: the number of steps of the schedule.
+        totals: the devices' `Division.totals`, where weights are divided.
 
     Returns:
         The transformation, with an update that takes `drawn` (see `per_task`), and the learning
@@ -227,11 +268,11 @@ def make_optimizer(
     if config.name == "adamw":
         adam = optax.chain(optax.scale_by_adam(config.b1, config.b2, config.eps), decay)
         tasks = per_task(adam, num_tasks, idle_drift=moves_idle_tasks(config))
-        return optax.chain(optax.clip_by_global_norm(config.clip), tasks, scale), schedule
+        return optax.chain(clip_by_global_norm(config.clip, totals), tasks, scale), schedule
     if config.name == "bert_n_pals":
         # Exactly the original's optimiser. The schedule is inside `per_task` because there every
         # tensor counts its own steps, from its first gradient on.
         adam = scale_by_uncorrected_adam(config.b1, config.b2, config.eps)
-        inner = optax.chain(clip_by_tensor_norm(config.clip), adam, decay, scale)
+        inner = optax.chain(clip_by_tensor_norm(config.clip, totals), adam, decay, scale)
         return per_task(inner, num_tasks, idle_drift=moves_idle_tasks(config)), schedule
     raise UserError(f"unknown optimizer.name {config.name!r}; known are adamw, bert_n_pals.")

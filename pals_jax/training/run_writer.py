@@ -15,7 +15,7 @@ from pals_jax.experiment.experiment import Experiment
 from pals_jax.experiment.families import Tokenizer
 from pals_jax.inference.evaluator import Evaluator, Splits
 from pals_jax.models.adapters.bound import overlay
-from pals_jax.models.compute_dtype import only_cast
+from pals_jax.models.compute_dtype import in_compute_dtype, only_cast
 from pals_jax.runtime import distributed
 from pals_jax.runtime.console import say
 from pals_jax.runtime.parallel import DataParallel
@@ -37,6 +37,7 @@ class RunWriter:
     ) -> None:
         """Writes the experiment and the tokenizer, and opens the checkpoints."""
         self._experiment, self._workdir, self._sampler = experiment, workdir, sampler
+        self._parallel = parallel
         _, self._schedule = experiment.optimizer()
         workdir_lib.refuse_other_sizes(experiment, workdir, sampler.sizes)
         if distributed.is_main():
@@ -48,7 +49,7 @@ class RunWriter:
         self._checkpoints = self._opened.enter_context(Checkpoints(workdir, parallel))
 
     def restore(self, state: TrainState) -> TrainState:
-        """The newest checkpoint, or `state`; drops metric lines of later steps."""
+        """The newest checkpoint, or `state`, on the devices; drops metric lines of later steps."""
         state = self._checkpoints.restore(state)
         self._writer = self._opened.enter_context(MetricWriter(self._workdir, int(state.step)))
         return state
@@ -92,8 +93,9 @@ class RunWriter:
     def evaluate(self, done: int, state: TrainState, evaluator: Evaluator, splits: Splits) -> None:
         """Evaluates at the end of an epoch, and keeps the best checkpoint."""
         workdir_lib.refuse_vanished(self._workdir)
-        variables = state.variables
-        results = evaluator.evaluate(variables, splits)
+        variables, dtype = state.variables, self._experiment.model().dtype
+        gathered = self._parallel.gathered(in_compute_dtype(variables, dtype))
+        results = evaluator.evaluate(gathered, splits)
         score = evaluator.score(results)
         self._writer.write(done, flatten_dict(results, sep="/") | {"score": score})
         config = self._experiment.config

@@ -15,12 +15,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from pals_jax.data.batch import Batch
-from pals_jax.experiment.optim import TASKS, task_trees, with_task_trees
+from pals_jax.experiment.optim import TASKS, global_norm, task_trees, with_task_trees
 from pals_jax.models.adapters.bound import overlay
 from pals_jax.models.architectures import Model, num_tasks
 from pals_jax.models.compute_dtype import in_compute_dtype
 from pals_jax.models.dropout import mask_key
 from pals_jax.models.task_axis import gather, scatter
+from pals_jax.runtime.division import Division
 from pals_jax.runtime.errors import UserError
 from pals_jax.training.losses import loss_weights, summed_loss
 
@@ -106,7 +107,7 @@ def make_train_step(
     model: Model,
     optimizer: optax.GradientTransformationExtraArgs,
     seed: int,
-    axis_name: str | None = None,
+    division: Division | None = None,
     label_smoothing: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The pure training step.
@@ -119,11 +120,12 @@ def make_train_step(
         model: the model.
         optimizer: an optimiser whose update takes `drawn` (see `experiment.optim.per_task`).
         seed: the seed of the dropout masks.
-        axis_name: the axis of the devices, each of which has a part of the batch. Loss and
-            gradients are summed over all devices and divided once, so that every division of the
-            batch gives the same step.
+        division: the devices, each of which has a part of the batch and of the divided weights.
+            Loss and gradients are summed over all devices and divided once, so that every division
+            of the batch gives the same step. None: there is one device.
         label_smoothing: of the loss of target texts; see `losses.token_losses`.
     """
+    division = division or Division()
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key, slot_tasks = mask_key(seed, state.step), batch.slot_tasks
@@ -138,18 +140,21 @@ def make_train_step(
             variables, rngs = overlay(frozen, trainable), {"dropout": key}
             return summed_loss(model, variables, batch, slot_ids, label_smoothing, rngs=rngs)
 
-        loss, grads = jax.value_and_grad(loss_fn)(before)
+        whole = before
+        if division.axes:  # what a device gathers, it needs only as the model casts it
+            whole = division.gather(in_compute_dtype(before, model.dtype))
+        loss, grads = jax.value_and_grad(loss_fn)(whole)
+        grads = jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, before)
         # A task whose examples all have weight 0 does not count as drawn.
         of_groups = loss_weights(batch).reshape(len(slot_ids), -1).sum(axis=1)
         weights = jnp.zeros(num_slots).at[slot_ids].add(of_groups)
-        if axis_name is not None:
-            loss, grads, weights = jax.lax.psum((loss, grads, weights), axis_name)
+        loss, grads, weights = division.sum((loss, grads, weights))
         loss, grads = jax.tree.map(lambda x: x / jnp.sum(weights), (loss, grads))
         with jax.named_scope("optimizer"):
             opt_state = with_task_trees(state.opt_state, opt_trees)
             updates, opt_state = optimizer.update(grads, opt_state, before, drawn=weights > 0)
             trainable = optax.apply_updates(before, updates)
-            grad_norm = optax.tree.norm(grads)
+            grad_norm = global_norm(grads, division.totals)
         after = trainable.get(TASKS, {}), task_trees(opt_state)
         of_tasks, opt_trees = scatter(every, slot_tasks, after)
         trainable |= {TASKS: of_tasks} if of_tasks else {}

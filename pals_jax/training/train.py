@@ -72,13 +72,14 @@ def train(config: ConfigDict, workdir: epath.Path, base: epath.Path | None = Non
     data = data.with_hidden(experiment, state)
 
     # ---------------------------------------------------------------- steps
-    parallel = DataParallel.over()
-    batches = experiment.train_batches(data.train, sampler, parallel.shards)
-    optimizer, _ = experiment.optimizer()
+    devices = DataParallel.over()
+    parallel = devices.dividing(state.trainable)
+    batches = experiment.train_batches(data.train, sampler, devices.shards)
+    optimizer, _ = experiment.optimizer(division=parallel.division)
     train_step = make_train_step(
-        experiment.model(), optimizer, config.seed, parallel.axis_name, config.label_smoothing
+        experiment.model(), optimizer, config.seed, parallel.division, config.label_smoothing
     )
-    evaluator = Evaluator(experiment, parallel)
+    evaluator = Evaluator(experiment, devices)
     describe(experiment, batches)
 
     # ---------------------------------------------------------------- the loop
@@ -88,11 +89,11 @@ def train(config: ConfigDict, workdir: epath.Path, base: epath.Path | None = Non
         if int(state.step):
             check_same(experiment, given, state.variables)
         writer.keep_exact(state)
-        state = parallel.put(state.in_compute_dtype(experiment.model().dtype))
+        state = state.in_compute_dtype(experiment.model().dtype)
         del given  # the state owns this memory from here on; the first step donates it
         take_steps(
             experiment,
-            parallel.compile(train_step, donate=True),
+            parallel.compile(train_step, donate=True, like=state),
             state,
             lambda step: parallel.put_batch(batches(sampler.draw(step))),
             writer,

@@ -26,6 +26,7 @@ from pals_jax.experiment.workdir import refuse_another_experiment
 from pals_jax.inference.evaluator import Evaluator, Results
 from pals_jax.inference.hidden_cache import check_same
 from pals_jax.runtime.compile_cache import keep_compiled
+from pals_jax.runtime.division import Division
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel, Step, on_this_host
 from pals_jax.training.run_writer import RunWriter
@@ -108,7 +109,7 @@ def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[epath.Path]
 
         take_steps(
             experiment,
-            parallel.compile(runs.train_step(parallel.axis_name), donate=True),
+            parallel.compile(runs.train_step(parallel.division), donate=True),
             state,
             lambda step: parallel.put_batch(batches(*runs.draws(samplers, step))),
             _Writers(runs, writers),
@@ -217,12 +218,12 @@ class VmappedRuns:
         """The draws of a step: one for all runs if they share the seed, otherwise one per run."""
         return [sampler.draw(step) for sampler in (samplers[:1] if self._one_seed else samplers)]
 
-    def train_step(self, axis_name: str | None) -> Step:
+    def train_step(self, division: Division) -> Step:
         """The pure training step, see `step.make_train_step`; scalars have shape [K]."""
         configs = [experiment.config for experiment in self.experiments]
 
         def step(state: TrainState, batch: Batch, seed: Array, learning_rate: Array) -> Any:
-            return self._step(seed, learning_rate, axis_name)(state, batch)
+            return self._step(seed, learning_rate, division)(state, batch)
 
         seeds = jnp.array([config.seed for config in configs], jnp.uint32)
         seeds = seeds[0] if self._one_seed else seeds
@@ -233,9 +234,9 @@ class VmappedRuns:
         together = jax.vmap(step, (axes, of_seeds, of_seeds, 0), (axes, 0))
         return lambda state, batch: together(state, batch, seeds, rates)
 
-    def _step(self, seed: Any, learning_rate: Any, axis_name: str | None) -> Step:
+    def _step(self, seed: Any, learning_rate: Any, division: Division) -> Step:
         """The step of one run; seed and learning rate may be traced."""
         first = self.experiments[0]
         optimizer, _ = first.optimizer(learning_rate)
         smoothing = first.config.label_smoothing
-        return make_train_step(first.model(), optimizer, seed, axis_name, smoothing)
+        return make_train_step(first.model(), optimizer, seed, division, smoothing)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from pals_jax.data.batch import Batch
 from pals_jax.data.packing import Shape
@@ -22,8 +23,8 @@ from pals_jax.experiment.experiment import Experiment
 from pals_jax.inference.hidden_cache import as_if_kept
 from pals_jax.inference.steps import make_eval_step, make_text_loss_step
 from pals_jax.models.compute_dtype import in_compute_dtype
-from pals_jax.models.multitask import init_variables
 from pals_jax.models.seq2seq import Seq2SeqModel
+from pals_jax.models.shapes import variable_shapes
 from pals_jax.runtime.console import say
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel
@@ -32,7 +33,7 @@ from pals_jax.training.plan import flops, hlo
 from pals_jax.training.plan.ahead_of_time import Compiled, compile_step
 from pals_jax.training.plan.breakdown import by_part
 from pals_jax.training.plan.tpus import KINDS, Kind
-from pals_jax.training.step import TrainState, create_state, make_train_step
+from pals_jax.training.step import TrainState, create_state, make_train_step, partition
 
 _LINKS = 2  # links per chip that a ring of all chips uses
 
@@ -111,7 +112,8 @@ class StepEstimate:
     @property
     def seconds_exchanging(self) -> float:
         """The time of collectives on a ring of chips: one pass, or two for an all-reduce."""
-        passes = {"all-reduce": 2}
+        # The result of a reduce-scatter is one device's part of what is summed.
+        passes = {"all-reduce": 2, "reduce-scatter": self.kind.devices}
         size = sum(passes.get(name, 1) * n for name, (_, n) in self.program.exchanges.items())
         return size * (1 - 1 / self.kind.chips) / (_LINKS * self.kind.chip.link)
 
@@ -246,6 +248,14 @@ class Plan:
         }
 
 
+class _OfOneProcess(DataParallel):
+    """The devices of all hosts as those of one: what is only compiled takes one process."""
+
+    @property
+    def shards(self) -> Shards:
+        return Shards(len(self.devices), 0, len(self.devices))
+
+
 def plan(experiment: Experiment, topology: str, price: float | None = None) -> Plan:
     """Compiles the steps of an experiment for a TPU, without allocating model or batches there.
 
@@ -262,27 +272,29 @@ def plan(experiment: Experiment, topology: str, price: float | None = None) -> P
         raise UserError(f"unknown --topology={topology}; known are {', '.join(KINDS)}.")
     jax.config.update("jax_platforms", "cpu")  # leaves a TPU of this machine free for other work
     kind = KINDS[topology]
-    parallel = DataParallel.over(kind.compile_devices())
     config, model = experiment.config, experiment.model()
-    optimizer, _ = experiment.optimizer()
+    shapes = variable_shapes(model)
+    devices = _OfOneProcess.over(kind.compile_devices())
+    parallel = devices.dividing(partition(shapes, config.trainable)[0])
+    optimizer, _ = experiment.optimizer(division=parallel.division)
 
-    def first_state() -> TrainState:
-        variables = init_variables(model, jax.random.key(config.seed))
+    def first_state(variables: optax.Params) -> TrainState:
         return create_state(variables, config.trainable, optimizer).in_compute_dtype(model.dtype)
 
-    state = jax.eval_shape(first_state)
-    variables = jax.eval_shape(lambda state: in_compute_dtype(state.variables, model.dtype), state)
-    axis_name, smoothing = parallel.axis_name, config.label_smoothing
-    train_step = make_train_step(model, optimizer, config.seed, axis_name, smoothing)
+    state = parallel.put_shapes(jax.eval_shape(first_state, shapes))
+    variables = jax.eval_shape(lambda shapes: in_compute_dtype(shapes, model.dtype), shapes)
+    division, smoothing = parallel.division, config.label_smoothing
+    train_step = make_train_step(model, optimizer, config.seed, division, smoothing)
     eval_step: Any
     if isinstance(model, Seq2SeqModel):
-        eval_step, evaluated = make_text_loss_step(model, axis_name), variables
+        eval_step, evaluated = make_text_loss_step(model, devices.axis_name), variables
     else:
-        eval_step, evaluated = make_eval_step(model, axis_name), (variables, None)
-    batch, shape, mean_batch = _train_batch(experiment, parallel.shards)
-    train = compile_step(parallel.compile(train_step, donate=True), state, batch)
-    eval_batch, eval_shape = _eval_batch(experiment, parallel.shards)
-    evaluation = compile_step(parallel.compile(eval_step), evaluated, eval_batch)
+        eval_step, evaluated = make_eval_step(model, devices.axis_name), (variables, None)
+    batch, shape, mean_batch = _train_batch(experiment, devices.shards)
+    compiled = parallel.compile(train_step, donate=True, like=state)
+    train = compile_step(compiled, state, batch)
+    eval_batch, eval_shape = _eval_batch(experiment, devices.shards)
+    evaluation = compile_step(devices.compile(eval_step), evaluated, eval_batch)
 
     kept = not config.lower_dropout
     model_flops = shape.rows * flops.training(model, config.trainable, *shape.room, kept=kept)
