@@ -25,7 +25,7 @@ from pals_jax.runtime.compile_cache import keep_compiled
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel
 from pals_jax.training.plan import flops, hlo, tpus
-from pals_jax.training.plan.ahead_of_time import compile_step
+from pals_jax.training.plan.ahead_of_time import compile_step, no_compilation_cache
 from pals_jax.training.plan.breakdown import by_part
 from pals_jax.training.plan.plan import Plan, plan
 from pals_jax.training.step import create_state, make_train_step
@@ -39,10 +39,12 @@ FOUR_CHIPS = ("v2-8", "v3-8", "v4-8", "v5litepod-4", "v6e-4")
 PLAIN_SECONDS = 2.2
 
 
-@pytest.fixture(scope="session")
-def libtpu() -> None:
-    """The compiler for TPUs."""
+@pytest.fixture
+def libtpu() -> Iterator[None]:
+    """The compiler for TPUs, whose programs this machine could not read from the cache."""
     pytest.importorskip("libtpu", reason='needs the compiler for TPUs: pip install "jax[tpu]"')
+    with no_compilation_cache():
+        yield
 
 
 # ---------------------------------------------------------------- the model's own operations

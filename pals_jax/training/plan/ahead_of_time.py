@@ -37,7 +37,7 @@ def compile_step(step: Any, state: Any, batch: Any) -> Compiled:
     """
     start = time.perf_counter()
     try:
-        with _no_compilation_cache():
+        with no_compilation_cache():
             compiled = step.lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         sizes = re.findall(r"\b[\d.]+[KMGT]\b", str(error))
@@ -59,7 +59,7 @@ def compile_step(step: Any, state: Any, batch: Any) -> Compiled:
 
 
 @contextlib.contextmanager
-def _no_compilation_cache() -> Iterator[None]:
+def no_compilation_cache() -> Iterator[None]:
     """Disables JAX's on-disk cache, because reading it would require the devices."""
     enabled = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
