@@ -26,7 +26,7 @@ def main() -> int:
     run.add_argument("--only", default="", metavar="H1,U1", help="these claims only")
     run.add_argument(
         "--hours",
-        type=float,
+        type=_positive,
         default=math.inf,
         metavar="H",
         help="stop after so long; it can go on",
@@ -50,6 +50,12 @@ def main() -> int:
     report.set_defaults(run=_report)
     args = parser.parse_args()
     return status_of(lambda: args.run(args))
+
+
+def _positive(text: str) -> float:
+    if not (value := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -85,9 +85,14 @@ class Claim:
         return [self.trained_with or self.tasks] if arm.together else [(t,) for t in self.tasks]
 
     @property
+    def compared(self) -> tuple[str, ...]:
+        """The arms that decide the claim, each once."""
+        return tuple(dict.fromkeys(arm for pair in self.pairs for arm in pair))
+
+    @property
     def arms(self) -> tuple[str, ...]:
         """All arms of the claim's table, each once: those compared, then those shown."""
-        return tuple(dict.fromkeys([arm for pair in self.pairs for arm in pair] + [*self.shown]))
+        return tuple(dict.fromkeys((*self.compared, *self.shown)))
 
 
 @dataclasses.dataclass(frozen=True)

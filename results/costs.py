@@ -75,21 +75,23 @@ class Costs:
 def cheapest_first(costs: Costs, chosen: Sequence[Claim]) -> Iterator[tuple[Claim, list[Job]]]:
     """The claims that still need runs, the one that needs the least first, with their jobs.
 
-    A job that several claims need counts for the first of them.
+    First come the arms that decide claims, of all claims; then those that are only shown. A job that
+    several claims need counts for the first of them.
     """
     planned: set[tuple[str, int]] = set()
-    waiting = list(chosen)
 
-    def needed(claim: Claim) -> list[Job]:
-        jobs = costs.campaign.missing(claim)
+    def needed(claim: Claim, arms: Sequence[str]) -> list[Job]:
+        jobs = costs.campaign.missing(claim, arms)
         return [job for job in jobs if not planned.issuperset(_runs(job))]
 
-    while waiting:
-        claim = min(waiting, key=lambda claim: sum(map(costs, needed(claim))))
-        waiting.remove(claim)
-        if jobs := sorted(needed(claim), key=costs):
-            planned.update(run for job in jobs for run in _runs(job))
-            yield claim, jobs
+    for arms_of in (lambda claim: claim.compared, lambda claim: claim.shown):
+        waiting = {claim.name: (claim, arms_of(claim)) for claim in chosen}
+        while waiting:
+            claim, arms = min(waiting.values(), key=lambda each: sum(map(costs, needed(*each))))
+            del waiting[claim.name]
+            if jobs := sorted(needed(claim, arms), key=costs):
+                planned.update(run for job in jobs for run in _runs(job))
+                yield claim, jobs
 
 
 def _runs(job: Job) -> list[tuple[str, int]]:

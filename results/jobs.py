@@ -1,6 +1,7 @@
 """What has to be run: the jobs that claims still need, and the configuration of each run."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -42,14 +43,14 @@ class Campaign:
     data: Path
     pages: Path = records.PAGES
 
-    def missing(self, claim: Claim) -> list[Job]:
-        """The jobs that a claim still needs, one for each arm that is trained and task.
+    def missing(self, claim: Claim, arms: Sequence[str]) -> list[Job]:
+        """The jobs that these arms of a claim still need, one for each that is trained and task.
 
         Raises:
             UserError: a record is damaged, or of a run with other settings.
         """
         found: dict[tuple[str, tuple[str, ...]], set[int]] = {}
-        for name in claim.arms:
+        for name in arms:
             arm = self.claims.arms[name]
             seeds = (0,) if arm.kind in BASELINES else claim.seeds
             for tasks in claim.runs_of(arm):

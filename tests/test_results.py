@@ -112,7 +112,7 @@ def test_what_is_missing_is_run_and_reported(
     lost = pages / "runs" / "cpu" / "lhuc" / "colour" / "1.json"
     before = json.loads(lost.read_text())
     lost.unlink()
-    assert [job.seeds for job in runner.campaign.missing(chosen[0])] == [(1,)]
+    assert [job.seeds for job in runner.campaign.missing(chosen[0], chosen[0].arms)] == [(1,)]
     report.write(small_claims, pages)
     assert "runs are missing" in (pages / "houlsby.md").read_text()
     runs.run(runner, chosen, hours=1.0)
