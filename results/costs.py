@@ -75,8 +75,8 @@ class Costs:
 def cheapest_first(costs: Costs, chosen: Sequence[Claim]) -> Iterator[tuple[Claim, list[Job]]]:
     """The claims that still need runs, the one that needs the least first, with their jobs.
 
-    First come the arms that decide claims, of all claims; then those that are only shown. A job that
-    several claims need counts for the first of them.
+    First come the arms that decide claims, of all claims; then those that are only shown. A job
+    that several claims need counts for the first of them.
     """
     planned: set[tuple[str, int]] = set()
 
