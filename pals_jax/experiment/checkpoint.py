@@ -55,8 +55,10 @@ class Checkpoints:
                 args = ocp.args.StandardSave(self._parallel.to_save(state))
                 self._newest.save(step, args=args)
 
-    def save_best(self, step: int, variables: optax.Params, score: float) -> None:
-        """Keeps `variables` if their score is higher than all earlier ones.
+    def save_best(
+        self, step: int, variables: optax.Params, score: float, results: dict[str, Any]
+    ) -> None:
+        """Keeps `variables` and their dev results if their score is higher than all earlier ones.
 
         Raises:
             UserError: as for `save`.
@@ -65,7 +67,8 @@ class Checkpoints:
             best = self._best.best_step()
             if best is None or (step > best and score > self._best.metrics(best)["score"]):
                 args = ocp.args.StandardSave(self._parallel.to_save(variables))
-                self._best.save(step, args=args, metrics={"score": float(score)})
+                metrics = {"score": float(score), "results": results}
+                self._best.save(step, args=args, metrics=metrics)
 
     def wait(self) -> None:
         """Waits until everything is on disk.
@@ -126,6 +129,26 @@ def restore_best(workdir: epath.Path, variables: Tree, parallel: DataParallel) -
     Raises:
         UserError: if there is no checkpoint yet, or it is damaged or belongs to another model.
     """
+    manager, step = _open_best(workdir)
+    return step, _restore(manager, step, variables, parallel)
+
+
+def best_results(workdir: epath.Path) -> tuple[int, dict[str, Any]]:
+    """The step of a workdir's best checkpoint, and the dev results that it was chosen for.
+
+    Raises:
+        UserError: if there is no checkpoint yet, or it is damaged or has no results.
+    """
+    manager, step = _open_best(workdir)
+    if not (results := manager.metrics(step).get("results")):
+        raise UserError(
+            f"{workdir / BEST} holds no dev results, because no training of this version wrote it;"
+            f" run `pals-jax evaluate --workdir={workdir}`."
+        )
+    return step, results
+
+
+def _open_best(workdir: epath.Path) -> tuple[ocp.CheckpointManager, int]:
     directory = workdir / BEST
     with _without_warnings():
         manager = _best_manager(workdir, read_only=True) if directory.is_dir() else None
@@ -137,7 +160,7 @@ def restore_best(workdir: epath.Path, variables: Tree, parallel: DataParallel) -
         raise UserError(f"{directory} holds no checkpoint; train until the first evaluation.")
     if damaged := _damage(manager, step):
         raise UserError(f"{damaged}; train again in another workdir.")
-    return step, _restore(manager, step, variables, parallel)
+    return manager, step
 
 
 @contextlib.contextmanager

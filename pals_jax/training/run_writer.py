@@ -101,7 +101,7 @@ class RunWriter:
         config = self._experiment.config
         epoch = done // config.steps_per_epoch
         say(f"{self._workdir.name}: epoch {epoch} of {config.epochs}: {score:.4f}")
-        self._checkpoints.save_best(done, overlay(variables, self._exact), score)
+        self._checkpoints.save_best(done, overlay(variables, self._exact), score, results)
 
     def wait(self) -> None:
         """Waits until all checkpoints are on disk."""

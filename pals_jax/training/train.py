@@ -16,7 +16,7 @@ from pals_jax.data.batches import TrainBatches
 from pals_jax.data.prefetch import prefetch
 from pals_jax.data.tasks import Task
 from pals_jax.data.tokenized import TokenizedSplit
-from pals_jax.experiment.checkpoint import restore_best
+from pals_jax.experiment.checkpoint import best_results
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.experiment.families import Tokenizer
 from pals_jax.experiment.workdir import refuse_another_experiment
@@ -25,7 +25,6 @@ from pals_jax.inference.hidden_cache import check_same, with_hidden
 from pals_jax.inference.run import Run
 from pals_jax.inference.text_generation import generation_config
 from pals_jax.models import counts
-from pals_jax.models.shapes import variable_shapes
 from pals_jax.runtime import distributed, storage
 from pals_jax.runtime.compile_cache import forget_compiled, keep_compiled
 from pals_jax.runtime.console import print_table, progress, say
@@ -101,7 +100,7 @@ def train(config: ConfigDict, workdir: epath.Path, base: epath.Path | None = Non
         )
 
     # ---------------------------------------------------------------- result
-    return report(experiment, workdir, evaluator, data)
+    return report(experiment, workdir, data)
 
 
 class Writer(Protocol):
@@ -262,14 +261,10 @@ def describe(experiment: Experiment, batches: TrainBatches) -> None:
     print_table(counts.counts_table(counted, experiment.config.method, names))
 
 
-def report(
-    experiment: Experiment, workdir: epath.Path, evaluator: Evaluator, data: Data
-) -> Results:
-    """Evaluates the best checkpoint of a finished run, and prints how to use it."""
+def report(experiment: Experiment, workdir: epath.Path, data: Data) -> Results:
+    """Prints the results of the best checkpoint of a finished run, and how to use it."""
     tasks = experiment.trained
-    shapes = variable_shapes(experiment.model())
-    step, variables = restore_best(workdir, shapes, evaluator.parallel)
-    results = evaluator.evaluate(variables, data.evals)
+    step, results = best_results(workdir)
     print_table(results_table(tasks, results, _baselines(tasks, data.train, data.evals)))
     say(f"the best checkpoint, of step {step}, is in {workdir / 'best'}; use it with")
     say(f"  pals-jax predict --workdir={workdir} --task={tasks[0].name}")

@@ -116,7 +116,7 @@ def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[epath.Path]
             evaluate,
         )
 
-    return [report(experiment, workdir, evaluator, data) for workdir in workdirs]
+    return [report(experiment, workdir, data) for workdir in workdirs]
 
 
 def _common_step(states: Sequence[TrainState]) -> int:
