@@ -44,11 +44,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 def pytest_configure(config: pytest.Config) -> None:
     """Turns off optimisation, because most of a test's time is compilation, mostly optimisation.
 
-    Campaigns (`optimized`) run as for users: optimised, on one CPU device rather than eight that
-    each update all parameters.
+    Campaigns (`optimized`) run as for users: optimised, and with at most two CPU devices rather
+    than eight.
     """
     optimized = config.option.markexpr == "optimized"
-    jax.config.update("jax_num_cpu_devices", 1 if optimized else 8)
+    jax.config.update("jax_num_cpu_devices", 2 if optimized else 8)
     if not optimized:
         flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
         if jax.__version_info__ < (0, 12):  # later versions do not know this flag
@@ -78,7 +78,7 @@ every_device, parallel.available = parallel.available, lambda: jax.devices()[:1]
 
 @pytest.fixture(autouse=True)
 def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives all eight devices to a test that is marked `all_devices`."""
+    """Gives all devices, eight or two, to a test that is marked `all_devices`."""
     if request.node.get_closest_marker("all_devices"):
         monkeypatch.setattr(parallel, "available", every_device)
 

@@ -16,6 +16,7 @@ from pals_jax.models.architectures import Model
 from pals_jax.models.compute_dtype import in_compute_dtype, only_cast
 from pals_jax.models.multitask import MultiTaskModel
 from pals_jax.models.seq2seq import Seq2SeqModel
+from pals_jax.runtime.parallel import DataParallel
 
 
 def test_parameters_and_logits_are_float32_and_the_layers_are_not() -> None:
@@ -57,9 +58,16 @@ def test_frozen_weights_held_in_bfloat16_change_no_bit(model: Model) -> None:
     tiny.assert_same(step(variables["adapters"], held["params"]), expected)
 
 
+@pytest.mark.parametrize("num_devices", [1, pytest.param(2, marks=pytest.mark.all_devices)])
 @pytest.mark.optimized
-def test_two_hundred_steps_of_a_real_task(shared: Path, minilm: Path, tmp_path: Path) -> None:
-    """MRPC from the real encoder: the curves of both dtypes stay together, and so do the scores."""
+def test_two_hundred_steps_of_a_real_task(
+    num_devices: int, shared: Path, minilm: Path, tmp_path: Path
+) -> None:
+    """MRPC from the real encoder: the curves of both dtypes stay together, and so do the scores.
+
+    On two devices, gradients are exchanged in the dtype of the computation.
+    """
+    assert num_devices == DataParallel.over().shards.total
     curves, scores = {}, {}
     for dtype in ("float32", "bfloat16"):
         workdir = tmp_path / dtype

@@ -29,7 +29,7 @@ def default() -> ConfigDict:
     # Whether to apply dropout below the first adapter of a frozen encoder. If False, the hidden
     # states there are computed once per example and cached in data.cache_dir; steps start above.
     config.lower_dropout = True
-    config.dtype = "float32"  # compute dtype: float32 or bfloat16; files keep float32
+    config.dtype = "float32"  # of computation and exchange: float32 or bfloat16; files keep float32
     config.remat = False  # recompute activations in the backward pass, to save memory
 
     config.tasks = ("cola", "mrpc", "mnli", "rte", "stsb", "sst2", "qqp", "qnli")

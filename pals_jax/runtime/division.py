@@ -70,10 +70,17 @@ class Division:
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
-    def sum(self, tree: Tree) -> Tree:
-        """The sums of whole leaves over all devices; of divided leaves, this device's part."""
+    def sum(self, tree: Tree, dtype: Any = None) -> Tree:
+        """The sums of whole leaves over all devices; of divided leaves, this device's part.
+
+        Args:
+            tree: the leaves.
+            dtype: in which they are exchanged and summed. None: in their own.
+        """
         if self.axis_name is None:
             return tree
+        if dtype is not None:
+            tree = jax.tree.map(lambda x: x.astype(dtype), tree)
 
         def part(path: Any, x: Any) -> Any:
             axis = self.axis(path)

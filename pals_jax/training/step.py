@@ -121,8 +121,9 @@ def make_train_step(
         optimizer: an optimiser whose update takes `drawn` (see `experiment.optim.per_task`).
         seed: the seed of the dropout masks.
         division: the devices, each of which has a part of the batch and of the divided weights.
-            Loss and gradients are summed over all devices and divided once, so that every division
-            of the batch gives the same step. None: there is one device.
+            Loss and gradients are summed over all devices, gradients in the dtype of the
+            computation, and divided once, so that every division of the batch gives the same step.
+            None: there is one device.
         label_smoothing: of the loss of target texts; see `losses.token_losses`.
     """
     division = division or Division()
@@ -144,11 +145,12 @@ def make_train_step(
         if division.axes:  # what a device gathers, it needs only as the model casts it
             whole = division.gather(in_compute_dtype(before, model.dtype))
         loss, grads = jax.value_and_grad(loss_fn)(whole)
-        grads = jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, before)
         # A task whose examples all have weight 0 does not count as drawn.
         of_groups = loss_weights(batch).reshape(len(slot_ids), -1).sum(axis=1)
         weights = jnp.zeros(num_slots).at[slot_ids].add(of_groups)
-        loss, grads, weights = division.sum((loss, grads, weights))
+        loss, weights = division.sum((loss, weights))
+        grads = division.sum(grads, model.dtype)
+        grads = jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, before)
         loss, grads = jax.tree.map(lambda x: x / jnp.sum(weights), (loss, grads))
         with jax.named_scope("optimizer"):
             opt_state = with_task_trees(state.opt_state, opt_trees)
