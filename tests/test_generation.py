@@ -142,24 +142,27 @@ def config(**changes: Any) -> GenerationConfig:
 
 @pytest.mark.slow
 def test_each_source_under_its_own_task_in_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More sources than slots, in two buckets; a text too long for the first moves to the next."""
-    monkeypatch.setattr(generate, "LENGTHS", (2, 4))
-    monkeypatch.setattr(generate, "_POSITIONS", 8)
-    monkeypatch.setattr(generate, "_LEAST_ROOM", 4)
-    model = tiny.seq2seq(methods.lora(2) + methods.pals(6, 3))
+    """More sources than slots, several in a row; a text too long for its bucket moves to the next.
+
+    Alone in its row, each has the same text.
+    """
+    monkeypatch.setattr(generate, "LENGTHS", (4, 16))
+    monkeypatch.setattr(generate, "_POSITIONS", 64)
+    method = methods.lora(2) + methods.pals(6, 3) + methods.prompt_tuning(3)
+    model = tiny.seq2seq(method, max_position_embeddings=24)
     variables = tiny.variables(model)
-    settings = config(num_beams=2, min_length=5, no_repeat_ngram_size=2)
+    settings = config(num_beams=2, max_length=12, min_length=9, no_repeat_ngram_size=2)
     generator = Generator(model, settings, rows=4)
     rng = np.random.default_rng(0)
-    sources = [rng.integers(3, 31, n).tolist() for n in (2, 4, 1, 2, 9, 3, 2, 1)]
+    sources = [rng.integers(3, 31, n).tolist() for n in (2, 8, 1, 7, 17, 3, 6, 5)]
     tasks = [2, 0, 1, 1, 2, 0, 0, 2]
     mixed = in_order(generator(variables, sources, tasks))
     assert generator.compilations == 3
-    alone = [in_order(generator(variables, sources, task)) for task in range(3)]
+    for text, source, task in zip(mixed, sources, tasks, strict=True):
+        (alone,) = generator(variables, [source], [task])
+        np.testing.assert_array_equal(text.tokens, alone.tokens)
+        assert text.score == pytest.approx(alone.score, abs=1e-5)
     assert generator.compilations == 6  # one task for all is a scalar; which one does not matter
-    for index, (text, task) in enumerate(zip(mixed, tasks, strict=True)):
-        np.testing.assert_array_equal(text.tokens, alone[task][index].tokens)
-        assert text.score == pytest.approx(alone[task][index].score, abs=1e-5)
     assert len({tuple(text.tokens.tolist()) for text in mixed}) > 4
 
 

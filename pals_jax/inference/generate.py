@@ -1,8 +1,8 @@
 """Texts for sources of any length: the sources' buckets, and the calls that they make.
 
-A source is computed in the smallest bucket that it fits; each bucket is one program, compiled once.
-A text that needs more room than its bucket has is computed again in the next one. So most steps
-attend to few positions.
+A source is computed in the smallest bucket that it fits, where several short ones share a row; each
+bucket is one program, compiled once. A text that needs more room than its bucket has is computed
+again in the next one. So most steps attend to few positions.
 """
 
 import functools
@@ -14,15 +14,16 @@ import numpy as np
 import optax
 
 from pals_jax.inference.generation.config import GenerationConfig
-from pals_jax.inference.generation.program import Sources, Texts, make_generate
+from pals_jax.inference.generation.program import Texts, make_generate
+from pals_jax.inference.generation.sources import Sources
+from pals_jax.models.adapters.spec import prompt_length
 from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.models.task_rows import check_task_ids
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel
 
-LENGTHS = (16, 32, 64, 128, 256, 512)  # of the sources of a bucket; the last has the model's own
+LENGTHS = (32, 64, 128, 256, 512)  # of the rows of a bucket; the last has the model's own
 _POSITIONS = 8192  # of the sources of one call, whose keys and values are kept
-_LEAST_ROOM = 64  # tokens that a text has room for in any bucket
 
 # Of some sources, their indices and `program.Texts`.
 _Call: TypeAlias = Callable[[int, list[int]], tuple[np.ndarray, Texts]]
@@ -90,6 +91,9 @@ class Generator:
                 task.
         """
         tasks = np.asarray(task_ids, np.int32)
+        if tasks.size and (tasks == tasks.flat[0]).all():
+            # A step takes longer where each source has a task of its own.
+            tasks = np.asarray(tasks.flat[0])
         begin = self.config.decoder_start_token_id if start is None else start
         starts = np.broadcast_to(np.asarray(begin, np.int32), len(sources))
         check_task_ids(self.model.num_tasks, *tasks.reshape(-1).tolist())
@@ -102,17 +106,11 @@ class Generator:
             order = self._divided(bucket, chosen)
             mine = self._parallel.shards.mine(len(order))
             here = order[mine]
-            chosen_sources = [[sources[i] if i >= 0 else () for i in shard] for shard in here]
-            padded = [self._padded_sources(shard, bucket) for shard in chosen_sources]
-            ids, mask = (np.stack(x) for x in zip(*padded, strict=True))
-            given = Sources(
-                ids,
-                mask,
-                starts[here],
-                (here >= 0).sum(1, dtype=np.int32),
-                tasks[here] if tasks.ndim else np.full(len(here), tasks),
-            )
-            return order.reshape(-1), jax.device_get(self._program(bucket)(variables, given))
+            given = [
+                self._packed(bucket, shard[shard >= 0], sources, starts, tasks) for shard in here
+            ]
+            stacked = jax.tree.map(lambda *x: np.stack(x), *given)
+            return order.reshape(-1), jax.device_get(self._program(bucket)(variables, stacked))
 
         return self._generate(waiting, lengths, call)
 
@@ -178,21 +176,29 @@ class Generator:
         """The compiled program of a bucket."""
         if bucket not in self._programs:
             longest, is_last = self.config.max_length, bucket == len(self._lengths) - 1
-            room = longest if is_last else min(longest, max(_LEAST_ROOM, 2 * self._lengths[bucket]))
+            room = longest if is_last else min(longest, 2 * self._lengths[bucket])
             axis_name = self._parallel.axis_name
             program = make_generate(self.model, self.config, self._slots, room, axis_name)
             self._programs[bucket] = self._parallel.compile(program)
         return self._programs[bucket]
 
-    def _padded_sources(
-        self, sources: Sequence[Sequence[int] | np.ndarray], bucket: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The sources of a device in a call of a bucket's program and their mask, int [N, J]."""
-        shape = len(sources), self._lengths[bucket]
-        ids, mask = np.full(shape, self.config.pad_token_id, np.int32), np.zeros(shape, np.int32)
-        for row, source in enumerate(sources):
-            ids[row, : len(source)], mask[row, : len(source)] = source, 1
-        return ids, mask
+    def _packed(
+        self,
+        bucket: int,
+        chosen: np.ndarray,
+        sources: Sequence[Sequence[int] | np.ndarray],
+        starts: np.ndarray,
+        tasks: np.ndarray,
+    ) -> Sources:
+        """Of all sources those that are chosen for one device, for a call of a bucket's program."""
+        return Sources.packed(
+            [sources[i] for i in chosen],
+            starts[chosen],
+            tasks[chosen] if tasks.ndim else tasks,
+            (self._size(bucket) // self._parallel.shards.total, self._lengths[bucket]),
+            prompt_length(self.model.method),
+            self.config.pad_token_id,
+        )
 
     def _cut(self, tokens: np.ndarray) -> np.ndarray:
         """The text without the padding behind it."""

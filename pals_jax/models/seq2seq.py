@@ -42,7 +42,8 @@ class ReadSource(NamedTuple):
 
     Attributes:
         keys_and_values: of the cross attention of each layer of the decoder, [B, H, J, K] both.
-        segment_ids: int [B, J]; 0 at padding.
+        segment_ids: int [B, J]; 0 at padding. The decoder attends to all other positions of a row,
+            so that of several sources in it one has to be chosen.
     """
 
     keys_and_values: KeysAndValues
@@ -164,17 +165,24 @@ class Seq2SeqModel(nn.Module):
         return self._by_row(encode, task_ids, packing, (input_ids, attention_mask), hidden)
 
     def read(
-        self, layers: tuple[Any, ...], input_ids: Array, attention_mask: Array, task_ids: Array
+        self,
+        layers: tuple[Any, ...],
+        input_ids: Array,
+        attention_mask: Array,
+        task_ids: Array,
+        packing: Packing | None = None,
     ) -> ReadSource:
         """What the steps of generation need of the sources; leaves [B, ...].
 
         Args:
             layers: the parameters of each layer of the decoder; see `stack.unstacked`.
             input_ids: int [B, J]; the sources.
-            attention_mask: int [B, J]; 0 at padding.
+            attention_mask: as for `__call__`.
             task_ids: int, a scalar or [G]; see `__call__`.
+            packing: as for `__call__`.
         """
-        self._check_length("source", input_ids.shape[1])
+        if packing is None:
+            self._check_length("source", input_ids.shape[1])
 
         def read(adapter_params: Any, task: Array, own: Own, ids: Array, mask: Array) -> ReadSource:
             encoded, segments = self._run("encoder", adapter_params, own, (ids, mask))
@@ -185,7 +193,7 @@ class Seq2SeqModel(nn.Module):
             return ReadSource(read, segments.segment_ids)
 
         source = input_ids, attention_mask
-        return cast(ReadSource, self._by_row(read, task_ids, None, *source))
+        return cast(ReadSource, self._by_row(read, task_ids, packing, *source))
 
     def step(
         self,

@@ -14,38 +14,19 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array, lax
 
 from pals_jax.inference.generation.config import GenerationConfig
 from pals_jax.inference.generation.constraints import constrain
 from pals_jax.inference.generation.search import Search, advance
+from pals_jax.inference.generation.sources import Sources
 from pals_jax.models import kv_cache
+from pals_jax.models.segments import Packing
 from pals_jax.models.seq2seq import ReadSource, Seq2SeqModel
 from pals_jax.models.stack import unstacked
 
-
-class Sources(NamedTuple):
-    """What texts are generated for.
-
-    Attributes:
-        input_ids: int [N, J].
-        attention_mask: int [N, J]; 0 at padding.
-        start: int [N]; the token that each text begins with.
-        present: int scalar; how many of the N there are, the first ones.
-        task_ids: int, the task of all, or of each, [N].
-    """
-
-    input_ids: Array | np.ndarray
-    attention_mask: Array | np.ndarray
-    start: Array | np.ndarray
-    present: Array | np.ndarray
-    task_ids: Array | np.ndarray
-
-    def tasks(self, index: Array) -> Array | np.ndarray:
-        """The tasks of some sources: int, a scalar or [n]."""
-        return self.task_ids if self.task_ids.ndim == 0 else self.task_ids[index]
+_BLOCK = 512  # positions of the sources that are read at a time
 
 
 class Texts(NamedTuple):
@@ -153,22 +134,27 @@ class _Loop:
         return self.model.apply(self.variables, *inputs, method=method)
 
     def _read_all(self) -> ReadSource:
-        """What the steps need of the sources, leaves [N, ...]; read in blocks of S."""
+        """What the steps need of the rows of sources, leaves [N, ...]; read in blocks of rows."""
+        sources, task_ids = self.sources, self.sources.row_tasks()
+        size = min(self.none, max(1, _BLOCK // sources.input_ids.shape[1]))
+
+        def block_of(x: Any, first: Array) -> Array:
+            return lax.dynamic_slice_in_dim(x, first, size)
 
         def read_block(first: Array) -> ReadSource:
-            texts = self.sources.input_ids, self.sources.attention_mask
-            block = (lax.dynamic_slice_in_dim(x, first, self.slots) for x in texts)
-            tasks = self.sources.tasks(first + jnp.arange(self.slots))
-            return cast(ReadSource, self._apply("read", self.layers, *block, tasks))
+            texts = (block_of(x, first) for x in (sources.input_ids, sources.segment_ids))
+            tasks = block_of(task_ids, first) if task_ids.ndim else task_ids
+            begins = block_of(sources.first, first)
+            packing = Packing(begins, jnp.zeros_like(begins))  # there is no dropout
+            return cast(ReadSource, self._apply("read", self.layers, *texts, tasks, packing))
 
         def next_block(block: Array, read: ReadSource) -> ReadSource:
-            first = block * self.slots
+            first = jnp.minimum(block * size, self.none - size)
             put = lambda old, x: lax.dynamic_update_slice_in_dim(old, x, first, 0)  # noqa: E731
             return jax.tree.map(put, read, read_block(first))
 
         empty = _zeros(jax.eval_shape(read_block, jnp.zeros((), jnp.int32)), self.none)
-        blocks = (self.sources.present + self.slots - 1) // self.slots
-        return lax.fori_loop(0, blocks, next_block, empty)
+        return lax.fori_loop(0, (sources.rows + size - 1) // size, next_block, empty)
 
     def _first_state(self, read: ReadSource) -> _State:
         """The state in which no slot has a source yet."""
@@ -272,10 +258,13 @@ class _Loop:
         def fill(slots: Slots) -> Slots:
             slot, source = jnp.argmax(slots.source == self.none), slots.dealt
             search = Search.begin(self.sources.start[source], self.room, self.config)
+            row = jax.tree.map(lambda x: x[self.sources.row[source]], read)
+            is_own = row.segment_ids == self.sources.segment[source]
+            own = row._replace(segment_ids=is_own.astype(row.segment_ids.dtype))
             put = lambda old, x: lax.dynamic_update_index_in_dim(old, x, slot, 0)  # noqa: E731
             return Slots(
                 search=jax.tree.map(put, slots.search, search),
-                read=jax.tree.map(lambda old, x: put(old, x[source]), slots.read, read),
+                read=jax.tree.map(put, slots.read, own),
                 source=put(slots.source, source),
                 dealt=source + 1,
             )
