@@ -13,30 +13,45 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from conftest import of_pairs
 from flax.traverse_util import flatten_dict
 
+import pals_jax
 from pals_jax.cli import main
 from pals_jax.runtime import distributed
 from pals_jax.runtime.errors import Unavailable, UserError
 
 CONFIG = Path(__file__).with_name("tiny_experiment.py")
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
 STEPS = 8
+GENERATES = """
+import json, sys
+import pals_jax
+from pals_jax.runtime import distributed
+workdir, sources, address, process = sys.argv[1:]
+distributed.connect(address, 2, int(process))
+found = pals_jax.load(workdir).predict(json.loads(sources), task="all")
+print(json.dumps([x.text for x in found]))
+"""
 
 
 def start(small: Path, workdir: Path, processes: int, *overrides: str) -> list[subprocess.Popen]:
     """The processes of one run, each with a log `workdir.I.log`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "pals_jax", "train", f"--config={CONFIG}:{small}"]
-    command += [f"--workdir={workdir}", f"--coordinator={coordinator}", *overrides]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    command += [f"--workdir={workdir}", f"--coordinator={coordinator()}", *overrides]
     started = []
     for i in range(processes):
         with log(workdir, i).open("w") as file:
             mine = [f"--processes={processes}", f"--process={i}"]
-            started.append(subprocess.Popen([*command, *mine], env=env, stderr=file))
+            started.append(subprocess.Popen([*command, *mine], env=ENVIRONMENT, stderr=file))
     return started
+
+
+def coordinator() -> str:
+    """An address at which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def log(workdir: Path, process: int) -> Path:
@@ -136,6 +151,28 @@ def test_one_that_is_told_to_stop_stops_all(whole: Path) -> None:
     assert mine[STEPS]["same/dev/accuracy"] == other[STEPS]["same/dev/accuracy"]
     for path, x in newest(whole)[1].items():
         np.testing.assert_allclose(newest(workdir)[1][path], x, rtol=0, atol=2e-5, err_msg=path)
+
+
+@pytest.mark.nightly
+def test_two_processes_write_the_texts_of_one(pairs_of_module: Path) -> None:
+    """Each of them gets all texts, of both tasks."""
+    workdir = pairs_of_module / "pairs"
+    command = ["train", f"--config={CONFIG}:{pairs_of_module}", f"--workdir={workdir}"]
+    assert (
+        main([*command, *of_pairs(pairs_of_module), "--config.optimizer.learning_rate=0.03"]) == 0
+    )
+    lines = (pairs_of_module / "upper.tsv").read_text().splitlines()[1:]
+    sources = [line.split("\t")[0] for line in lines]
+    alone = [x.text for x in pals_jax.load(workdir).predict(sources, task="all")]
+    assert len(alone) == 2 * len(sources)
+    assert len(set(alone)) > 20
+    given = [sys.executable, "-c", GENERATES, str(workdir), json.dumps(sources), coordinator()]
+    started = [
+        subprocess.Popen([*given, str(i)], env=ENVIRONMENT, stdout=subprocess.PIPE) for i in (0, 1)
+    ]
+    for process in started:
+        out, _ = process.communicate(timeout=300)
+        assert json.loads(out) == alone
 
 
 @pytest.mark.parametrize("given", [("127.0.0.1:1", None, 0), (None, 2, None)])

@@ -22,6 +22,7 @@ from pals_jax.inference.generate import Generated, Generator
 from pals_jax.inference.generation import search
 from pals_jax.inference.generation.config import GenerationConfig, read_generation_config
 from pals_jax.models.adapters import methods
+from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.runtime.errors import UserError
 
 TOKENS = {"decoder_start_token_id": 1, "eos_token_id": 2, "pad_token_id": 1}
@@ -164,6 +165,38 @@ def test_each_source_under_its_own_task_in_few_programs(monkeypatch: pytest.Monk
         assert text.score == pytest.approx(alone.score, abs=1e-5)
     assert generator.compilations == 6  # one task for all is a scalar; which one does not matter
     assert len({tuple(text.tokens.tolist()) for text in mixed}) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beams", [1, 4])
+def test_another_task_leaves_french_as_it_is(beams: int, tiny_marian: Path) -> None:
+    """With adapters at the identity, it is what the untouched model writes, whatever others do."""
+    untouched, variables = from_huggingface(tiny_marian)
+    method = methods.adapter(4) + methods.scaled_parallel(4) + methods.lora(2)
+    both = Seq2SeqModel(untouched.config, 2, method)
+    adapters = both.init(jax.random.key(0), method="declare")["adapters"]
+    romanian = jax.tree.map(
+        lambda x, y: x.at[1].set(y[1]), adapters, tiny.variables(both)["adapters"]
+    )
+    settings = read_generation_config(tiny_marian, num_beams=beams, max_length=16)
+    rng = np.random.default_rng(0)
+    sources = [rng.integers(1, untouched.config.vocab_size - 1, n) for n in range(1, 13)]
+    tasks = np.arange(len(sources)) % 2
+    generator = Generator(both, settings)
+    before, after = (
+        in_order(generator(variables | {"adapters": x}, sources, tasks))
+        for x in (adapters, romanian)
+    )
+    original = in_order(Generator(untouched, settings)(variables, sources))
+    changed = 0
+    for task, *texts in zip(tasks, original, before, after, strict=True):
+        expected, identity, beside = (text.tokens.tolist() for text in texts)
+        assert identity == expected
+        changed += beside != expected
+        if task == 0:
+            assert beside == expected
+            assert texts[1].score == texts[2].score
+    assert changed > 3  # of the six in Romanian
 
 
 def test_a_text_without_an_end() -> None:
