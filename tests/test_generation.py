@@ -172,7 +172,7 @@ def test_each_source_under_its_own_task_in_few_programs(monkeypatch: pytest.Monk
 def test_another_task_leaves_french_as_it_is(beams: int, tiny_marian: Path) -> None:
     """With adapters at the identity, it is what the untouched model writes, whatever others do."""
     untouched, variables = from_huggingface(tiny_marian)
-    method = methods.adapter(4) + methods.scaled_parallel(4) + methods.lora(2)
+    method = methods.scaled_parallel(4) + methods.lora(2)  # which begin at the identity
     both = Seq2SeqModel(untouched.config, 2, method)
     adapters = both.init(jax.random.key(0), method="declare")["adapters"]
     romanian = jax.tree.map(
