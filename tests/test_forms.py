@@ -15,6 +15,7 @@ import transformers
 from torch.nn.functional import gelu, layer_norm
 
 from pals_jax.convert import from_huggingface
+from pals_jax.models import layers
 from pals_jax.models.adapters import methods
 from pals_jax.models.adapters.blocks import Blocks
 from pals_jax.models.adapters.forms import Context, Dense, Form, Param, ProjectedFeedForward
@@ -39,6 +40,16 @@ def ffn_blocks(params: Any, x: torch.Tensor) -> torch.Tensor:
         norm = {"weight": block["norm"]["scale"], "bias": block["norm"]["bias"]}
         z = layer_norm(z + y, (6,), **{k: torch.tensor(v) for k, v in norm.items()}, eps=1e-12)
     return torch_linear(params["up"], z)
+
+
+def test_gelu_and_its_derivative():
+    x = np.linspace(-9, 9, 721, dtype=np.float32)
+    given = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    expected = gelu(given)
+    expected.sum().backward()
+    y, backward = jax.vjp(layers.gelu, jnp.asarray(x))
+    np.testing.assert_allclose(y, expected.detach(), atol=1e-6)
+    np.testing.assert_allclose(backward(jnp.ones_like(y))[0], given.grad, atol=1e-6)
 
 
 @pytest.mark.parametrize(
