@@ -1,8 +1,9 @@
 """Texts for sources of any length: the sources' buckets, and the calls that they make.
 
 A source is computed in the smallest bucket that it fits, where several short ones share a row; each
-bucket is one program, compiled once. A text that needs more room than its bucket has is computed
-again in the next one. So most steps attend to few positions.
+bucket is one program, compiled once. So most steps attend to few positions. A text that needs more
+room than its bucket has is computed again, after all others, in a last bucket with few slots: such
+texts are rare, and they are the longest by far.
 """
 
 import functools
@@ -22,8 +23,30 @@ from pals_jax.models.task_rows import check_task_ids
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel
 
-LENGTHS = (32, 64, 128, 256, 512)  # of the rows of a bucket; the last has the model's own
+LENGTHS = (32, 64, 128, 256, 512)  # of the rows of a bucket; the longest are the model's own
 _POSITIONS = 8192  # of the sources of one call, whose keys and values are kept
+
+_FEWER = 4  # the last bucket has so many times fewer slots than the others
+
+
+class _Bucket(NamedTuple):
+    """What a program is compiled for, on each device.
+
+    Attributes:
+        length: J, of the rows of sources.
+        room: L, the most tokens of a text.
+        slots: S, how many sources a step continues.
+    """
+
+    length: int
+    room: int
+    slots: int
+
+    @property
+    def size(self) -> int:
+        """N, the most sources of a call."""
+        return self.slots * max(1, _POSITIONS // self.length // self.slots)
+
 
 # Of some sources, their indices and `program.Texts`.
 _Call: TypeAlias = Callable[[int, list[int]], tuple[np.ndarray, Texts]]
@@ -64,11 +87,16 @@ class Generator:
                 the settings is not in its vocabulary.
         """
         config.check(model.config)
-        positions = model.config.max_length
+        positions, longest = model.config.max_length, config.max_length
         self.model, self.config = model, config
         self._parallel = parallel or DataParallel.over(jax.local_devices()[:1])
-        self._slots = max(1, rows // config.num_beams)
-        self._lengths = (*(length for length in LENGTHS if length < positions), positions)
+        slots = max(1, rows // config.num_beams)
+        short = [length for length in LENGTHS if length < positions]
+        self._buckets = (
+            *(_Bucket(length, min(longest, 2 * length), slots) for length in short),
+            _Bucket(positions, longest, slots),
+            _Bucket(positions, longest, max(1, slots // _FEWER)),
+        )
         self._programs: dict[int, Any] = {}
 
     def __call__(
@@ -98,7 +126,7 @@ class Generator:
         starts = np.broadcast_to(np.asarray(begin, np.int32), len(sources))
         check_task_ids(self.model.num_tasks, *tasks.reshape(-1).tolist())
         lengths = [len(source) for source in sources]
-        waiting: list[list[int]] = [[] for _ in self._lengths]
+        waiting: list[list[int]] = [[] for _ in self._buckets]
         for index in sorted(range(len(sources)), key=lambda index: -lengths[index]):
             waiting[self._bucket(index, lengths[index])].append(index)
 
@@ -125,7 +153,7 @@ class Generator:
                 if index >= 0 and ended:
                     yield Generated(index, self._cut(tokens), float(score))
                 elif index >= 0:
-                    waiting[bucket + 1].append(index)
+                    waiting[-1].append(index)
 
     def _divided(self, bucket: int, chosen: list[int]) -> np.ndarray:
         """The sources of a call in the order of the devices, [devices, N]; -1 where there is none.
@@ -133,18 +161,20 @@ class Generator:
         They are dealt out in turn, so that each device has as many long ones.
         """
         devices = self._parallel.shards.total
-        order = np.full((devices, self._size(bucket) // devices), -1)
+        order = np.full((devices, self._buckets[bucket].size), -1)
         order.T.flat[: len(chosen)] = chosen
         return order
 
     def _next_call(self, waiting: list[list[int]], lengths: Sequence[int]) -> tuple[int, list[int]]:
-        """The longest bucket that has sources waiting, and those that are computed next.
+        """The bucket that is next, and those of its sources: the longest, but the last at the end.
 
         Shorter ones come along, to keep the slots busy while the longest text is written.
         """
-        bucket = max(bucket for bucket, indices in enumerate(waiting) if indices)
-        size, slots = self._size(bucket), self._slots * self._parallel.shards.total
-        enough = slots * lengths[waiting[bucket][0]]
+        last = len(waiting) - 1
+        bucket = max((i for i, indices in enumerate(waiting[:last]) if indices), default=last)
+        devices = self._parallel.shards.total
+        size = self._buckets[bucket].size * devices
+        enough = self._buckets[bucket].slots * devices * lengths[waiting[bucket][0]]
         chosen: list[int] = []
         for indices in reversed(waiting[: bucket + 1]):
             while indices and len(chosen) < size:
@@ -160,25 +190,20 @@ class Generator:
 
     def _bucket(self, index: int, length: int) -> int:
         """The index of the smallest bucket for a source of a length."""
-        if not 0 < length <= self._lengths[-1]:
+        most = self._buckets[-1].length
+        if not 0 < length <= most:
             raise UserError(
-                f"source {index} has {length} tokens; give from 1 to {self._lengths[-1]}, which is"
-                " as many as the model has positions."
+                f"source {index} has {length} tokens; give from 1 to {most}, which is as many as"
+                " the model has positions."
             )
-        return next(bucket for bucket, most in enumerate(self._lengths) if length <= most)
-
-    def _size(self, bucket: int) -> int:
-        """The most sources of a call of a bucket's program, N for each device."""
-        blocks = max(1, _POSITIONS // self._lengths[bucket] // self._slots)
-        return self._slots * blocks * self._parallel.shards.total
+        return next(i for i, bucket in enumerate(self._buckets) if length <= bucket.length)
 
     def _program(self, bucket: int) -> Any:
         """The compiled program of a bucket."""
         if bucket not in self._programs:
-            longest, is_last = self.config.max_length, bucket == len(self._lengths) - 1
-            room = longest if is_last else min(longest, 2 * self._lengths[bucket])
+            _, room, slots = self._buckets[bucket]
             axis_name = self._parallel.axis_name
-            program = make_generate(self.model, self.config, self._slots, room, axis_name)
+            program = make_generate(self.model, self.config, slots, room, axis_name)
             self._programs[bucket] = self._parallel.compile(program)
         return self._programs[bucket]
 
@@ -195,7 +220,7 @@ class Generator:
             [sources[i] for i in chosen],
             starts[chosen],
             tasks[chosen] if tasks.ndim else tasks,
-            (self._size(bucket) // self._parallel.shards.total, self._lengths[bucket]),
+            (self._buckets[bucket].size, self._buckets[bucket].length),
             prompt_length(self.model.method),
             self.config.pad_token_id,
         )
