@@ -143,7 +143,7 @@ def config(**changes: Any) -> GenerationConfig:
 
 @pytest.mark.slow
 def test_each_source_under_its_own_task_in_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More sources than slots, several in a row; a text too long for its bucket is computed again.
+    """More sources than slots, several in a row; texts too long for their bucket are computed again.
 
     Alone in its row, each has the same text.
     """
@@ -158,12 +158,13 @@ def test_each_source_under_its_own_task_in_few_programs(monkeypatch: pytest.Monk
     sources = [rng.integers(3, 31, n).tolist() for n in (2, 8, 1, 7, 17, 3, 6, 5)]
     tasks = [2, 0, 1, 1, 2, 0, 0, 2]
     mixed = in_order(generator(variables, sources, tasks))
-    assert generator.compilations == 4
+    assert generator.compilations == 3
     for text, source, task in zip(mixed, sources, tasks, strict=True):
         (alone,) = generator(variables, [source], [task])
         np.testing.assert_array_equal(text.tokens, alone.tokens)
         assert text.score == pytest.approx(alone.score, abs=1e-5)
-    assert generator.compilations == 8  # one task for all is a scalar; which one does not matter
+    # One task for all is a scalar; which one does not matter. One long text has the last bucket.
+    assert generator.compilations == 7
     assert len({tuple(text.tokens.tolist()) for text in mixed}) > 4
 
 

@@ -1,9 +1,9 @@
 """Texts for sources of any length: the sources' buckets, and the calls that they make.
 
 A source is computed in the smallest bucket that it fits, where several short ones share a row; each
-bucket is one program, compiled once. So most steps attend to few positions. A text that needs more
-room than its bucket has is computed again, after all others, in a last bucket with few slots: such
-texts are rare, and they are the longest by far.
+bucket is one program, compiled once. So most steps attend to few positions. Texts that need more
+room than their bucket has are computed again: many in the next bucket; few, which tend to be the
+longest by far, after all others in a last bucket with few slots.
 """
 
 import functools
@@ -149,11 +149,14 @@ class Generator:
         while any(waiting):
             bucket, chosen = self._next_call(waiting, lengths)
             order, texts = call(bucket, chosen)
+            outgrown = []
             for index, tokens, score, ended in zip(order.tolist(), *texts, strict=True):
                 if index >= 0 and ended:
                     yield Generated(index, self._cut(tokens), float(score))
                 elif index >= 0:
-                    waiting[-1].append(index)
+                    outgrown.append(index)
+            are_few = len(outgrown) <= self._buckets[-1].slots * self._parallel.shards.total
+            waiting[-1 if are_few else bucket + 1] += outgrown
 
     def _divided(self, bucket: int, chosen: list[int]) -> np.ndarray:
         """The sources of a call in the order of the devices, [devices, N]; -1 where there is none.
