@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from tqdm import tqdm
 
 from pals_jax.convert import from_huggingface
 from pals_jax.inference.generate import Generator
@@ -55,12 +56,13 @@ def main() -> None:
 
         ours()  # compiles
         tried = {
-            size: _timed(partial(with_pytorch, theirs, sources, beams, size))[0] for size in BATCHES
+            size: _timed(partial(with_pytorch, theirs, sources, beams, size))[0]
+            for size in tqdm(BATCHES, desc="batches of transformers")
         }
         size = min(tried, key=lambda size: tried[size])
         rounds = [
             (_timed(ours), _timed(partial(with_pytorch, theirs, sources, beams, size)))
-            for _ in range(args.rounds)
+            for _ in tqdm(range(args.rounds), desc="rounds")
         ]
         ratios = [other / own for (own, _), (other, _) in rounds]
         (_, texts), (_, expected) = rounds[0]
