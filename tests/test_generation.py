@@ -143,7 +143,7 @@ def config(**changes: Any) -> GenerationConfig:
 
 @pytest.mark.slow
 def test_each_source_under_its_own_task_in_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More sources than slots, several in a row; texts too long for their bucket are computed again.
+    """More sources than slots, several in a row; texts that outgrow a bucket are computed again.
 
     Alone in its row, each has the same text.
     """
