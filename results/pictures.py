@@ -1,5 +1,6 @@
 """One picture for each claim."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,14 @@ def draw(evidence: Evidence, claim: Claim, path: Path) -> bool:
 
 def _differences(evidence: Evidence, claim: Claim) -> Figure | None:
     """For each pair: the difference on each task and on their mean, with its 95% interval."""
-    figure = Figure(figsize=(7, 1.2 + 0.32 * (len(claim.tasks) + 1)), layout="constrained")
+    height = 1.2 + 0.32 * (len(claim.tasks) + 1) + 0.35 * len(claim.pairs)
+    figure = Figure(figsize=(7, height), layout="constrained")
     axes = figure.subplots()
     drawn = False
     for at, pair in enumerate(claim.pairs):
         colour, shift = COLOURS[at % len(COLOURS)], 0.18 * (at - (len(claim.pairs) - 1) / 2)
         one, other = (evidence.claims.arms[name].title for name in pair)
-        label = f"{one} minus {other}"
+        label = textwrap.fill(f"{one} minus {other}".replace("`", ""), 90)
         for row, tasks in enumerate([*((task,) for task in claim.tasks), claim.tasks]):
             found = evidence.on(claim, pair, tasks)
             if found is None:
@@ -47,7 +49,7 @@ def _differences(evidence: Evidence, claim: Claim) -> Figure | None:
     axes.set_yticks(range(len(claim.tasks) + 1), [*claim.tasks, "mean"])
     axes.invert_yaxis()
     axes.set_xlabel("difference in points, with its 95% interval")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
