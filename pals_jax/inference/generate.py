@@ -25,8 +25,7 @@ from pals_jax.runtime.parallel import DataParallel
 
 LENGTHS = (32, 64, 128, 256, 512)  # of the rows of a bucket; the longest are the model's own
 _POSITIONS = 8192  # of the sources of one call, whose keys and values are kept
-
-_FEWER = 4  # the last bucket has so many times fewer slots than the others
+_FEWER = 4  # the last bucket has a quarter of the others' slots
 
 
 class _Bucket(NamedTuple):
@@ -169,9 +168,9 @@ class Generator:
         return order
 
     def _next_call(self, waiting: list[list[int]], lengths: Sequence[int]) -> tuple[int, list[int]]:
-        """The bucket that is next, and those of its sources: the longest, but the last at the end.
+        """The next bucket and its sources: the longest that has any; the last when no other has.
 
-        Shorter ones come along, to keep the slots busy while the longest text is written.
+        Shorter sources come along, to keep the slots busy while the longest text is written.
         """
         last = len(waiting) - 1
         bucket = max((i for i, indices in enumerate(waiting[:last]) if indices), default=last)
