@@ -24,6 +24,7 @@ from pals_jax.inference.generation.config import GenerationConfig, read_generati
 from pals_jax.models.adapters import methods
 from pals_jax.models.seq2seq import Seq2SeqModel
 from pals_jax.runtime.errors import UserError
+from pals_jax.runtime.parallel import DataParallel
 
 TOKENS = {"decoder_start_token_id": 1, "eos_token_id": 2, "pad_token_id": 1}
 
@@ -148,7 +149,7 @@ def test_each_source_under_its_own_task_in_few_programs(monkeypatch: pytest.Monk
     Alone in its row, each has the same text.
     """
     monkeypatch.setattr(generate, "LENGTHS", (4, 16))
-    monkeypatch.setattr(generate, "_POSITIONS", 64)
+    monkeypatch.setattr(generate, "_POSITIONS", 16)
     method = methods.lora(2) + methods.pals(6, 3) + methods.prompt_tuning(3)
     model = tiny.seq2seq(method, max_position_embeddings=24)
     variables = tiny.variables(model)
@@ -158,14 +159,39 @@ def test_each_source_under_its_own_task_in_few_programs(monkeypatch: pytest.Monk
     sources = [rng.integers(3, 31, n).tolist() for n in (2, 8, 1, 7, 17, 3, 6, 5)]
     tasks = [2, 0, 1, 1, 2, 0, 0, 2]
     mixed = in_order(generator(variables, sources, tasks))
-    assert generator.compilations == 3
+    assert generator.compilations == 4
     for text, source, task in zip(mixed, sources, tasks, strict=True):
         (alone,) = generator(variables, [source], [task])
         np.testing.assert_array_equal(text.tokens, alone.tokens)
         assert text.score == pytest.approx(alone.score, abs=1e-5)
-    # One task for all is a scalar; which one does not matter. One long text has the last bucket.
-    assert generator.compilations == 7
+    # One task for all is a scalar, which one does not matter: each bucket has another program.
+    assert generator.compilations == 8
     assert len({tuple(text.tokens.tolist()) for text in mixed}) > 4
+
+
+@pytest.mark.parametrize("num_tasks", [1, 5])
+def test_calls_take_every_source_once_and_are_full(num_tasks: int) -> None:
+    """Whatever their lengths, dealt out to three devices; no call has more than its rows hold."""
+    parallel = DataParallel.over(jax.local_devices()[:3])
+    generator = Generator(tiny.seq2seq(max_position_embeddings=300), config(), parallel=parallel)
+    rng = np.random.default_rng(0)
+    lengths, tasks = rng.geometric(0.03, 3000).clip(max=300), rng.integers(0, num_tasks, 3000)
+    order = np.argsort(-lengths)
+    waiting: list[list[int]] = [[] for _ in generator._buckets]
+    for index in order:
+        waiting[generator._bucket(index, lengths[index])].append(index)
+    taken, filled = [], []
+    while any(waiting):
+        bucket, chosen = generator._next_call(waiting, lengths, tasks)
+        taken += chosen
+        rows, length = generator._buckets[bucket].rows, generator._buckets[bucket].length
+        filled.append(lengths[chosen].sum() / (3 * rows * length))
+        for shard in generator._divided(bucket, chosen):
+            mine = shard[shard >= 0]
+            (placed,) = generator._packing(bucket).place((tasks[mine], lengths[mine]))
+            assert placed.row.max() < rows
+    assert sorted(taken) == list(range(3000))
+    assert min(filled[:-1]) > 0.5  # a source of half a row may leave the rest empty
 
 
 @pytest.mark.slow

@@ -228,6 +228,10 @@ class Packed:
         shapes = ", ".join(f"{s.rows} x {' and '.join(map(str, s.room))}" for s in self.shapes)
         return f"packed into these shapes (rows x positions), compiled as they occur: {shapes}"
 
+    def holds(self, *batches: Sizes) -> bool:
+        """Whether the last shape holds each of the batches."""
+        return all(self._placed(self.shapes[-1], *batch) is not None for batch in batches)
+
     def place(self, *batches: Sizes) -> list[Placement]:
         """Places the examples of each batch; no row holds two tasks, and all have one shape."""
         for shape in self.shapes:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 
+from pals_jax.data.packing import Packed
 from pals_jax.inference.generation.config import GenerationConfig
 from pals_jax.inference.generation.program import Texts, make_generate
 from pals_jax.inference.generation.sources import Sources
@@ -24,7 +25,8 @@ from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel
 
 LENGTHS = (32, 64, 128, 256, 512)  # of the rows of a bucket; the longest are the model's own
-_POSITIONS = 8192  # of the sources of one call, whose keys and values are kept
+_POSITIONS = 4096  # of the rows of a call, whose keys and values are kept
+_IN_A_ROW = 4  # the most sources of a call, for each row
 _FEWER = 4  # the last bucket has a quarter of the others' slots
 
 
@@ -42,9 +44,14 @@ class _Bucket(NamedTuple):
     slots: int
 
     @property
+    def rows(self) -> int:
+        """R, the rows of sources of a call."""
+        return max(self.slots, _POSITIONS // self.length)
+
+    @property
     def size(self) -> int:
-        """N, the most sources of a call."""
-        return self.slots * max(1, _POSITIONS // self.length // self.slots)
+        """N, the most sources of a call, which share these rows."""
+        return self.rows * _IN_A_ROW
 
 
 # Of some sources, their indices and `program.Texts`.
@@ -139,14 +146,16 @@ class Generator:
             stacked = jax.tree.map(lambda *x: np.stack(x), *given)
             return order.reshape(-1), jax.device_get(self._program(bucket)(variables, stacked))
 
-        return self._generate(waiting, lengths, call)
+        return self._generate(
+            waiting, np.array(lengths), np.broadcast_to(tasks, len(sources)), call
+        )
 
     def _generate(
-        self, waiting: list[list[int]], lengths: Sequence[int], call: _Call
+        self, waiting: list[list[int]], lengths: np.ndarray, tasks: np.ndarray, call: _Call
     ) -> Iterator[Generated]:
         """The texts, by `call` for some sources of a bucket; `waiting` has those of each bucket."""
         while any(waiting):
-            bucket, chosen = self._next_call(waiting, lengths)
+            bucket, chosen = self._next_call(waiting, lengths, tasks)
             order, texts = call(bucket, chosen)
             outgrown = []
             for index, tokens, score, ended in zip(order.tolist(), *texts, strict=True):
@@ -167,23 +176,34 @@ class Generator:
         order.T.flat[: len(chosen)] = chosen
         return order
 
-    def _next_call(self, waiting: list[list[int]], lengths: Sequence[int]) -> tuple[int, list[int]]:
+    def _next_call(
+        self, waiting: list[list[int]], lengths: np.ndarray, tasks: np.ndarray
+    ) -> tuple[int, list[int]]:
         """The next bucket and its sources: the longest that has any; the last when no other has.
 
-        Shorter sources come along, to keep the slots busy while the longest text is written.
+        Shorter ones fill the call, to keep the slots busy while the longest text is written.
         """
         last = len(waiting) - 1
         bucket = max((i for i, indices in enumerate(waiting[:last]) if indices), default=last)
-        devices = self._parallel.shards.total
-        size = self._buckets[bucket].size * devices
-        enough = self._buckets[bucket].slots * devices * lengths[waiting[bucket][0]]
-        chosen: list[int] = []
-        for indices in reversed(waiting[: bucket + 1]):
-            while indices and len(chosen) < size:
-                if indices is not waiting[bucket] and sum(lengths[i] for i in chosen) >= enough:
-                    break
-                chosen.append(indices.pop(0))
+        order = [index for indices in reversed(waiting[: bucket + 1]) for index in indices]
+        chosen = order[: self._buckets[bucket].size * self._parallel.shards.total]
+        while not self._fit(bucket, chosen, lengths, tasks):
+            chosen = chosen[: len(chosen) * 7 // 8]
+        left = set(order) - set(chosen)
+        for i in range(bucket + 1):
+            waiting[i] = [index for index in waiting[i] if index in left]
         return bucket, chosen
+
+    def _fit(self, bucket: int, chosen: list[int], lengths: np.ndarray, tasks: np.ndarray) -> bool:
+        """Whether the rows of each device hold these sources."""
+        order = self._divided(bucket, chosen)
+        shards = [shard[shard >= 0] for shard in order]
+        return self._packing(bucket).holds(*((tasks[s], lengths[s]) for s in shards if s.size))
+
+    def _packing(self, bucket: int) -> Packed:
+        """How a device packs the sources of a call."""
+        shape = self._buckets[bucket].rows, self._buckets[bucket].length
+        return Packed.into(*shape, prompts=prompt_length(self.model.method))
 
     @property
     def compilations(self) -> int:
@@ -222,8 +242,8 @@ class Generator:
             [sources[i] for i in chosen],
             starts[chosen],
             tasks[chosen] if tasks.ndim else tasks,
-            (self._buckets[bucket].size, self._buckets[bucket].length),
-            prompt_length(self.model.method),
+            self._buckets[bucket].size,
+            self._packing(bucket),
             self.config.pad_token_id,
         )
 

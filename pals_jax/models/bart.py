@@ -133,20 +133,20 @@ class Vocabulary(nn.Module):
         scale = self.config.d_model**0.5 if self.config.scale_embedding else 1.0
         return self.embedding[ids].astype(self.dtype) * scale
 
-    def logits(self, h: Array, columns: Array | None = None) -> Array:
-        """[B, L, D] -> float32 [B, L, V]. The bias is not trained, as in the original codes.
-
-        Args:
-            h: the hidden states.
-            columns: `self.columns()`, where they are computed once for many calls.
-        """
-        columns = self.columns() if columns is None else columns
-        logits = jnp.einsum("bld,dv->blv", h, columns, preferred_element_type=jnp.float32)
+    def logits(self, h: Array) -> Array:
+        """[B, L, D] -> float32 [B, L, V]. The bias is not trained, as in the original codes."""
+        logits = jnp.einsum("bld,vd->blv", h, self.words(), preferred_element_type=jnp.float32)
         return logits + jax.lax.stop_gradient(self.logits_bias)[None, None]
 
-    def columns(self) -> Array:
-        """The words as columns, [D, V] in `dtype`: a product with few rows is faster with them."""
-        return self.embedding.astype(self.dtype).T
+    def words(self) -> Array:
+        """[V, D] in `dtype`."""
+        return self.embedding.astype(self.dtype)
+
+    def next_logits(self, h: Array, words: Array) -> Array:
+        """What `logits` gives, for so few positions that a product is faster with `words` first."""
+        product = jnp.einsum("vd,bld->vbl", words, h, preferred_element_type=jnp.float32)
+        logits = jnp.moveaxis(product + self.logits_bias[:, None, None], 0, -1)
+        return jax.lax.optimization_barrier(logits)  # or XLA:CPU transposes for each of its readers
 
 
 class BartEmbeddings(Block):

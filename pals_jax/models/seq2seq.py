@@ -267,18 +267,22 @@ class Seq2SeqModel(nn.Module):
         params = {"params": self.parts["vocabulary"]}
         return cast(Array, module.apply(params, *inputs, **kwargs))
 
-    def logits(self, hidden: Array, columns: Array | None = None) -> Array:
-        """The decoder's last hidden states [B, L, D] -> float32 [B, L, V].
+    def logits(self, hidden: Array) -> Array:
+        """The decoder's last hidden states [B, L, D] -> float32 [B, L, V]."""
+        return self._vocabulary(hidden, method="logits")
+
+    def next_logits(self, hidden: Array, words: Array) -> Array:
+        """The same for a step of generation, [B, K, D] -> float32 [B, K, V].
 
         Args:
             hidden: the hidden states.
-            columns: `self.columns()`, where they are computed once for many calls.
+            words: `self.words()`, which is computed once for all steps.
         """
-        return self._vocabulary(hidden, columns, method="logits")
+        return self._vocabulary(hidden, words, method="next_logits")
 
-    def columns(self) -> Array:
-        """The words as columns, [D, V] in `dtype`."""
-        return self._vocabulary(method="columns")
+    def words(self) -> Array:
+        """The words' vectors, [V, D] in `dtype`."""
+        return self._vocabulary(method="words")
 
     def _by_row(
         self, run: Callable[..., Any], task_ids: Array, packing: Packing | None, *inputs: Any

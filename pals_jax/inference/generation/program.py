@@ -5,7 +5,8 @@ source takes its slot, so that short texts do not wait for long ones. Positions 
 between slots, but all slots write to the same place of the key-value cache, which is a ring. Nor do
 beams move in the cache: a live text knows in which beam each of its positions was computed.
 
-Dimension letters: see `pals_jax.models.layers`; S slots, N sources, K beams, L tokens of a text.
+Dimension letters: see `pals_jax.models.layers`; S slots, N sources in R rows, K beams, L tokens of
+a text.
 """
 
 import dataclasses
@@ -82,7 +83,7 @@ def make_generate(
     Args:
         model: the model.
         config: the settings of the search.
-        slots: S, the number of sources in a step; it divides N.
+        slots: S, the number of sources in a step.
         room: L, the most tokens of a text.
         axis_name: of the devices, each with its own sources; every device returns the texts of all
             of them, in device order. None: there is one device.
@@ -90,8 +91,8 @@ def make_generate(
 
     def generate(variables: optax.Params, sources: Sources) -> Texts:
         layers = unstacked(variables["params"]["decoder"]["layers"])
-        columns = cast(Array, model.apply(variables, method="columns"))
-        loop = _Loop(model, config, slots, room, variables, layers, columns, sources)
+        words = cast(Array, model.apply(variables, method="words"))
+        loop = _Loop(model, config, slots, room, variables, layers, words, sources)
         texts = loop.texts()
         return texts if axis_name is None else lax.all_gather(texts, axis_name, tiled=True)
 
@@ -103,7 +104,7 @@ class _Loop:
     """The loop, while it is traced.
 
     Attributes, beside the arguments above, are what is computed once for all steps: `layers` of the
-    decoder, `unstacked`, and `columns` of the vocabulary.
+    decoder, `unstacked`, and the `words` of the vocabulary.
     """
 
     model: Seq2SeqModel
@@ -112,13 +113,13 @@ class _Loop:
     room: int
     variables: optax.Params
     layers: tuple[Any, ...]
-    columns: Array
+    words: Array
     sources: Sources
 
     @property
     def none(self) -> int:
         """N, the index of no source."""
-        return len(self.sources.input_ids)
+        return len(self.sources.start)
 
     def texts(self) -> Texts:
         """The texts for all sources."""
@@ -134,9 +135,10 @@ class _Loop:
         return self.model.apply(self.variables, *inputs, method=method)
 
     def _read_all(self) -> ReadSource:
-        """What the steps need of the rows of sources, leaves [N, ...]; read in blocks of rows."""
+        """What the steps need of the rows of sources, leaves [R, ...]; read in blocks of rows."""
         sources, task_ids = self.sources, self.sources.row_tasks()
-        size = min(self.none, max(1, _BLOCK // sources.input_ids.shape[1]))
+        rows, length = sources.input_ids.shape
+        size = min(rows, max(1, _BLOCK // length))
 
         def block_of(x: Any, first: Array) -> Array:
             return lax.dynamic_slice_in_dim(x, first, size)
@@ -149,11 +151,11 @@ class _Loop:
             return cast(ReadSource, self._apply("read", self.layers, *texts, tasks, packing))
 
         def next_block(block: Array, read: ReadSource) -> ReadSource:
-            first = jnp.minimum(block * size, self.none - size)
+            first = jnp.minimum(block * size, rows - size)
             put = lambda old, x: lax.dynamic_update_slice_in_dim(old, x, first, 0)  # noqa: E731
             return jax.tree.map(put, read, read_block(first))
 
-        empty = _zeros(jax.eval_shape(read_block, jnp.zeros((), jnp.int32)), self.none)
+        empty = _zeros(jax.eval_shape(read_block, jnp.zeros((), jnp.int32)), rows)
         return lax.fori_loop(0, (sources.rows + size - 1) // size, next_block, empty)
 
     def _first_state(self, read: ReadSource) -> _State:
@@ -197,7 +199,7 @@ class _Loop:
         before = (state.place - 1) % self.room * beams
         state = state._replace(entries=kv_cache.write(state.entries, state.left, before))
         hidden, left = self._decode(state)
-        logits = self._apply("logits", hidden, self.columns)
+        logits = self._apply("next_logits", hidden, self.words)
         search, parents = jax.vmap(search_on)(state.search, logits)
         here = (jnp.arange(self.room) == state.place)[None, None]
         beam_at = jnp.where(here, jnp.arange(beams)[None, :, None], state.beam_at)

@@ -1,6 +1,6 @@
 """The sources of a call: several short ones share a row, as the examples of a training step do.
 
-Dimension letters: see `pals_jax.models.layers`; N sources, J positions of a row of sources.
+Dimension letters: see `pals_jax.models.layers`; N sources in R rows of J positions.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from pals_jax.data.packing import Packed
 
 
 class Sources(NamedTuple):
-    """What texts are generated for: at most N sources, in at most N rows of one task each.
+    """What texts are generated for: at most N sources, in at most R rows of one task each.
 
     Attributes:
-        input_ids: int [N, J]; of the rows.
-        segment_ids: int [N, J]; 0 at padding, else, from 1, which of its row's sources a position
+        input_ids: int [R, J]; of the rows.
+        segment_ids: int [R, J]; 0 at padding, else, from 1, which of its row's sources a position
             belongs to.
-        first: int [N, M]; the position of the first token of each source of a row.
+        first: int [R, M]; the position of the first token of each source of a row.
         rows: int scalar; how many rows there are, the first ones.
-        row: int [N]; the row of each source, N if there is no such source.
+        row: int [N]; the row of each source, R if there is no such source.
         segment: int [N]; which of its row's sources it is, from 1.
         start: int [N]; the token that each text begins with.
         present: int scalar; how many of the N sources there are, the first ones.
@@ -45,8 +45,8 @@ class Sources(NamedTuple):
         texts: Sequence[Sequence[int] | np.ndarray],
         start: np.ndarray,
         task_ids: np.ndarray,
-        shape: tuple[int, int],
-        prompts: int,
+        count: int,
+        packing: Packed,
         pad: int,
     ) -> "Sources":
         """Packs sources into as few rows as possible.
@@ -55,18 +55,17 @@ class Sources(NamedTuple):
             texts: the tokens of each source.
             start: int [n]; see above.
             task_ids: int, a scalar or [n]; see above.
-            shape: N and J.
-            prompts: the number of positions that the model adds to each source.
+            count: N.
+            packing: packs into R rows of J positions, which hold the sources.
             pad: the token of padding.
         """
-        (count, length), present = shape, len(texts)
-        packed = Packed.into(count, length, prompts=prompts)
+        (shape,), present = packing.shapes, len(texts)
         ids, segment_ids = np.full(shape, pad, np.int32), np.zeros(shape, np.int32)
-        first = np.zeros((count, length // packed.least), np.int32)
-        row, segment = np.full(count, count, np.int32), np.zeros(count, np.int32)
+        first = np.zeros((shape.rows, shape.length // packing.least), np.int32)
+        row, segment = np.full(count, shape.rows, np.int32), np.zeros(count, np.int32)
         if present:
             lengths = np.array([len(text) for text in texts])
-            (placed,) = packed.place((np.broadcast_to(task_ids, present), lengths))
+            (placed,) = packing.place((np.broadcast_to(task_ids, present), lengths))
             row[:present], segment[:present] = placed.row, placed.slot + 1
             first[placed.row, placed.slot] = placed.start
             places = zip(texts, placed.row, placed.start, placed.slot, strict=True)
@@ -91,10 +90,11 @@ class Sources(NamedTuple):
         return self.task_ids if self.task_ids.ndim == 0 else self.task_ids[source]
 
     def row_tasks(self) -> Array | np.ndarray:
-        """The tasks of the rows: int, a scalar or [N]."""
+        """The tasks of the rows: int, a scalar or [R]."""
         if self.task_ids.ndim == 0:
             return self.task_ids
-        return jnp.zeros_like(self.task_ids).at[self.row].set(self.task_ids, mode="drop")
+        tasks = jnp.zeros(len(self.input_ids), self.task_ids.dtype)
+        return tasks.at[self.row].set(self.task_ids, mode="drop")
 
 
 def _filled(x: np.ndarray, count: int) -> np.ndarray:
