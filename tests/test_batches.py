@@ -143,14 +143,12 @@ def test_a_packed_batch_holds_them_too():
     np.testing.assert_array_equal(batch.input_ids[batch.attention_mask == 0], 7)
 
 
-def test_the_tasks_that_may_move():
+def test_the_tasks_with_slots():
     """Those drawn, and any other where a batch has fewer tasks than groups; nothing means all."""
     draw = Draw(np.array([1, 1], np.int32), np.array([[1, 0], [1, 0]]))
     one = batches(Padded(4, 12), first_task=3, num_tasks=5)(draw)
     np.testing.assert_array_equal(one.slot_tasks, [[4, 0]])
     np.testing.assert_array_equal(one.task_ids, [[4] * 4])
-    every = batches(Padded(4, 12), first_task=3, num_tasks=5, all_may_move=True)(draw)
-    assert every.slot_tasks is None
     assert batches(Padded(4, 12), num_tasks=2)(draw).slot_tasks is None
 
 

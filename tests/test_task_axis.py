@@ -27,16 +27,19 @@ class Training:
         self.model = MultiTaskModel(tiny.config(num_hidden_layers=1), num_outputs, METHOD)
         self.config = tiny.optimizer_config(name, learning_rate=0.01, clip=0.2)
         self.optimizer, _ = make_optimizer(self.config, len(num_outputs), tiny.TOTAL_STEPS)
-        self.step = jax.jit(make_train_step(self.model, self.optimizer, seed=0))
+        moves_idle = moves_idle_tasks(self.config)
+        self.step = jax.jit(
+            make_train_step(self.model, self.optimizer, seed=0, moves_idle_tasks=moves_idle)
+        )
         self.apply = jax.jit(self.model.apply)
 
     def batch(self, drawn: tuple[int, int], seed: int) -> Batch:
-        """Says which tasks may move as the trainer's batches do."""
+        """Says which tasks have slots as the trainer's batches do."""
         batch, every = tiny.batch(drawn, seed=seed), np.arange(len(self.model.num_outputs))
-        if moves_idle_tasks(self.config) or len(every) <= 2:
+        if len(every) <= 2:
             return batch
-        may_move = np.append(np.unique(drawn), np.setdiff1d(every, drawn))[:2]
-        return batch.replace(slot_tasks=may_move.astype(np.int32))
+        slot_tasks = np.append(np.unique(drawn), np.setdiff1d(every, drawn))[:2]
+        return batch.replace(slot_tasks=slot_tasks.astype(np.int32))
 
     def start(self) -> TrainState:
         variables = jax.jit(lambda: init_variables(self.model, jax.random.key(0)))()

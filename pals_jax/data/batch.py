@@ -46,8 +46,7 @@ class Batch(struct.PyTreeNode):
         task_ids: int32 [G]; on the model's task axis, the tasks of G equal, consecutive groups of
             rows.
         slot_tasks: int32 [U]; on the model's task axis, the task of each of the U slots of a step.
-            They differ and include all of `task_ids`; the step changes no other task. None: it may
-            change all.
+            They differ and include all of `task_ids`. None: every task has a slot.
         hidden: [B, L, D] in the compute dtype; the hidden states below the first adapter, from
             which the encoder starts. None: it starts from the tokens.
         target_texts: the targets that are texts. None: the targets are numbers.

@@ -40,7 +40,6 @@ class TrainBatches:
         shards: how the rows are divided among devices.
         first_task: the index of the first trained task on the model's task axis.
         num_tasks: T, the length of that axis.
-        all_may_move: whether the optimiser also changes tasks that are not drawn.
     """
 
     splits: Sequence[TokenizedSplit]
@@ -49,7 +48,6 @@ class TrainBatches:
     shards: Shards
     first_task: int
     num_tasks: int
-    all_may_move: bool = False
 
     def __call__(self, *draws: Draw) -> Batch:
         """This host's part of the batch; every array has a leading axis [s] of its shards.
@@ -79,11 +77,11 @@ class TrainBatches:
             of_rows = _of_rows(tasks, placement, self.shards)
         task_ids = self.shards.split(of_rows.astype(np.int32) + self.first_task)
         batch = _batch(items, placement, task_ids, self.layout, self.shards)
-        if self.all_may_move or len(draw.trained_ids) >= self.num_tasks:
+        if len(draw.trained_ids) >= self.num_tasks:
             return batch
-        return batch.replace(slot_tasks=np.tile(self._may_move(draw), (self.shards.local, 1)))
+        return batch.replace(slot_tasks=np.tile(self._slot_tasks(draw), (self.shards.local, 1)))
 
-    def _may_move(self, draw: Draw) -> np.ndarray:
+    def _slot_tasks(self, draw: Draw) -> np.ndarray:
         """int32 [U]: the drawn tasks, filled up with others if they are fewer than the groups."""
         every = np.arange(self.num_tasks, dtype=np.int32)
         is_drawn = np.isin(every, draw.trained_ids + self.first_task)

@@ -28,7 +28,7 @@ from pals_jax.data.tokenize import encode_once
 from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.experiment import config as config_lib
 from pals_jax.experiment.families import Family, Tokenizer, family_of
-from pals_jax.experiment.optim import make_optimizer, moves_idle_tasks
+from pals_jax.experiment.optim import make_optimizer
 from pals_jax.models.adapters.parse import parse_method, title
 from pals_jax.models.adapters.spec import prompt_length
 from pals_jax.models.architectures import Architecture, Model, new_model
@@ -191,7 +191,6 @@ class Experiment:
             shards,
             first_task=num_tasks - len(splits),
             num_tasks=num_tasks,
-            all_may_move=moves_idle_tasks(config.optimizer),
         )
 
     def eval_batches(

@@ -104,6 +104,22 @@ def scatter(tree: Tree, tasks: Array | None, rows: Tree) -> Tree:
     return jax.lax.fori_loop(0, max(count, 2), write, tree)
 
 
+def spread(rows: Tree, tasks: Array | None, count: int) -> Tree:
+    """Leaves [T, ...] of `count` tasks: `rows` [U, ...] as those of `tasks`, zeros elsewhere.
+
+    It is elementwise, so that XLA makes it a part of what reads it.
+    """
+    if tasks is None:
+        return rows
+    is_row = tasks[None] == jnp.arange(count)[:, None]
+
+    def one(x: Array) -> Array:
+        here = is_row.reshape(*is_row.shape, *[1] * (x.ndim - 1))
+        return jnp.where(here, x[None], jnp.zeros((), x.dtype)).sum(axis=1)
+
+    return jax.tree.map(one, rows)
+
+
 def fresh(
     config: Architecture,
     num_outputs: Sequence[int],

@@ -8,10 +8,13 @@ sharding of weight update in data-parallel training"; ZeRO.)
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
+from jax import Array
 
 Tree = TypeVar("Tree")
 Path = tuple[str, ...]  # the keys of a leaf in nested dictionaries
@@ -54,7 +57,7 @@ class Division:
         Args:
             path: as `jax.tree_util.tree_map_with_path` gives it.
         """
-        return self.axes.get(tuple(key.key for key in path if isinstance(key, _DictKey)))
+        return self.axes.get(_keys(path))
 
     def axes_of(self, tree: Any) -> Any:
         """The tree of its leaves' axes, None for those that are whole."""
@@ -70,39 +73,66 @@ class Division:
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
-    def sum(self, tree: Tree, dtype: Any = None) -> Tree:
+    def sum(self, tree: Tree, dtype: Any = None, rows: Mapping[Path, Array] | None = None) -> Tree:
         """The sums of whole leaves over all devices; of divided leaves, this device's part.
 
         Args:
             tree: the leaves.
             dtype: in which they are exchanged and summed. None: in their own.
+            rows: for the paths of some tables [V, D], int [n]: all other rows are zero on this
+                device. Of these tables only the rows are exchanged, and summed in float32.
         """
         if self.axis_name is None:
             return tree
-        if dtype is not None:
-            tree = jax.tree.map(lambda x: x.astype(dtype), tree)
+        rows = rows or {}
 
-        def part(path: Any, x: Any) -> Any:
+        def cast(x: Array) -> Array:
+            return x if dtype is None else x.astype(dtype)
+
+        def one(path: Any, x: Any) -> Any:
+            if (of_table := rows.get(_keys(path))) is not None:
+                return self._sum_of_rows(x, of_table, cast)
             axis = self.axis(path)
-            return jax.lax.psum_scatter(x, self.axis_name, scatter_dimension=axis, tiled=True)
+            return jax.lax.psum_scatter(cast(x), self.axis_name, scatter_dimension=axis, tiled=True)
 
-        return self._map(part, lambda leaves: jax.lax.psum(leaves, self.axis_name), tree)
+        def together(leaves: Any) -> Any:
+            return jax.lax.psum(jax.tree.map(cast, leaves), self.axis_name)
+
+        leaves = _leaves(tree)
+        apart = [_keys(path) in rows or self.axis(path) is not None for path, _ in leaves]
+        return _map(apart, one, together, tree)
+
+    def _sum_of_rows(self, x: Array, rows: Array, cast: Any) -> Array:
+        """The sum of tables [V, D], each of which is zero but for its device's `rows`, int [n]."""
+        is_first = (rows[:, None] == rows[None]).argmax(axis=1) == jnp.arange(len(rows))
+        mine = cast(jnp.where(is_first[:, None], x[rows], jnp.zeros((), x.dtype)))
+        gather = partial(jax.lax.all_gather, axis_name=self.axis_name, tiled=True)
+        return jnp.zeros(x.shape, jnp.float32).at[gather(rows)].add(gather(mine))
 
     def totals(self, tree: Tree) -> Tree:
         """Sums over the devices of what each has computed of its part; other leaves are kept."""
-        of_parts = [x for path, x in _leaves(tree) if self.axis(path) is not None]
-        totals = iter(jax.lax.psum(of_parts, self.axis_name) if of_parts else ())
-        return self._map(lambda path, _: next(totals), lambda leaves: leaves, tree)
-
-    def _map(self, part: Any, whole: Any, tree: Any) -> Any:
-        """`part(path, x)` of divided leaves, and `whole` of the list of the others."""
-        leaves = _leaves(tree)
-        others = iter(whole([x for path, x in leaves if self.axis(path) is None]))
-        mapped = [next(others) if self.axis(p) is None else part(p, x) for p, x in leaves]
-        return jax.tree.unflatten(jax.tree.structure(tree), mapped)
+        apart = [self.axis(path) is None for path, _ in _leaves(tree)]
+        return _map(
+            apart,
+            lambda path, x: x,
+            lambda of_parts: jax.lax.psum(of_parts, self.axis_name) if of_parts else [],
+            tree,
+        )
 
 
 _DictKey = jax.tree_util.DictKey
+
+
+def _keys(path: Any) -> Path:
+    return tuple(key.key for key in path if isinstance(key, _DictKey))
+
+
+def _map(apart: list[bool], one: Any, together: Any, tree: Any) -> Any:
+    """`one(path, x)` of the leaves that are apart, and `together` of the list of the others."""
+    leaves = list(zip(apart, _leaves(tree), strict=True))
+    others = iter(together([x for alone, (_, x) in leaves if not alone]))
+    mapped = [one(path, x) if alone else next(others) for alone, (path, x) in leaves]
+    return jax.tree.unflatten(jax.tree.structure(tree), mapped)
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:

@@ -20,7 +20,8 @@ from pals_jax.models.adapters.bound import overlay
 from pals_jax.models.architectures import Model, num_tasks
 from pals_jax.models.compute_dtype import in_compute_dtype
 from pals_jax.models.dropout import mask_key
-from pals_jax.models.task_axis import gather, scatter
+from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.models.task_axis import gather, scatter, spread
 from pals_jax.runtime.division import Division
 from pals_jax.runtime.errors import UserError
 from pals_jax.training.losses import loss_weights, summed_loss
@@ -95,6 +96,14 @@ def _slots(batch: Batch, count: int) -> tuple[Array, int]:
     return jnp.where(found.any(axis=1), found.argmax(axis=1), num_slots), num_slots
 
 
+def _rows_of_tables(model: Model, batch: Batch) -> dict[tuple[str, ...], Array]:
+    """The rows of BERT's words that a batch reads: for `Division.sum`, where it saves traffic."""
+    words = batch.input_ids.reshape(-1)
+    if isinstance(model, MultiTaskModel) and words.size < model.config.vocab_size // 4:
+        return {("params", "encoder", "embeddings", "word", "embedding"): words}
+    return {}
+
+
 def create_state(
     variables: optax.Params, rules: Sequence[str], optimizer: optax.GradientTransformation
 ) -> TrainState:
@@ -109,6 +118,7 @@ def make_train_step(
     seed: int,
     division: Division | None = None,
     label_smoothing: float = 0.0,
+    moves_idle_tasks: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The pure training step.
 
@@ -125,31 +135,41 @@ def make_train_step(
             computation, and divided once, so that every division of the batch gives the same step.
             None: there is one device.
         label_smoothing: of the loss of target texts; see `losses.token_losses`.
+        moves_idle_tasks: whether the optimiser changes tasks without a slot, too; see
+            `experiment.optim.moves_idle_tasks`.
     """
     division = division or Division()
+
+    def in_slots(tree: optax.Params, slot_tasks: Array | None) -> optax.Params:
+        return {k: gather(x, slot_tasks) if k == TASKS else x for k, x in tree.items()}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key, slot_tasks = mask_key(seed, state.step), batch.slot_tasks
         slot_ids, num_slots = _slots(batch, num_tasks(model))
-        # Gather only the parameters of the slots' tasks, and scatter them back at the end.
-        every = state.trainable.get(TASKS, {}), task_trees(state.opt_state)
-        of_tasks, opt_trees = gather(every, slot_tasks)
-        before = state.trainable | ({TASKS: of_tasks} if of_tasks else {})
-        frozen = {k: gather(v, slot_tasks) if k == TASKS else v for k, v in state.frozen.items()}
+        frozen, whole = (in_slots(x, slot_tasks) for x in (state.frozen, state.trainable))
 
         def loss_fn(trainable: optax.Params) -> Array:
             variables, rngs = overlay(frozen, trainable), {"dropout": key}
             return summed_loss(model, variables, batch, slot_ids, label_smoothing, rngs=rngs)
 
-        whole = before
         if division.axes:  # what a device gathers, it needs only as the model casts it
-            whole = division.gather(in_compute_dtype(before, model.dtype))
+            whole = division.gather(in_compute_dtype(whole, model.dtype))
+            whole = jax.lax.optimization_barrier(whole)
         loss, grads = jax.value_and_grad(loss_fn)(whole)
         # A task whose examples all have weight 0 does not count as drawn.
         of_groups = loss_weights(batch).reshape(len(slot_ids), -1).sum(axis=1)
         weights = jnp.zeros(num_slots).at[slot_ids].add(of_groups)
         loss, weights = division.sum((loss, weights))
-        grads = division.sum(grads, model.dtype)
+        grads = division.sum(grads, model.dtype, _rows_of_tables(model, batch))
+        # Gather what the optimiser may move, and scatter it back at the end.
+        movable = slot_tasks
+        if moves_idle_tasks:
+            movable, count = None, num_tasks(model)
+            weights = spread(weights, slot_tasks, count)
+            grads = {k: spread(x, slot_tasks, count) if k == TASKS else x for k, x in grads.items()}
+        every = state.trainable.get(TASKS, {}), task_trees(state.opt_state)
+        of_tasks, opt_trees = gather(every, movable)
+        before = state.trainable | ({TASKS: of_tasks} if of_tasks else {})
         grads = jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, before)
         loss, grads = jax.tree.map(lambda x: x / jnp.sum(weights), (loss, grads))
         with jax.named_scope("optimizer"):
@@ -158,7 +178,7 @@ def make_train_step(
             trainable = optax.apply_updates(before, updates)
             grad_norm = global_norm(grads, division.totals)
         after = trainable.get(TASKS, {}), task_trees(opt_state)
-        of_tasks, opt_trees = scatter(every, slot_tasks, after)
+        of_tasks, opt_trees = scatter(every, movable, after)
         trainable |= {TASKS: of_tasks} if of_tasks else {}
         opt_state = with_task_trees(opt_state, opt_trees)
         state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)

@@ -19,6 +19,7 @@ from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.experiment.checkpoint import best_results
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.experiment.families import Tokenizer
+from pals_jax.experiment.optim import moves_idle_tasks
 from pals_jax.experiment.workdir import refuse_another_experiment
 from pals_jax.inference.evaluator import Evaluator, Results, Splits, results_table
 from pals_jax.inference.hidden_cache import check_same, with_hidden
@@ -76,7 +77,12 @@ def train(config: ConfigDict, workdir: epath.Path, base: epath.Path | None = Non
     batches = experiment.train_batches(data.train, sampler, devices.shards)
     optimizer, _ = experiment.optimizer(division=parallel.division)
     train_step = make_train_step(
-        experiment.model(), optimizer, config.seed, parallel.division, config.label_smoothing
+        experiment.model(),
+        optimizer,
+        config.seed,
+        parallel.division,
+        config.label_smoothing,
+        moves_idle_tasks(config.optimizer),
     )
     evaluator = Evaluator(experiment, devices)
     describe(experiment, batches)

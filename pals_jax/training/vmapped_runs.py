@@ -22,6 +22,7 @@ from pals_jax.data.batch import Batch
 from pals_jax.data.sampler import Draw, Sampler
 from pals_jax.experiment.config import encoder_is_frozen
 from pals_jax.experiment.experiment import Experiment
+from pals_jax.experiment.optim import moves_idle_tasks
 from pals_jax.experiment.workdir import refuse_another_experiment
 from pals_jax.inference.evaluator import Evaluator, Results
 from pals_jax.inference.hidden_cache import check_same
@@ -238,5 +239,11 @@ class VmappedRuns:
         """The step of one run; seed and learning rate may be traced."""
         first = self.experiments[0]
         optimizer, _ = first.optimizer(learning_rate)
-        smoothing = first.config.label_smoothing
-        return make_train_step(first.model(), optimizer, seed, division, smoothing)
+        return make_train_step(
+            first.model(),
+            optimizer,
+            seed,
+            division,
+            first.config.label_smoothing,
+            moves_idle_tasks(first.config.optimizer),
+        )

@@ -20,6 +20,7 @@ from pals_jax.data.packing import Shape
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tokenized import TokenizedSplit, TokenizedTargets
 from pals_jax.experiment.experiment import Experiment
+from pals_jax.experiment.optim import moves_idle_tasks
 from pals_jax.inference.hidden_cache import as_if_kept
 from pals_jax.inference.steps import make_eval_step, make_text_loss_step
 from pals_jax.models.compute_dtype import in_compute_dtype
@@ -283,8 +284,14 @@ def plan(experiment: Experiment, topology: str, price: float | None = None) -> P
 
     state = parallel.put_shapes(jax.eval_shape(first_state, shapes))
     variables = jax.eval_shape(lambda shapes: in_compute_dtype(shapes, model.dtype), shapes)
-    division, smoothing = parallel.division, config.label_smoothing
-    train_step = make_train_step(model, optimizer, config.seed, division, smoothing)
+    train_step = make_train_step(
+        model,
+        optimizer,
+        config.seed,
+        parallel.division,
+        config.label_smoothing,
+        moves_idle_tasks(config.optimizer),
+    )
     eval_step: Any
     if isinstance(model, Seq2SeqModel):
         eval_step, evaluated = make_text_loss_step(model, devices.axis_name), variables
