@@ -80,7 +80,7 @@ class Division:
             tree: the leaves.
             dtype: in which they are exchanged and summed. None: in their own.
             rows: for the paths of some tables [V, D], int [n]: all other rows are zero on this
-                device. Of these tables only the rows are exchanged, and summed in float32.
+                device. Of these tables only the rows are exchanged.
         """
         if self.axis_name is None:
             return tree
@@ -107,7 +107,7 @@ class Division:
         is_first = (rows[:, None] == rows[None]).argmax(axis=1) == jnp.arange(len(rows))
         mine = cast(jnp.where(is_first[:, None], x[rows], jnp.zeros((), x.dtype)))
         gather = partial(jax.lax.all_gather, axis_name=self.axis_name, tiled=True)
-        return jnp.zeros(x.shape, jnp.float32).at[gather(rows)].add(gather(mine))
+        return jnp.zeros(x.shape, mine.dtype).at[gather(rows)].add(gather(mine))
 
     def totals(self, tree: Tree) -> Tree:
         """Sums over the devices of what each has computed of its part; other leaves are kept."""
