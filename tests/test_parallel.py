@@ -34,7 +34,9 @@ def model(rate: float, pairs: bool = False) -> Model:
         rates = dict.fromkeys(("dropout", "attention_dropout"), rate)
         return tiny.seq2seq(tiny.METHODS["mam"], **rates)
     rates = {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate}
-    return MultiTaskModel(tiny.config(**rates), tiny.NUM_OUTPUTS, tiny.METHODS["pals"])
+    # Far more words than a batch reads: then only the gradients of their rows are exchanged.
+    config = tiny.config(vocab_size=997, **rates)
+    return MultiTaskModel(config, tiny.NUM_OUTPUTS, tiny.METHODS["pals"])
 
 
 def batches(
