@@ -16,6 +16,7 @@ from pals_jax.experiment.optim import make_optimizer
 from pals_jax.inference.steps import make_eval_step
 from pals_jax.models.architectures import Model
 from pals_jax.models.multitask import MultiTaskModel
+from pals_jax.runtime.division import Division
 from pals_jax.runtime.parallel import DataParallel
 from pals_jax.training.step import create_state, make_train_step
 
@@ -107,6 +108,24 @@ def test_any_number_of_devices_takes_the_same_steps(
         np.testing.assert_allclose(others, losses, rtol=0, atol=1e-6)
         ours, theirs = (ravel_pytree(tree)[0] for tree in (state, expected))
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("axes", [{}, {("table",): 0}])
+def test_the_sum_of_tables_with_few_rows(axes: dict[tuple[str, ...], int]) -> None:
+    """Rows that occur twice count once; of a divided table each device has its part."""
+    division = Division("data", axes)
+    rows = np.array([[4, 1, 4], [1, 5, 5]])
+    tables = np.zeros((2, 6, 3), np.float32)
+    for table, own in zip(tables, rows, strict=True):
+        table[own] = np.random.default_rng(0).normal(size=(3, 3))
+
+    def total(table: Any, rows: Any) -> Any:
+        return division.sum({"table": table}, rows={("table",): rows})["table"]
+
+    found = jax.pmap(total, "data", devices=jax.devices()[:2])(tables, rows)
+    expected = tables.sum(axis=0)
+    parts = np.split(expected, 2) if axes else [expected, expected]
+    np.testing.assert_array_equal(found, parts)
 
 
 @pytest.mark.parametrize("name", ["adamw", "bert_n_pals"])

@@ -80,7 +80,7 @@ class Division:
             tree: the leaves.
             dtype: in which they are exchanged and summed. None: in their own.
             rows: for the paths of some tables [V, D], int [n]: all other rows are zero on this
-                device. Of these tables only the rows are exchanged.
+                device. Of these tables, unless they are divided, only the rows are exchanged.
         """
         if self.axis_name is None:
             return tree
@@ -90,9 +90,8 @@ class Division:
             return x if dtype is None else x.astype(dtype)
 
         def one(path: Any, x: Any) -> Any:
-            if (of_table := rows.get(_keys(path))) is not None:
-                return self._sum_of_rows(x, of_table, cast)
-            axis = self.axis(path)
+            if (axis := self.axis(path)) is None:
+                return self._sum_of_rows(x, rows[_keys(path)], cast)
             return jax.lax.psum_scatter(cast(x), self.axis_name, scatter_dimension=axis, tiled=True)
 
         def together(leaves: Any) -> Any:
