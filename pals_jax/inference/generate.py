@@ -1,9 +1,9 @@
 """Texts for sources of any length: the sources' buckets, and the calls that they make.
 
-A source is computed in the smallest bucket that it fits, where several short ones share a row; each
-bucket is one program, compiled once. So most steps attend to few positions. Texts that need more
-room than their bucket has are computed again: many in the next bucket; few, which tend to be the
-longest by far, after all others in a last bucket with few slots.
+A call is of the smallest bucket that its longest source fits, and shorter ones fill its rows,
+several in one; each bucket is one program, compiled once. So most steps attend to few positions.
+Texts that need more room than their bucket has are computed again: many in the next bucket; few,
+which tend to be the longest by far, after all others in a last bucket with few slots.
 """
 
 import functools
