@@ -1,7 +1,7 @@
 """The batch: what a step reads, as one type.
 
 Dimension letters: B rows, L positions, K positions of target texts, M slots for examples in a row,
-D hidden size, G task groups, U slots for tasks that may change. On the host every array has a
+D hidden size, G task groups, U slots of tasks. On the host every array has a
 leading axis of this host's shards, which `DataParallel.compile` removes.
 """
 

@@ -107,7 +107,7 @@ def scatter(tree: Tree, tasks: Array | None, rows: Tree) -> Tree:
 def spread(rows: Tree, tasks: Array | None, count: int) -> Tree:
     """Leaves [T, ...] of `count` tasks: `rows` [U, ...] as those of `tasks`, zeros elsewhere.
 
-    It is elementwise, so that XLA makes it a part of what reads it.
+    A selection and a sum over the slots, which XLA can fuse with what reads it; for few slots.
     """
     if tasks is None:
         return rows

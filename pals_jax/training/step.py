@@ -154,6 +154,7 @@ def make_train_step(
 
         if division.axes:  # what a device gathers, it needs only as the model casts it
             whole = division.gather(in_compute_dtype(whole, model.dtype))
+            # Barrier: or XLA gathers again in every layer, forwards and backwards (v5e).
             whole = jax.lax.optimization_barrier(whole)
         loss, grads = jax.value_and_grad(loss_fn)(whole)
         # A task whose examples all have weight 0 does not count as drawn.
