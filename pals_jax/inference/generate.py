@@ -25,8 +25,8 @@ from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel
 
 LENGTHS = (32, 64, 128, 256, 512)  # of the rows of a bucket; the longest are the model's own
-_POSITIONS = 4096  # of the rows of a call, whose keys and values are kept
-_IN_A_ROW = 4  # the most sources of a call, for each row
+_POSITIONS = 4096  # at least, of the rows of a call, whose keys and values are kept
+_SOURCES_PER_ROW = 4  # of a call, at most, on average
 _FEWER = 4  # the last bucket has a quarter of the others' slots
 
 
@@ -51,7 +51,7 @@ class _Bucket(NamedTuple):
     @property
     def size(self) -> int:
         """N, the most sources of a call, which share these rows."""
-        return self.rows * _IN_A_ROW
+        return self.rows * _SOURCES_PER_ROW
 
 
 # Of some sources, their indices and `program.Texts`.
@@ -179,15 +179,16 @@ class Generator:
     def _next_call(
         self, waiting: list[list[int]], lengths: np.ndarray, tasks: np.ndarray
     ) -> tuple[int, list[int]]:
-        """The next bucket and its sources: the longest that has any; the last when no other has.
+        """The bucket of the next call, and its sources, which are taken from `waiting`.
 
-        Shorter ones fill the call, to keep the slots busy while the longest text is written.
+        It is the one of the longest rows that has sources waiting; the last comes after all others.
+        Shorter sources fill the call, to keep the slots busy while the longest text is written.
         """
         last = len(waiting) - 1
         bucket = max((i for i, indices in enumerate(waiting[:last]) if indices), default=last)
         order = [index for indices in reversed(waiting[: bucket + 1]) for index in indices]
         chosen = order[: self._buckets[bucket].size * self._parallel.shards.total]
-        while not self._fit(bucket, chosen, lengths, tasks):
+        while not self._fit(bucket, chosen, lengths, tasks):  # known only after packing
             chosen = chosen[: len(chosen) * 7 // 8]
         left = set(order) - set(chosen)
         for i in range(bucket + 1):

@@ -139,11 +139,14 @@ class Vocabulary(nn.Module):
         return logits + jax.lax.stop_gradient(self.logits_bias)[None, None]
 
     def words(self) -> Array:
-        """[V, D] in `dtype`."""
+        """The table of words, [V, D] in `dtype`."""
         return self.embedding.astype(self.dtype)
 
     def next_logits(self, h: Array, words: Array) -> Array:
-        """What `logits` gives, for so few positions that a product is faster with `words` first."""
+        """[B, K, D], [V, D] -> float32 [B, K, V]: as `logits`.
+
+        For few positions the product is faster on a CPU with `words` as the left factor.
+        """
         product = jnp.einsum("vd,bld->vbl", words, h, preferred_element_type=jnp.float32)
         logits = jnp.moveaxis(product + self.logits_bias[:, None, None], 0, -1)
         return jax.lax.optimization_barrier(logits)  # or XLA:CPU transposes for each of its readers

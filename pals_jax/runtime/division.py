@@ -79,8 +79,9 @@ class Division:
         Args:
             tree: the leaves.
             dtype: in which they are exchanged and summed. None: in their own.
-            rows: for the paths of some tables [V, D], int [n]: all other rows are zero on this
-                device. Of these tables, unless they are divided, only the rows are exchanged.
+            rows: for the paths of some tables [V, D], numbers of rows, int [n], which may repeat:
+                on this device all other rows are zero. Of such a table, unless it is divided, only
+                these rows are exchanged.
         """
         if self.axis_name is None:
             return tree
@@ -103,6 +104,7 @@ class Division:
 
     def _sum_of_rows(self, x: Array, rows: Array, cast: Any) -> Array:
         """The sum of tables [V, D], each of which is zero but for its device's `rows`, int [n]."""
+        # A row that occurs twice counts once.
         is_first = (rows[:, None] == rows[None]).argmax(axis=1) == jnp.arange(len(rows))
         mine = cast(jnp.where(is_first[:, None], x[rows], jnp.zeros((), x.dtype)))
         gather = partial(jax.lax.all_gather, axis_name=self.axis_name, tiled=True)
