@@ -96,10 +96,17 @@ def _slots(batch: Batch, count: int) -> tuple[Array, int]:
     return jnp.where(found.any(axis=1), found.argmax(axis=1), num_slots), num_slots
 
 
-def _rows_of_tables(model: Model, batch: Batch) -> dict[tuple[str, ...], Array]:
-    """The rows of BERT's words that a batch reads: for `Division.sum`, where it saves traffic."""
+def _rows_of_tables(
+    model: Model, batch: Batch, axis_name: str | None
+) -> dict[tuple[str, ...], Array]:
+    """The rows of BERT's words that a batch reads: for `Division.sum`, where it saves traffic.
+
+    That is where all devices together read fewer rows than there are words.
+    """
     words = batch.input_ids.reshape(-1)
-    if isinstance(model, MultiTaskModel) and words.size < model.config.vocab_size // 4:
+    if axis_name is None or not isinstance(model, MultiTaskModel):
+        return {}
+    if words.size * jax.lax.psum(1, axis_name) < model.config.vocab_size:
         return {("params", "encoder", "embeddings", "word", "embedding"): words}
     return {}
 
@@ -161,7 +168,7 @@ def make_train_step(
         of_groups = loss_weights(batch).reshape(len(slot_ids), -1).sum(axis=1)
         weights = jnp.zeros(num_slots).at[slot_ids].add(of_groups)
         loss, weights = division.sum((loss, weights))
-        grads = division.sum(grads, model.dtype, _rows_of_tables(model, batch))
+        grads = division.sum(grads, model.dtype, _rows_of_tables(model, batch, division.axis_name))
         # Gather what the optimiser may move, and scatter it back at the end.
         movable = slot_tasks
         if moves_idle_tasks:
