@@ -29,7 +29,7 @@ ROWS, LENGTH, ROUNDS = 32, 64, 7
 
 def main() -> None:
     """Times the three on one device."""
-    threefry = mock.patch("pals_jax.models.layers.mask_bits", _threefry)
+    threefry = mock.patch("pals_jax.models.dropout.mask_bits", _threefry)
     runs = {"off": _compiled(0.0), "masks": _compiled(0.1)}
     with threefry:  # takes effect when the step is traced, in the first call
         runs["threefry"] = _compiled(0.1)

@@ -11,8 +11,9 @@ import scipy.special
 import tiny
 
 from pals_jax.models.adapters.spec import Adapter
+from pals_jax.models.attention import dot_product_attention
 from pals_jax.models.bert import BertConfig, Embeddings
-from pals_jax.models.layers import dot_product_attention, dropout
+from pals_jax.models.dropout import dropout
 from pals_jax.models.multitask import MultiTaskModel, init_variables
 from pals_jax.models.segments import make_segments, one_position
 from pals_jax.models.transformer import Layer

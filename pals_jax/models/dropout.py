@@ -1,4 +1,4 @@
-"""The random bits of dropout masks: a keyed hash of each element's place.
+"""Dropout, and the random bits of its masks: a keyed hash of each element's place.
 
 JAX's default generator, threefry, costs more than the layer whose mask it draws; a hash that XLA
 fuses into the multiplication is enough for a mask. The hash takes the dropout site (a key), the
@@ -8,11 +8,50 @@ in any row, batch shape and device.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from pals_jax.models.segments import Places
 
 _STRIDE = 4096  # more than the positions of any example
+
+
+def dropout(x: Array, rate: float, key: Array | None, places: Places) -> Array:
+    """Inverted dropout; the identity where `key` is None.
+
+    Args:
+        x: [B, L, C].
+        rate: the share of elements that are dropped.
+        key: key of this dropout site in this step; None turns dropout off.
+        places: the places of the positions.
+    """
+    return dropped(x, keep_mask(key, rate, places, x.shape), rate)
+
+
+def dropped(x: Array, keep: Array | None, rate: float) -> Array:
+    """x divided by 1 - rate where `keep` is, elsewhere 0; x where `keep` is None."""
+    return x if keep is None else jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def keep_mask(
+    key: Array | None,
+    rate: float,
+    places: Places,
+    shape: tuple[int, ...],
+    columns: Array | None = None,
+) -> Array | None:
+    """Which elements are not dropped, bool `shape`; None: all.
+
+    Args:
+        key: key of this dropout site in this step; None turns dropout off.
+        rate: the share of elements that are dropped.
+        places: see `mask_bits`.
+        shape: see `mask_bits`.
+        columns: see `mask_bits`.
+    """
+    if key is None or rate == 0.0:
+        return None
+    return mask_bits(key, places, shape, columns) >= np.uint32(rate * 2**32)
 
 
 def mask_bits(

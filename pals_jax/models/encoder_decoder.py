@@ -11,10 +11,10 @@ from jax import Array
 from pals_jax.models.adapters.bound import TaskAdapters
 from pals_jax.models.adapters.forms import Params
 from pals_jax.models.bart import BartConfig, BartEmbeddings, BartStack, Vocabulary
-from pals_jax.models.layers import dropout
+from pals_jax.models.dropout import dropout
 from pals_jax.models.segments import Segments, cross_segments, make_segments, one_position
 from pals_jax.models.stack import Stack, given_or, layers_below
-from pals_jax.models.transformer import Source, layer_norm, no_sites
+from pals_jax.models.transformer import Source, no_sites, norm_of
 
 # Of each layer of a decoder, the keys and values of a source, [B, H, J, K] both.
 KeysAndValues: TypeAlias = tuple[tuple[Array, Array], ...]
@@ -37,7 +37,7 @@ class TextStack(Stack):
         self.embeddings = BartEmbeddings(self.config, self.dtype)
         self.layers = given_or(self, "layers", self._init_layers)
         if self.config.pre_norm:
-            self.norm = layer_norm(self.config, self.dtype)
+            self.norm = norm_of(self.config, self.dtype)
 
     def _init_layers(self, key: Array) -> dict[str, Any]:
         one = one_position()

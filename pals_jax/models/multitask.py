@@ -23,8 +23,8 @@ from pals_jax.models.adapters.bound import TaskAdapters
 from pals_jax.models.adapters.forms import Params, dense, project
 from pals_jax.models.adapters.spec import Method, Repeated
 from pals_jax.models.bert import BertConfig
+from pals_jax.models.dropout import dropout
 from pals_jax.models.encoder import Encoder
-from pals_jax.models.layers import dropout
 from pals_jax.models.segments import Packing, Places
 from pals_jax.models.stack import given_or
 from pals_jax.models.task_rows import Own, by_row, declare

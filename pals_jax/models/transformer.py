@@ -16,18 +16,12 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pals_jax.models.layers import (
-    ACTIVATIONS,
-    dot_product_attention,
-    dropout,
-    merge_heads,
-    saved,
-    split_heads,
-)
+from pals_jax.models.attention import dot_product_attention, merge_heads, split_heads
+from pals_jax.models.dropout import dropout
+from pals_jax.models.layers import ACTIVATIONS, gradient_materialised, layer_norm, materialised
 from pals_jax.models.segments import Places, Segments
 
 
@@ -128,7 +122,7 @@ class StackConfig(Protocol):
 
 
 class LayerNorm(nn.Module):
-    """The layer norm of a stack, in float32; its statistics are `layers.saved`.
+    """The layer norm of a stack, computed in float32.
 
     Attributes:
         epsilon: what is added to the variance.
@@ -143,20 +137,10 @@ class LayerNorm(nn.Module):
         """[..., D] -> [..., D]."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        wide = x.astype(jnp.float32)
-        centred = wide - saved(wide.mean(axis=-1, keepdims=True))
-        # The fast variance E[x^2] - E[x]^2 would lose digits that parity with PyTorch needs.
-        variance = saved(jnp.square(centred).mean(axis=-1, keepdims=True))
-        factor = jax.lax.rsqrt(variance + self.epsilon) * _wide(scale, x)
-        return (centred * factor + _wide(bias, x)).astype(self.dtype)
+        return layer_norm(x, scale, bias, self.epsilon, self.dtype)
 
 
-def _wide(parameter: Array, x: Array) -> Array:
-    """[D] with the rank of x, because rank promotion is an error."""
-    return parameter.reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-def layer_norm(config: StackConfig, dtype: Any, name: str | None = None) -> LayerNorm:
+def norm_of(config: StackConfig, dtype: Any, name: str | None = None) -> LayerNorm:
     """A layer norm of a stack; within `setup`, without a name."""
     return LayerNorm(config.layer_norm_eps, dtype, name=name)
 
@@ -173,7 +157,7 @@ class Block(nn.Module):
         return nn.Dense(features, dtype=self.dtype, kernel_init=init, name=name)
 
     def norm(self, name: str) -> LayerNorm:
-        return layer_norm(self.config, self.dtype, name)
+        return norm_of(self.config, self.dtype, name)
 
     def table(self, rows: int, name: str) -> nn.Embed:
         init = nn.initializers.normal(self.config.initializer_range)
@@ -222,7 +206,7 @@ class Attention(Block):
         """x: [B, L, D] -> [B, L, D]; keys and values are of `source`, or of x."""
         config, name = self.config, self.name
         of_attention = segments if source is None else source.attention
-        query = self._split(sites(f"{name}.query", self.query(x), x))
+        query = self._split(sites(f"{name}.query", materialised(self.query(x)), x))
         if source is None:
             key, value = self._keys_and_values(x, sites)
         else:
@@ -252,8 +236,8 @@ class Attention(Block):
         return self._keys_and_values(source.hidden, partial(sites, segments=source.segments))
 
     def _keys_and_values(self, x: Array, sites: Sites) -> tuple[Array, Array]:
-        key = self._split(sites(f"{self.name}.key", self.key(x), x))
-        return key, self._split(sites(f"{self.name}.value", self.value(x), x))
+        key = self._split(sites(f"{self.name}.key", materialised(self.key(x)), x))
+        return key, self._split(sites(f"{self.name}.value", materialised(self.value(x)), x))
 
     def _split(self, x: Array) -> Array:
         return split_heads(x, self.config.num_attention_heads)
@@ -266,11 +250,13 @@ class FeedForward(Block):
     def __call__(self, x: Array, segments: Segments, sites: Sites = no_sites) -> Array:
         """x: [B, L, D] -> [B, L, D]."""
         config, places = self.config, segments.places
-        z = self.dense(config.intermediate_size, "intermediate")(x)
-        z = ACTIVATIONS[config.hidden_act](sites("ffn.intermediate", z, x))
+        z = self.dense(config.intermediate_size, "intermediate")(materialised(x))
+        z = sites("ffn.intermediate", gradient_materialised(z), x)
+        z = ACTIVATIONS[config.hidden_act](z)
         z = sites("ffn.hidden", z, x)
         z = self.dropout(z, config.activation_dropout_prob, places)
-        y = sites("ffn.projection", self.dense(config.hidden_size, "output")(z), z)
+        y = gradient_materialised(self.dense(config.hidden_size, "output")(z))
+        y = sites("ffn.projection", y, z)
         return self.dropout(y, config.hidden_dropout_prob, places)
 
 

@@ -15,13 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pals_jax.models.layers import (
-    ACTIVATIONS,
-    dot_product_attention,
-    dropout,
-    merge_heads,
-    split_heads,
-)
+from pals_jax.models.attention import dot_product_attention, merge_heads, split_heads
+from pals_jax.models.dropout import dropout
+from pals_jax.models.layers import ACTIVATIONS, layer_norm
 from pals_jax.models.segments import Segments
 from pals_jax.models.transformer import StackConfig
 from pals_jax.runtime.errors import UserError
@@ -90,13 +86,9 @@ def project(params: Params, x: Array) -> Array:
     return y + params["bias"].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def layer_norm(params: Params, x: Array, epsilon: float = 1e-5) -> Array:
-    """Layer norm of the last axis, computed in float32."""
-    z = x.astype(jnp.float32)
-    z = z - z.mean(-1, keepdims=True)
-    z = z * jax.lax.rsqrt(jnp.square(z).mean(-1, keepdims=True) + epsilon)
-    lead = (1,) * (x.ndim - 1) + (-1,)
-    return (z * params["scale"].reshape(lead) + params["bias"].reshape(lead)).astype(x.dtype)
+def _normalised(params: Params, x: Array) -> Array:
+    """The layer norm of an adapter, [..., D] -> [..., D], with PyTorch's epsilon."""
+    return layer_norm(x, params["scale"], params["bias"], 1e-5, x.dtype)
 
 
 def _norm(width: int) -> dict[str, Param]:
@@ -167,10 +159,10 @@ class Bottleneck:
         }
 
     def __call__(self, params: Params, x: Array, context: Context) -> Array:
-        x = layer_norm(params["norm"], x) if self.norm else x
+        x = _normalised(params["norm"], x) if self.norm else x
         x = dropout(x, self.dropout, context.dropout_key, context.segments.places)
         y = project(params["up"], ACTIVATIONS[self.activation](project(params["down"], x)))
-        return y if self.out_norm is None else layer_norm(params["out_norm"], self.out_norm * y)
+        return y if self.out_norm is None else _normalised(params["out_norm"], self.out_norm * y)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,7 +312,7 @@ class Prefix:
         if query is None or to_query is None:
             raise UserError("a prefix works at the site attention.heads only.")
         if self.norm:
-            query = to_query(layer_norm(params["norm"], x))
+            query = to_query(_normalised(params["norm"], x))
         if self.bottleneck:
             z = jnp.tanh(project(params["down"], params["embedding"].astype(x.dtype)))
             key, value = jnp.split(project(params["up"], z), 2, axis=-1)
