@@ -49,6 +49,18 @@ def test_masks_have_their_rate_and_do_not_resemble_each_other(rate: float) -> No
     assert abs((z * other).sum() / np.sqrt(z.size)) < 4.5
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_columns_of_a_mask_do_not_resemble_each_other(rate: float) -> None:
+    """Elements share the hashes of their row and of their column."""
+    key, length = mask_key(1, 2), 4000
+    drawn = mask_bits(key, places([0], key, length), (1, length, SIZE))
+    kept = np.asarray(drawn[0] >= np.uint32(rate * 2**32))
+    z = (kept - (1 - rate)) / np.sqrt(rate * (1 - rate))
+    between_columns = (z.T @ z / np.sqrt(length))[~np.eye(SIZE, dtype=bool)]
+    assert abs(between_columns).max() < 5.5  # standard normal
+    assert between_columns.std() == pytest.approx(1.0, abs=0.02)
+
+
 def test_an_example_has_its_masks_wherever_it_is() -> None:
     """Of hidden states and of attention, alone in a row or behind another."""
     key = mask_key(7, 11)

@@ -57,7 +57,10 @@ def keep_mask(
 def mask_bits(
     key: Array, places: Places, shape: tuple[int, ...], columns: Array | None = None
 ) -> Array:
-    """Random bits, uint32 `shape`: a keyed 32-bit mixer (two rounds of xor-shift and multiply).
+    """Random bits, uint32 `shape`.
+
+    Rows (a position's, of one head) and columns are hashed well but are few; an element takes an
+    addition, an xor-shift, and a multiplication by an odd number of its row.
 
     Args:
         key: key of the dropout site in this step.
@@ -69,18 +72,22 @@ def mask_bits(
     assert places.salt is not None
     lead = (shape[0], *[1] * (len(shape) - 3), shape[-2], 1)  # [B, (1,) L, 1]
     site = jax.random.key_data(key)
-    one, two = ((places.salt[..., i] ^ site[i]).reshape(lead) for i in range(2))
-    if columns is None:
-        columns, stride = jnp.arange(shape[-1])[None], max(_STRIDE, shape[-1])
-    else:
-        stride = _STRIDE
-    column = columns.reshape(-1, *[1] * (len(shape) - 2), shape[-1])
-    x = places.position.reshape(lead) * stride + column
+    row = places.position.reshape(lead)
     if len(shape) == 4:
-        x = x + jnp.arange(shape[1]).reshape(1, -1, 1, 1) * stride * _STRIDE
-    x = x.astype(jnp.uint32) + one
+        row = row + jnp.arange(shape[1]).reshape(1, -1, 1, 1) * _STRIDE
+    salts = ((places.salt[..., i] ^ site[i]).reshape(lead) for i in range(2))
+    offset, factor = (_mixed(row.astype(jnp.uint32) + salt) for salt in salts)
+    if columns is None:
+        columns = jnp.arange(shape[-1])[None]
+    columns = columns.reshape(-1, *[1] * (len(shape) - 2), shape[-1])
+    x = _mixed(columns.astype(jnp.uint32) + site[0]) ^ site[1]
+    x = x + offset
+    return (x ^ (x >> 16)) * (factor | 1)
+
+
+def _mixed(x: Array) -> Array:
+    """A 32-bit mixer: two rounds of xor-shift and multiply."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = x ^ two  # between the rounds, or keys would give shifted copies of one sequence
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
 
