@@ -47,6 +47,7 @@ def test_the_time_is_the_larger_of_roofline_and_estimate():
     exchanging = 2 * 10**6 * (3 / 4) / (2 * 50e9)
     assert slow.seconds == sum(slow.seconds_by_part.values()) == 1.1e7 / 1050e6 + exchanging
     assert [*slow.seconds_by_part] == [*PARTS, "exchanges"]
+    assert slow.utilisation == pytest.approx(10**9 / slow.seconds / (4 * 275e12))
     assert fast.seconds == fast.roofline == 1e9 / 1200e9 + exchanging
     for unknown, reason in (
         (step("v6e-4", 10**9), "the clock of v6e is not public"),

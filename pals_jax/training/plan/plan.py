@@ -86,6 +86,14 @@ class StepEstimate:
         return self.model_flops / self.flops
 
     @property
+    def utilisation(self) -> float:
+        """`model_flops` per second of a step, of the chips' peak.
+
+        "Model FLOPs utilisation", Chowdhery et al. 2022, section 4.1.
+        """
+        return self.model_flops / (self.seconds * self.kind.chips * self.kind.chip.flops)
+
+    @property
     def bytes_moved(self) -> float:
         """Bytes moved per chip."""
         return self.program.bytes_moved * self.kind.chip.devices
@@ -177,6 +185,7 @@ class StepEstimate:
             "seconds_by_part": self.seconds_by_part,
             "cycles_by_part": by_part(self.program),
             "seconds": self.seconds,
+            "utilisation": self.utilisation,
             "examples_per_second": self.examples / self.seconds,
         }
 

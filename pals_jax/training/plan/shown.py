@@ -53,6 +53,7 @@ def plan_table(plan: Plan) -> "Table":
         rows.add_row("the compiler's estimate", *map(_milliseconds, together))
         rows.add_section()
     rows.add_row("step", *(_milliseconds(s.seconds) for s in steps))
+    rows.add_row("model FLOPs utilisation", *(f"{s.utilisation:.1%}" for s in steps))
     rows.add_row("examples per second", *(f"{s.examples / s.seconds:,.0f}" for s in steps))
     rows.add_section()
     room = kind.chip.hbm

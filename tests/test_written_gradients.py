@@ -1,0 +1,85 @@
+"""Gradients that are written by hand equal those that JAX derives from the formula."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from pals_jax.models.attention import dot_product_attention
+from pals_jax.models.dropout import dropped, example_salts, keep_mask
+from pals_jax.models.layers import gradient_materialised, layer_norm, materialised
+from pals_jax.models.segments import make_segments
+
+RATE = 0.3
+
+
+def normal(seed: int, *shape: int) -> Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def gradients(function: Any, *inputs: Array) -> Any:
+    """Of a sum in which each result has other weights, and of the results themselves."""
+
+    def total(*inputs: Array) -> tuple[Array, Any]:
+        results = function(*inputs)
+        leaves = jax.tree.leaves(results)
+        weighted = (jnp.vdot(normal(i, *x.shape), x) for i, x in enumerate(leaves))
+        return sum(weighted, jnp.float32(0)), results
+
+    return jax.jit(jax.value_and_grad(total, tuple(range(len(inputs))), has_aux=True))(*inputs)
+
+
+def assert_alike(one: Any, other: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), one, other)
+
+
+def test_layer_norm() -> None:
+    def plain(x: Array, scale: Array, bias: Array) -> Array:
+        centred = x - x.mean(-1, keepdims=True)
+        deviation = jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+        return centred / deviation * scale[None, None] + bias[None, None]
+
+    inputs = 3 * normal(0, 2, 5, 12) + 1, normal(1, 12), normal(2, 12)
+    written = gradients(lambda *x: layer_norm(*x, 1e-5, jnp.float32), *inputs)
+    assert_alike(written, gradients(plain, *inputs))
+
+
+@pytest.mark.parametrize("rate", [0.0, RATE])
+def test_attention(rate: float) -> None:
+    """Of two examples in a row, and of one with padding; the log of the denominator, too."""
+    key = jax.random.key(3)
+    ids = jnp.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 0, 0, 0]])
+    salts = example_salts(key, jnp.array([[4, 5], [6, 7]]))
+    segments = make_segments(ids, jnp.array([[0, 3], [0, 0]]), salts)
+
+    def written(*inputs: Array) -> tuple[Array, Array]:
+        return dot_product_attention(*inputs, segments, dropout_rate=rate, dropout_key=key)
+
+    def plain(query: Array, keys: Array, value: Array) -> tuple[Array, Array]:
+        scores = jnp.einsum("bhqk,bhsk->bhqs", query, keys) / np.sqrt(np.float32(4))
+        scores = jnp.where(segments.mask, scores, -1e30)
+        weights = jax.nn.softmax(scores, axis=-1)
+        keep = keep_mask(key, rate, segments.places, scores.shape, segments.key_position)
+        heads = jnp.einsum("bhqs,bhsk->bhqk", dropped(weights, keep, rate), value)
+        return heads, jax.nn.logsumexp(scores, axis=-1)
+
+    inputs = tuple(normal(seed, 2, 3, 7, 4) for seed in range(3))
+    real = (ids > 0)[:, None, :, None]
+
+    def of_real(function: Any) -> Any:
+        def masked(*inputs: Array) -> tuple[Array, Array]:
+            heads, log_denominator = function(*inputs)
+            return heads * real, log_denominator * real[..., 0]
+
+        return gradients(masked, *inputs)
+
+    assert_alike(of_real(written), of_real(plain))
+
+
+@pytest.mark.parametrize("function", [materialised, gradient_materialised])
+def test_what_is_materialised_is_the_same(function: Any) -> None:
+    x = normal(0, 3, 4)
+    assert_alike(gradients(function, x), gradients(lambda x: x, x))
