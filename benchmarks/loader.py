@@ -17,9 +17,8 @@ import jax
 from glue_mix import Mix
 from tqdm import tqdm
 
-from pals_jax.experiment.optim import moves_idle_tasks
 from pals_jax.runtime.parallel import DataParallel
-from pals_jax.training.step import create_state, make_train_step
+from pals_jax.training.step import create_state, train_step_of
 
 ROUNDS, STEPS, BATCHES = 5, 4, 50  # STEPS and BATCHES are per round
 
@@ -33,12 +32,8 @@ def main() -> None:
     mix = Mix(args.glue, args.encoder, method="houlsby(size=24)", trainable=("adapters/",))
     experiment, make, parallel = mix.experiment, mix.packed(), DataParallel.over()
     optimizer, _ = experiment.optimizer()
-    moves_idle = moves_idle_tasks(experiment.config.optimizer)
     step = parallel.compile(
-        make_train_step(
-            experiment.model(), optimizer, 0, parallel.division, moves_idle_tasks=moves_idle
-        ),
-        donate=True,
+        train_step_of(experiment, optimizer, parallel.division, seed=0), donate=True
     )
     state = parallel.put(create_state(mix.variables(), experiment.config.trainable, optimizer))
     made = [make(mix.draw(i)) for i in range(ROUNDS * STEPS)]

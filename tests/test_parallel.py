@@ -70,7 +70,9 @@ def trained(
     optimizer = tiny.recording(optimizer)
     everything = ("params/", "adapters/")
     state = devices.put(create_state(tiny.variables(it), everything, optimizer))
-    step = make_train_step(it, optimizer, 0, devices.division, 0.1 if pairs else 0.0)
+    step = make_train_step(
+        it, optimizer, 0, devices.division, label_smoothing=0.1 if pairs else 0.0
+    )
     step = devices.compile(step, donate=True, like=state)
     losses = []
     for number, batch in enumerate(batches(devices, groups, size, packing, pairs)):

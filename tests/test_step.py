@@ -140,8 +140,8 @@ def without_key_biases(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "bert_n_pals"])
-def test_a_step_may_be_told_which_tasks_can_move(name: str) -> None:
-    """In any order; told nothing, it moves all that its optimiser does."""
+def test_slots_may_be_in_any_order(name: str) -> None:
+    """A batch without slots has one for each task, in the tasks' order."""
     optimizer, _ = make_optimizer(tiny.optimizer_config(name), 3, tiny.TOTAL_STEPS)
     batch = tiny.batch([2, 0, 2, 2])
     told = batch.replace(slot_tasks=np.array([2, 1, 0], np.int32))

@@ -92,7 +92,7 @@ def _mixed(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
-def mask_key(seed: int, step: Array) -> Array:
+def mask_key(seed: int | Array, step: Array) -> Array:
     """The key of a step's dropout masks."""
     return jax.random.fold_in(jax.random.key(seed), step)
 

@@ -15,7 +15,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from pals_jax.data.batch import Batch
-from pals_jax.experiment.optim import TASKS, global_norm, task_trees, with_task_trees
+from pals_jax.experiment.experiment import Experiment
+from pals_jax.experiment.optim import (
+    TASKS,
+    global_norm,
+    moves_idle_tasks,
+    task_trees,
+    with_task_trees,
+)
 from pals_jax.models.adapters.bound import overlay
 from pals_jax.models.architectures import Model, num_tasks
 from pals_jax.models.compute_dtype import in_compute_dtype
@@ -119,11 +126,37 @@ def create_state(
     return TrainState(jnp.int32(0), trainable, frozen, optimizer.init(trainable))
 
 
+def train_step_of(
+    experiment: Experiment,
+    optimizer: optax.GradientTransformationExtraArgs,
+    division: Division | None = None,
+    seed: int | Array | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The training step of an experiment; see `make_train_step`.
+
+    Args:
+        experiment: the experiment.
+        optimizer: its optimiser, for one division or one run's learning rate.
+        division: see `make_train_step`.
+        seed: of the dropout masks; may be traced. None: the experiment's.
+    """
+    config = experiment.config
+    return make_train_step(
+        experiment.model(),
+        optimizer,
+        config.seed if seed is None else seed,
+        division,
+        label_smoothing=config.label_smoothing,
+        moves_idle_tasks=moves_idle_tasks(config.optimizer),
+    )
+
+
 def make_train_step(
     model: Model,
     optimizer: optax.GradientTransformationExtraArgs,
-    seed: int,
+    seed: int | Array,
     division: Division | None = None,
+    *,
     label_smoothing: float = 0.0,
     moves_idle_tasks: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:

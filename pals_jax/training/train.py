@@ -19,7 +19,6 @@ from pals_jax.data.tokenized import TokenizedSplit
 from pals_jax.experiment.checkpoint import best_results
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.experiment.families import Tokenizer
-from pals_jax.experiment.optim import moves_idle_tasks
 from pals_jax.experiment.workdir import refuse_another_experiment
 from pals_jax.inference.evaluator import Evaluator, Results, Splits, results_table
 from pals_jax.inference.hidden_cache import check_same, with_hidden
@@ -34,7 +33,7 @@ from pals_jax.runtime.parallel import DataParallel, Step
 from pals_jax.training.guards import CompilationGuard
 from pals_jax.training.metric_writer import Window
 from pals_jax.training.run_writer import RunWriter
-from pals_jax.training.step import TrainState, create_state, make_train_step
+from pals_jax.training.step import TrainState, create_state, train_step_of
 
 _LOG_EVERY = 10  # steps between two lines of metrics
 
@@ -76,14 +75,7 @@ def train(config: ConfigDict, workdir: epath.Path, base: epath.Path | None = Non
     parallel = devices.dividing(state.trainable)
     batches = experiment.train_batches(data.train, sampler, devices.shards)
     optimizer, _ = experiment.optimizer(division=parallel.division)
-    train_step = make_train_step(
-        experiment.model(),
-        optimizer,
-        config.seed,
-        parallel.division,
-        config.label_smoothing,
-        moves_idle_tasks(config.optimizer),
-    )
+    train_step = train_step_of(experiment, optimizer, parallel.division)
     evaluator = Evaluator(experiment, devices)
     describe(experiment, batches)
 

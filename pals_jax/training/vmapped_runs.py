@@ -22,7 +22,6 @@ from pals_jax.data.batch import Batch
 from pals_jax.data.sampler import Draw, Sampler
 from pals_jax.experiment.config import encoder_is_frozen
 from pals_jax.experiment.experiment import Experiment
-from pals_jax.experiment.optim import moves_idle_tasks
 from pals_jax.experiment.workdir import refuse_another_experiment
 from pals_jax.inference.evaluator import Evaluator, Results
 from pals_jax.inference.hidden_cache import check_same
@@ -31,7 +30,7 @@ from pals_jax.runtime.division import Division
 from pals_jax.runtime.errors import UserError
 from pals_jax.runtime.parallel import DataParallel, Step, on_this_host
 from pals_jax.training.run_writer import RunWriter
-from pals_jax.training.step import TrainState, make_train_step
+from pals_jax.training.step import TrainState, train_step_of
 from pals_jax.training.train import describe, first_state, read_data, report, take_steps
 
 
@@ -239,11 +238,4 @@ class VmappedRuns:
         """The step of one run; seed and learning rate may be traced."""
         first = self.experiments[0]
         optimizer, _ = first.optimizer(learning_rate)
-        return make_train_step(
-            first.model(),
-            optimizer,
-            seed,
-            division,
-            first.config.label_smoothing,
-            moves_idle_tasks(first.config.optimizer),
-        )
+        return train_step_of(first, optimizer, division, seed)

@@ -20,7 +20,6 @@ from pals_jax.data.packing import Shape
 from pals_jax.data.sampler import Draw
 from pals_jax.data.tokenized import TokenizedSplit, TokenizedTargets
 from pals_jax.experiment.experiment import Experiment
-from pals_jax.experiment.optim import moves_idle_tasks
 from pals_jax.inference.hidden_cache import as_if_kept
 from pals_jax.inference.steps import make_eval_step, make_text_loss_step
 from pals_jax.models.compute_dtype import in_compute_dtype
@@ -34,7 +33,7 @@ from pals_jax.training.plan import flops, hlo
 from pals_jax.training.plan.ahead_of_time import Compiled, compile_step
 from pals_jax.training.plan.breakdown import by_part
 from pals_jax.training.plan.tpus import KINDS, Kind
-from pals_jax.training.step import TrainState, create_state, make_train_step, partition
+from pals_jax.training.step import TrainState, create_state, partition, train_step_of
 
 _LINKS = 2  # links per chip that a ring of all chips uses
 
@@ -293,14 +292,7 @@ def plan(experiment: Experiment, topology: str, price: float | None = None) -> P
 
     state = parallel.put_shapes(jax.eval_shape(first_state, shapes))
     variables = jax.eval_shape(lambda shapes: in_compute_dtype(shapes, model.dtype), shapes)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        config.seed,
-        parallel.division,
-        config.label_smoothing,
-        moves_idle_tasks(config.optimizer),
-    )
+    train_step = train_step_of(experiment, optimizer, parallel.division)
     eval_step: Any
     if isinstance(model, Seq2SeqModel):
         eval_step, evaluated = make_text_loss_step(model, devices.axis_name), variables
