@@ -69,11 +69,11 @@ def main() -> None:
                 _print_row(file.stem, topology, *(cell(planned) for cell in COLUMNS.values()))
                 shown[file.stem, topology] = planned.train.seconds_by_part
     print()
-    _print_row("configuration", "TPU", *PARTS, "exchanges")
-    _print_row("---", "---", *("---:" for _ in (*PARTS, "exchanges")))
-    for names, seconds in shown.items():
+    _print_row("milliseconds", *PARTS, "exchanges")
+    _print_row("---", *("---:" for _ in (*PARTS, "exchanges")))
+    for (name, topology), seconds in shown.items():
         if seconds:
-            _print_row(*names, *(f"{1e3 * each:.2f}" for each in seconds.values()))
+            _print_row(f"{name} on {topology}", *(f"{1e3 * each:.2f}" for each in seconds.values()))
 
 
 def _give_data(config: ConfigDict, glue: Path, scratch: Path) -> None:

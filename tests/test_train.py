@@ -352,8 +352,7 @@ def test_each_task_alone(small, capsys):
 def test_ablation(small, capsys):
     """The heat map: nothing below the diagonal, and the sum of all layers at its far corner."""
     run = small / "run"
-    changes = ("--config.method=houlsby(size=6)", "--config.optimizer.learning_rate=0.03")
-    assert main(arguments(small, run, *changes)) == 0
+    assert main(arguments(small, run, "--config.method=houlsby(size=6)", *LONGER)) == 0
     capsys.readouterr()
     assert main(["evaluate", f"--workdir={run}", "--ablate", "--json"]) == 0
     changes = {k: np.array(v, float) for k, v in json.loads(capsys.readouterr().out).items()}
