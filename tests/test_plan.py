@@ -382,10 +382,11 @@ def test_the_table_has_every_configuration():
         rows = re.findall(rf"^\| {config.stem} \| (.*) \|$", page, re.MULTILINE)
         assert [row.split(" | ")[0] for row in rows] == list(FOUR_CHIPS)
         for row in rows:
-            kind, _, memory, _, share, host_transfers, *_ = row.split(" | ")
+            kind, memory, _, share, all_reduces, host_transfers, *_ = row.split(" | ")
             used, _, hbm, _ = memory.split()
             assert (float(used) < float(hbm)) == (kind != "v2-8" or config.stem not in TOO_LARGE)
             assert 1 / 1.10 < float(share.rstrip("%")) / 100 <= 1.0
+            assert int(all_reduces.split()[0]) <= 6
             assert host_transfers == "0"
 
 
