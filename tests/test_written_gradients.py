@@ -79,6 +79,22 @@ def test_attention(rate: float) -> None:
     assert_alike(of_real(written), of_real(plain))
 
 
+def test_attention_in_bfloat16() -> None:
+    """The gradients of queries are exact to bfloat16 though keys and values are far from 0."""
+    ids = jnp.ones((1, 128), jnp.int32)
+    segments = make_segments(ids, jnp.zeros((1, 1), jnp.int32))
+    shifted = (normal(0, 1, 2, 128, 64), 3 + normal(1, 1, 2, 128, 64), 3 + normal(2, 1, 2, 128, 64))
+
+    def heads(*inputs: Array) -> Array:
+        return dot_product_attention(*inputs, segments)[0].astype(jnp.float32)
+
+    rounded = tuple(x.astype(jnp.bfloat16) for x in shifted)
+    _, (exact, *_) = gradients(heads, *(x.astype(jnp.float32) for x in rounded))
+    _, (found, *_) = gradients(heads, *rounded)
+    error = jnp.linalg.norm(found.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+    assert error < 0.03
+
+
 @pytest.mark.parametrize("function", [materialised, gradient_materialised])
 def test_what_is_materialised_is_the_same(function: Any) -> None:
     x = normal(0, 3, 4)

@@ -81,27 +81,28 @@ def _attention_forward(
         *(dropped(weights, keep, rate), value),
         preferred_element_type=jnp.float32,
     )
-    heads = saved((heads / denominator).astype(value.dtype))
-    kept = saved(query), saved(key), saved(value), weights, denominator, heads, keep
+    heads = (heads / denominator).astype(value.dtype)
+    kept = saved(query), saved(key), saved(value), weights, denominator, keep
     return (heads, jnp.log(denominator[..., 0]) + largest[:, :, 0]), kept
 
 
 def _attention_backward(
     rate: float, kept: Any, gradients: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, None, None]:
-    """The softmax's gradient by the gradient of its result, as in FlashAttention.
+    """The mean is of the gradients that it is subtracted from, as rounded as they are.
 
-    Dao et al. 2022, appendix B.2: of the sum over the keys of a weight times its gradient, which is
-    the sum over K of what a head gives times its gradient.
+    That of what the heads give (as in FlashAttention) has rounding errors of its own, which in
+    bfloat16 do not cancel over the keys: with keys far from 0, the error of queries is many times
+    as large.
     """
-    query, key, value, weights, denominator, heads, keep = kept
+    query, key, value, weights, denominator, keep = kept
     to_heads, to_log = gradients
-    to_heads = to_heads.astype(jnp.float32) / denominator
-    mean = (to_heads * heads.astype(jnp.float32)).sum(axis=-1) - to_log / denominator[..., 0]
-    to_heads = to_heads.astype(value.dtype)
+    to_heads = (to_heads.astype(jnp.float32) / denominator).astype(value.dtype)
     to_value = jnp.einsum("bhsq,bhqk->bhsk", dropped(weights, keep, rate), to_heads)
     to_weights = dropped(jnp.einsum("bhqk,bhsk->bhsq", to_heads, value), keep, rate)
-    to_scores = weights.astype(jnp.float32) * (to_weights.astype(jnp.float32) - mean[:, :, None])
+    wide, to_weights = weights.astype(jnp.float32), to_weights.astype(jnp.float32)
+    mean = (wide * to_weights).sum(axis=2) / wide.sum(axis=2) - to_log / denominator[..., 0]
+    to_scores = wide * (to_weights - mean[:, :, None])
     # Barrier: two products read the result, and XLA:TPU would compute it for each of them.
     to_scores = jax.lax.optimization_barrier((to_scores / _scale(query)).astype(query.dtype))
     to_query = jnp.einsum("bhsq,bhsk->bhqk", to_scores, key)
