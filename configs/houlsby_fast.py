@@ -1,10 +1,10 @@
-"""Adapters on a large task of GLUE, for four chips: as many examples in an eighth of the steps.
+"""Adapters on a large task of GLUE, for four chips: an epoch has an eighth of the steps.
 
     pals-jax train --config=configs/houlsby_fast.py:qqp --workdir=DIR
 
 The argument is one of GLUE's four large tasks; mnli is the default. This is not the recipe of
 Houlsby et al. 2019, which is in `configs/houlsby_glue.py`: a batch has 256 examples, and the
-learning rate is scaled with the square root of the batch size. docs/tpu.md compares the time.
+learning rate is scaled with the square root of the batch size. docs/tpu.md says what larger batches save.
 Not run here: it needs an accelerator and the weights.
 """
 

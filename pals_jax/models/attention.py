@@ -81,7 +81,7 @@ def _attention_forward(
         *(dropped(weights, keep, rate), value),
         preferred_element_type=jnp.float32,
     )
-    heads = (heads / denominator).astype(value.dtype)
+    heads = saved((heads / denominator).astype(value.dtype))
     kept = saved(query), saved(key), saved(value), weights, denominator, keep
     return (heads, jnp.log(denominator[..., 0]) + largest[:, :, 0]), kept
 

@@ -20,7 +20,7 @@ def dropout(x: Array, rate: float, key: Array | None, places: Places) -> Array:
     """Inverted dropout; the identity where `key` is None.
 
     Args:
-        x: [B, L, C].
+        x: [B, L, C] or [B, H, L, C].
         rate: the share of elements that are dropped.
         key: key of this dropout site in this step; None turns dropout off.
         places: the places of the positions.
@@ -59,8 +59,8 @@ def mask_bits(
 ) -> Array:
     """Random bits, uint32 `shape`.
 
-    Rows (a position's, of one head) and columns are hashed well but are few; an element takes an
-    addition, an xor-shift, and a multiplication by an odd number of its row.
+    Each row (a position's, of one head) and each column has a well-mixed hash. An element combines
+    them by an addition, an xor-shift, and a multiplication by an odd number of its row.
 
     Args:
         key: key of the dropout site in this step.
