@@ -4,8 +4,8 @@
 
 The argument is one of GLUE's four large tasks; mnli is the default. This is not the recipe of
 Houlsby et al. 2019, which is in `configs/houlsby_glue.py`: a batch has 256 examples, and the
-learning rate is scaled with the square root of the batch size. docs/tpu.md says what larger batches save.
-Not run here: it needs an accelerator and the weights.
+learning rate is scaled with the square root of the batch size. docs/tpu.md says what larger
+batches save. Not run here: it needs an accelerator and the weights.
 """
 
 from ml_collections import ConfigDict
