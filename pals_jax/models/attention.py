@@ -98,11 +98,13 @@ def _attention_backward(
     query, key, value, weights, denominator, keep = kept
     to_heads, to_log = gradients
     to_heads = (to_heads.astype(jnp.float32) / denominator).astype(value.dtype)
-    to_value = jnp.einsum("bhsq,bhqk->bhsk", dropped(weights, keep, rate), to_heads)
-    to_weights = dropped(jnp.einsum("bhqk,bhsk->bhsq", to_heads, value), keep, rate)
-    wide, to_weights = weights.astype(jnp.float32), to_weights.astype(jnp.float32)
-    mean = (wide * to_weights).sum(axis=2) / wide.sum(axis=2) - to_log / denominator[..., 0]
-    to_scores = wide * (to_weights - mean[:, :, None])
+    given = dropped(weights, keep, rate)
+    to_value = jnp.einsum("bhsq,bhqk->bhsk", given, to_heads)
+    # What is dropped from weights is dropped from their gradients, so one mask serves for both.
+    through = jnp.einsum("bhqk,bhsk->bhsq", to_heads, value).astype(jnp.float32)
+    through = given.astype(jnp.float32) * through
+    mean = (through.sum(axis=2) - to_log) / denominator[..., 0]
+    to_scores = through - weights.astype(jnp.float32) * mean[:, :, None]
     # Barrier: two products read the result, and XLA:TPU would compute it for each of them.
     to_scores = jax.lax.optimization_barrier((to_scores / _scale(query)).astype(query.dtype))
     to_query = jnp.einsum("bhsq,bhsk->bhqk", to_scores, key)
