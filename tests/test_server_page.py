@@ -1,6 +1,7 @@
 """The page `/` in a real browser, and its screenshot for the documentation."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,6 +46,7 @@ def page(browser: Any, client: Client) -> Iterator[Any]:
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda x: x.url.startswith(client.url) or complaints.append(x.url))
     page.goto(client.url)
+    page.wait_for_selector("#tasks th")
     yield page
     context.close()
     # A response with an error status is reported to the console by the browser itself.
@@ -85,7 +87,8 @@ def test_a_pair_is_answered_by_every_task_on_pairs(page, client):
     assert "2 tasks" in page.locator("#said").inner_text()
 
 
-def test_a_task_is_removed_and_added(page, client):
+def test_a_task_is_removed_and_added(page):
+    page.route("**/v1/tasks", lambda asked: (time.sleep(0.2), asked.continue_()))  # a slow server
     names = page.locator("#tasks th")
     assert names.all_inner_texts() == ["colour", "same", "share"]
     page.get_by_label("Administrator's token").fill("wrong")
