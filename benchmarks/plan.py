@@ -29,6 +29,7 @@ CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 TOPOLOGIES = ("v2-8", "v3-8", "v4-8", "v5litepod-4", "v6e-4")
 # Padded, 112 pairs have as many tokens as the 320 of a batch when they are packed.
 OVERRIDES = {"unified_enro": ("--config.batch_size=112",)}
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 COLUMNS = {
     "rows x positions": lambda p: f"{p.train.shape.rows} x {_positions(p)}",
     "memory per chip": lambda p: f"{p.memory / 2**30:.2f} of {p.kind.chip.hbm / 2**30:.0f} GiB",
@@ -82,7 +83,9 @@ def _give_data(config: ConfigDict, glue: Path, scratch: Path) -> None:
     if not isinstance(sizes, BertConfig) or sizes.model_type != "bert":
         return
     directory = scratch / config.encoder
-    shutil.copytree(resolve("all-MiniLM-L6-v2"), directory, dirs_exist_ok=True)
+    directory.mkdir(exist_ok=True)
+    for name in TOKENIZER:
+        shutil.copy(Path(resolve("all-MiniLM-L6-v2")) / name, directory)
     (directory / "config.json").write_text(json.dumps(dataclasses.asdict(sizes)))
     config.encoder = str(directory)
     if not config.data.own:

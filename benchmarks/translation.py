@@ -37,7 +37,7 @@ from pals_jax.experiment.experiment import Experiment
 from pals_jax.experiment.optim import make_optimizer
 from pals_jax.runtime.shards import Shards
 from pals_jax.training.losses import loss_weights, summed_loss
-from pals_jax.training.step import create_state, make_train_step
+from pals_jax.training.step import create_state, train_step_of
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "marian_enro.py"
 SCALE = 4.0  # of the parallel adapter, in the configuration
@@ -102,10 +102,7 @@ class Ours:
         )
         self.variables = variables | {"adapters": moved}
         optimizer, _ = make_optimizer(config.optimizer, 1, self.sampler.steps)
-        step = make_train_step(
-            self._model, optimizer, config.seed, label_smoothing=config.label_smoothing
-        )
-        self._step = jax.jit(step, donate_argnums=0)
+        self._step = jax.jit(train_step_of(experiment, optimizer), donate_argnums=0)
         self._state = create_state(self.variables, config.trainable, optimizer)
 
     def compile(self, steps: range) -> None:

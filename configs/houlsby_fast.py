@@ -16,7 +16,7 @@ from pals_jax.config import default
 SIZES = {"sst2": 67349, "qqp": 363846, "mnli": 392702, "qnli": 104743}
 
 
-def get_config(task: str = "mnli") -> ConfigDict:
+def get_config(task: str = "") -> ConfigDict:
     """One task, three epochs, adapters of size 64."""
     task = task or "mnli"
     if task not in SIZES:

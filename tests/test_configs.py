@@ -39,6 +39,16 @@ def test_houlsby_on_glue_is_the_papers() -> None:
     assert len(config.sweep) == 3 * 3 * 2 * 5
 
 
+@pytest.mark.parametrize("task", ["", "sst2"])
+def test_houlsby_fast_has_the_papers_recipe_at_a_larger_batch(task: str) -> None:
+    fast, paper = load("houlsby_fast.py", task), load("houlsby_glue.py", task or "mnli")
+    assert (fast.encoder, fast.method, fast.tasks) == (paper.encoder, paper.method, paper.tasks)
+    larger = fast.batch_size / paper.batch_size
+    scaled = paper.optimizer.learning_rate * larger**0.5
+    assert fast.optimizer.learning_rate == pytest.approx(scaled, rel=0.01)
+    assert fast.steps_per_epoch == pytest.approx(paper.steps_per_epoch / larger, abs=1)
+
+
 def test_the_unified_view_takes_any_method() -> None:
     config = load("unified_glue.py", "mnli,lora(rank=16, alpha=32.0)")
     assert config.tasks == ("mnli",)

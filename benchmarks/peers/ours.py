@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from glue_mix import Mix, taken
 
 from pals_jax.data.batch import Batch
-from pals_jax.experiment.optim import make_optimizer, moves_idle_tasks
+from pals_jax.experiment.optim import make_optimizer
 from pals_jax.inference.evaluator import Evaluator
 from pals_jax.inference.steps import apply_to_batch
 from pals_jax.runtime.compile_cache import forget_compiled
 from pals_jax.runtime.parallel import DataParallel
 from pals_jax.training.losses import example_losses
-from pals_jax.training.step import create_state, make_train_step
+from pals_jax.training.step import create_state, train_step_of
 
 
 def main() -> None:
@@ -49,8 +49,7 @@ class Steps:
         experiment, self._parallel = mix.experiment, DataParallel.over()
         config, self._model = experiment.config, experiment.model()
         optimizer, _ = make_optimizer(config.optimizer, len(experiment.tasks), 60_000)
-        moves_idle = moves_idle_tasks(config.optimizer)
-        step = make_train_step(self._model, optimizer, config.seed, moves_idle_tasks=moves_idle)
+        step = train_step_of(experiment, optimizer)
         self._mix, self._batches = mix, mix.packed()
         self._dev = mix.inference(each, by_length=False)
         self._step = self._parallel.compile(step, donate=True)
