@@ -84,8 +84,9 @@ def _give_data(config: ConfigDict, glue: Path, scratch: Path) -> None:
         return
     directory = scratch / config.encoder
     directory.mkdir(exist_ok=True)
+    tokenizer = resolve("all-MiniLM-L6-v2")
     for name in TOKENIZER:
-        shutil.copy(Path(resolve("all-MiniLM-L6-v2")) / name, directory)
+        shutil.copy(tokenizer / name, directory)
     (directory / "config.json").write_text(json.dumps(dataclasses.asdict(sizes)))
     config.encoder = str(directory)
     if not config.data.own:

@@ -88,7 +88,11 @@ def test_a_pair_is_answered_by_every_task_on_pairs(page, client):
 
 
 def test_a_task_is_removed_and_added(page):
-    page.route("**/v1/tasks", lambda asked: (time.sleep(0.2), asked.continue_()))  # a slow server
+    def answer_late(route: Any) -> None:
+        time.sleep(0.2)
+        route.continue_()
+
+    page.route("**/v1/tasks", answer_late)
     names = page.locator("#tasks th")
     assert names.all_inner_texts() == ["colour", "same", "share"]
     page.get_by_label("Administrator's token").fill("wrong")

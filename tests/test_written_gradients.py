@@ -36,6 +36,12 @@ def assert_alike(one: Any, other: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), one, other)
 
 
+def error(found: Array, exact: Array) -> float:
+    """The norm of the difference, relative to that of what is exact."""
+    difference = found.astype(jnp.float32) - exact
+    return float(jnp.linalg.norm(difference) / jnp.linalg.norm(exact))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_layer_norm(dtype: Any) -> None:
     def plain(x: Array, scale: Array, bias: Array) -> Array:
@@ -54,10 +60,10 @@ def test_layer_norm(dtype: Any) -> None:
         assert max(error(*pair) for pair in zip(written[1], exact[1], strict=True)) < 0.01
 
 
-IDS = jnp.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 0, 0, 0]])
-ALONE = jnp.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
-SOURCES = jnp.array([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0]])
-SOURCES_ALONE = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+IDS = np.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 0, 0, 0]])
+ALONE = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
+SOURCES = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0]])
+SOURCES_ALONE = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
 
 @pytest.mark.parametrize("rate", [0.0, RATE])
@@ -66,15 +72,17 @@ SOURCES_ALONE = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     [(IDS, None), (IDS, SOURCES), (ALONE, SOURCES_ALONE)],
     ids=["self", "cross, packed", "cross, one mask for all queries"],
 )
-def test_attention(ids: Array, sources: Array | None, rate: float) -> None:
-    """Of two examples in a row, and of one with padding; the log of the denominator, too."""
+def test_attention(ids: np.ndarray, sources: np.ndarray | None, rate: float) -> None:
+    """Of rows with one example or two, with padding; the log of the denominator, too."""
     key = jax.random.key(3)
-    salts = example_salts(key, jnp.array([[4, 5], [6, 7]]))
-    of_rows = slice(None, int(ids.max()))  # one example in each row, or two
 
-    def of(ids: Array, second: int) -> Segments:
-        first = jnp.array([[0, second], [0, 0]])[:, of_rows]
-        return make_segments(ids, first, salts[:, of_rows])
+    def of(ids: np.ndarray, second: int) -> Segments:
+        """Two rows; where the first has two examples, the second of them begins at `second`."""
+        count = int(ids.max())
+        first, examples = jnp.array([[0, second], [0, 0]]), jnp.array([[4, 5], [6, 7]])
+        return make_segments(
+            jnp.asarray(ids), first[:, :count], example_salts(key, examples[:, :count])
+        )
 
     segments = of(ids, 3)
     if sources is not None:
@@ -92,19 +100,9 @@ def test_attention(ids: Array, sources: Array | None, rate: float) -> None:
         return heads, jax.nn.logsumexp(scores, axis=-1)
 
     attended = ids if sources is None else sources
-    query, *keys_and_values = (
-        normal(seed, 2, 3, length, 4)
-        for seed, length in enumerate((ids.shape[1], attended.shape[1], attended.shape[1]))
-    )
-    assert_alike(
-        gradients(written, query, *keys_and_values), gradients(plain, query, *keys_and_values)
-    )
-
-
-def error(found: Array, exact: Array) -> float:
-    """Relative, of the norm."""
-    difference = found.astype(jnp.float32) - exact
-    return float(jnp.linalg.norm(difference) / jnp.linalg.norm(exact))
+    lengths = ids.shape[1], attended.shape[1], attended.shape[1]
+    inputs = [normal(seed, 2, 3, length, 4) for seed, length in enumerate(lengths)]
+    assert_alike(gradients(written, *inputs), gradients(plain, *inputs))
 
 
 def test_attention_in_bfloat16() -> None:
