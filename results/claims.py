@@ -17,6 +17,7 @@ PAPERS = {
 }
 # Kinds of arms that are not trained; the last is the model without adapters, whose tasks are texts.
 BASELINES = ("majority", "logistic-cls", "logistic-mean", "untouched")
+PICTURES = ("scores", "size and score", "heat map")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Arm:
         title: how the tables call it.
         kind: "train"; "added", whose tasks are trained one after another, each added to the run
             before; "without", trained as another arm and evaluated without the adapters of some
-            layers; or one of `BASELINES`.
+            layers; "spans", evaluated without those of each span of layers; or one of `BASELINES`.
         together: whether one run has all tasks of a claim in one model.
         length: how long runs are: a key of the devices' settings.
         of: with the kind "without", the arm whose runs are evaluated again.
@@ -63,8 +64,8 @@ class Claim:
         shown: names of further arms of the table.
         tasks: the tasks whose mean score is compared.
         trained_with: all tasks of the runs that have several; by default `tasks`.
-        seeds: the seeds of every trained arm.
-        picture: "size and score", or "scores".
+        seeds: the seeds of every arm that is compared.
+        picture: one of `PICTURES`; "heat map" is of the arm of the kind "spans".
     """
 
     name: str
@@ -78,11 +79,15 @@ class Claim:
     margin: float = 0.0
     shown: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    picture: str = "scores"
+    picture: str = PICTURES[0]
 
     def runs_of(self, arm: Arm) -> list[tuple[str, ...]]:
         """The tasks of each run of an arm."""
         return [self.trained_with or self.tasks] if arm.together else [(t,) for t in self.tasks]
+
+    def seeds_of(self, arm: Arm) -> tuple[int, ...]:
+        """The seeds of an arm's runs: 0 alone where nothing is random, or nothing is compared."""
+        return (0,) if arm.kind in (*BASELINES, "spans") else self.seeds
 
     @property
     def compared(self) -> tuple[str, ...]:
@@ -179,7 +184,7 @@ def _arm(name: str, given: dict[str, Any], file: Path) -> Arm:
     title = given.pop("title", given.get("method", name).removesuffix(" + mean_pooling()"))
     of, layers = given.pop("of", ""), tuple(given.pop("layers", ()))
     config = given.pop("config", "")
-    if kind not in ("train", "added", "without", *BASELINES):
+    if kind not in ("train", "added", "without", "spans", *BASELINES):
         raise UserError(f"{file}: arm {name} is of an unknown kind, {kind!r}.")
     if "learning_rate" in given:
         given["optimizer.learning_rate"] = given.pop("learning_rate")
@@ -202,4 +207,9 @@ def _claim(given: dict[str, Any], arms: dict[str, Arm], file: Path) -> Claim:
     for arm in claim.arms:
         if arm not in arms:
             raise UserError(f"{where} compares {arm!r}, which is no arm of the file.")
+    if claim.picture not in PICTURES:
+        raise UserError(f"{where} has an unknown picture, {claim.picture!r}.")
+    spans = sum(arms[arm].kind == "spans" for arm in claim.arms)
+    if spans != (claim.picture == "heat map"):
+        raise UserError(f"{where} needs one arm of the kind 'spans' if its picture is a heat map.")
     return claim

@@ -46,6 +46,9 @@ class Costs:
         variants = sum(
             job.arm.name in (arm.name, arm.of) for arm in self.campaign.claims.arms.values()
         )
+        if job.arm.kind == "spans":
+            depth = experiment.encoder().config.num_hidden_layers
+            variants += depth * (depth + 1) // 2
         # One after each epoch, one of the best checkpoint, and those of the records.
         return len(job.seeds) * (steps + (config.epochs + 1 + variants) * dev)
 

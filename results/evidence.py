@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from results import records
-from results.claims import BASELINES, Arm, Claim, Claims
+from results.claims import Arm, Claim, Claims
 from results.statistics import BLEU, Difference, Side, difference
 
 _MISSING = "runs are missing"
@@ -31,8 +31,10 @@ class Evidence:
     def runs(self, claim: Claim, arm: Arm, task: str) -> list[dict[str, Any]]:
         """The records of an arm's runs of a task, one for each seed that has one."""
         (tasks,) = (tasks for tasks in claim.runs_of(arm) if task in tasks)
-        seeds = (0,) if arm.kind in BASELINES else claim.seeds
-        paths = [records.run_file(self.device, arm.name, tasks, s, self.pages) for s in seeds]
+        paths = [
+            records.run_file(self.device, arm.name, tasks, seed, self.pages)
+            for seed in claim.seeds_of(arm)
+        ]
         found = [(path, record) for path in paths if (record := self.record(path)) is not None]
         for path, record in found:
             records.check(path, record, self.claims.settings(self.device, arm))
@@ -41,7 +43,7 @@ class Evidence:
     def side(self, claim: Claim, arm: Arm, task: str) -> Side | None:
         """What an arm answers on a task with all its seeds, or None if a run is missing."""
         runs, dev = self.runs(claim, arm, task), self.record(records.dev_file(task, self.pages))
-        complete = len(runs) == (1 if arm.kind in BASELINES else len(claim.seeds))
+        complete = len(runs) == len(claim.seeds_of(arm))
         if dev is None or not complete or any(run["answers"] is None for run in runs):
             return None
         truth = records.decode_all({task: dev["answers"]})[task]
@@ -69,6 +71,15 @@ class Evidence:
         arms = [self.claims.arms[name] for name in pair]
         runs = [run for arm in arms for task in claim.tasks for run in self.runs(claim, arm, task)]
         return "a run diverged" if any(run["answers"] is None for run in runs) else _MISSING
+
+    def heat_map(self, claim: Claim) -> np.ndarray | None:
+        """`ablate`'s changes, the mean over the claim's tasks, or None if a run is missing."""
+        (arm,) = (a for name in claim.arms if (a := self.claims.arms[name]).kind == "spans")
+        runs = [run for task in claim.tasks for run in self.runs(claim, arm, task)]
+        if len(runs) < len(claim.tasks) or any(records.ABLATION not in run for run in runs):
+            return None
+        changes = [change for run in runs for change in run[records.ABLATION].values()]
+        return np.mean(np.array(changes, np.float64), axis=0)
 
     def is_complete(self, claim: Claim) -> bool:
         """Whether every pair can be compared."""

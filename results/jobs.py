@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from pals_jax.experiment.config import load, override
 from results import records
-from results.claims import BASELINES, Arm, Claim, Claims
+from results.claims import Arm, Claim, Claims
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -52,9 +52,8 @@ class Campaign:
         found: dict[tuple[str, tuple[str, ...]], set[int]] = {}
         for name in arms:
             arm = self.claims.arms[name]
-            seeds = (0,) if arm.kind in BASELINES else claim.seeds
             for tasks in claim.runs_of(arm):
-                for seed in seeds:
+                for seed in claim.seeds_of(arm):
                     path = self.record(name, tasks, seed)
                     if path.exists():
                         records.check(

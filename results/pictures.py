@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from pals_jax.inference import ablation
 from results.claims import Claim
 from results.evidence import Evidence
 
@@ -14,8 +15,7 @@ COLOURS = ("#1f6f8b", "#d1495b", "#66a182")
 
 def draw(evidence: Evidence, claim: Claim, path: Path) -> bool:
     """Draws a claim's picture; returns whether there was anything to draw."""
-    make = _size_and_score if claim.picture == "size and score" else _differences
-    figure = make(evidence, claim)
+    figure = _KINDS[claim.picture](evidence, claim)
     if figure is None:
         return False
     figure.savefig(path, dpi=110, metadata={"Software": None})  # the same bytes each time
@@ -87,3 +87,12 @@ def _size_and_score(evidence: Evidence, claim: Claim) -> Figure | None:
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _heat_map(evidence: Evidence, claim: Claim) -> Figure | None:
+    """What removing the adapters of each span of layers changes, the mean over tasks."""
+    changes = evidence.heat_map(claim)
+    return None if changes is None else ablation.draw({"mean of the tasks": changes})
+
+
+_KINDS = {"scores": _differences, "size and score": _size_and_score, "heat map": _heat_map}

@@ -23,9 +23,10 @@ VERSIONED = (
 
 # task -> split -> [N], class ids, values in [0, 1], or texts
 Answers = dict[str, dict[str, np.ndarray]]
-# What else a record may have: by how much the parameters of earlier tasks changed at most, and how
-# many dev texts the model writes otherwise than before, without adapters.
+# What else a record may have: by how much the parameters of earlier tasks changed at most; how many
+# dev texts the model writes otherwise than before, without adapters; and what `ablate` finds.
 EARLIER, UNTOUCHED = "largest_change_of_earlier_tasks", "untouched_texts_changed"
+ABLATION = "change_without_layers"
 _TEXTS = "json"  # takes the place of a dtype
 
 

@@ -130,6 +130,8 @@ def _table(evidence: Evidence, claim: Claim) -> list[str]:
         "| --- | ---: |" + " ---: |" * (len(claim.tasks) + 1),
     ]
     for arm in (evidence.claims.arms[name] for name in claim.arms):
+        if arm.kind == "spans":  # it is drawn
+            continue
         sides = [evidence.side(claim, arm, task) for task in claim.tasks]
         cells = [_cell(side) for side in sides]
         scores = [side.score() for side in sides if side is not None]

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from pals_jax.experiment.config import encoder_is_frozen, override
 from pals_jax.experiment.experiment import Experiment
+from pals_jax.inference import ablation
 from pals_jax.inference.evaluator import decide
 from pals_jax.inference.run import Run
 from pals_jax.models import counts, task_axis
@@ -32,7 +33,7 @@ from results import baselines, records
 from results.claims import BASELINES, Claim
 from results.costs import Costs, cheapest_first
 from results.jobs import Campaign, Job
-from results.records import EARLIER, UNTOUCHED
+from results.records import ABLATION, EARLIER, UNTOUCHED
 from results.statistics import BLEU
 
 
@@ -101,9 +102,11 @@ class Runner:
                 answers = None if run is None else _answers(run, active)
                 done = dataclasses.replace(job, arm=arm)
                 cost = seconds if arm.name == job.arm.name else 0.0
-                noticed = {} if change is None else {EARLIER: change}
+                noticed: dict[str, Any] = {} if change is None else {EARLIER: change}
                 if run is not None and experiment.tasks[0].output == "text":
                     noticed = {UNTOUCHED: _changed_texts(run)}
+                if run is not None and arm.kind == "spans":
+                    noticed = {ABLATION: ablation.to_json(ablation.ablate(run))}
                 self._write(done, config.seed, experiment, answers, cost, noticed)
 
     def _run_baselines(self, job: Job) -> None:
@@ -124,7 +127,7 @@ class Runner:
         experiment: Experiment,
         answers: records.Answers | None,
         seconds: float,
-        noticed: Mapping[str, float] = MappingProxyType({}),
+        noticed: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._write_dev(experiment)
         counted = counts.count(experiment.model())

@@ -43,6 +43,11 @@ kind = "without"
 of = "lhuc"
 layers = [0]
 
+[arm.lhuc-spans]
+kind = "spans"
+method = "lhuc"
+trainable = ["adapters/"]
+
 [arm.together]
 method = "shared"
 together = true
@@ -59,9 +64,10 @@ sentence = "One thing is above another."
 source = "section 1"
 published = "2 against 1"
 pairs = [["lhuc", "majority"]]
-shown = ["logistic-mean", "lhuc-upper"]
+shown = ["logistic-mean", "lhuc-upper", "lhuc-spans"]
 tasks = ["colour"]
 seeds = [0, 1]
+picture = "heat map"
 
 [[claim]]
 name = "X2"
@@ -99,7 +105,7 @@ def test_what_is_missing_is_run_and_reported(
     pages, chosen = runner.campaign.pages, small_claims.only("")
     runs.run(runner, chosen, hours=1.0)
     files = sorted((small_of_module / "pages" / "runs").rglob("*.json"))
-    assert len(files) == 2 * 2 + 2 * 2 + 2  # two arms, two seeds; baselines; both tasks in one run
+    assert len(files) == 2 * 2 + 1 + 2 * 2 + 2  # two arms, two seeds; baselines; tasks in one run
     assert not list((small_of_module / "work").rglob("checkpoints"))
     report.write(small_claims, pages)
     page = (pages / "houlsby.md").read_text()
@@ -108,6 +114,19 @@ def test_what_is_missing_is_run_and_reported(
     assert "![X1](X1.png)" in page
     assert "while later tasks were added, 1 runs: 0\n" in (pages / "pals.md").read_text()
     assert (pages / "X1.png").read_bytes().startswith(b"\x89PNG")
+
+    drawn, upper = (
+        json.loads((pages / "runs" / "cpu" / arm / "colour" / "0.json").read_text())
+        for arm in ("lhuc-spans", "lhuc-upper")
+    )
+    (task,) = chosen[0].tasks
+    dev = records.decode_all({task: records.read(records.dev_file(task, pages))["answers"]})
+    with_all, without = (
+        np.mean(records.decode_all(each["answers"])[task]["dev"] == dev[task]["dev"])
+        for each in (drawn, upper)
+    )
+    assert drawn[records.ABLATION][task][0][0] == pytest.approx(without - with_all)
+    assert drawn[records.ABLATION][task][1][0] is None
 
     lost = pages / "runs" / "cpu" / "lhuc" / "colour" / "1.json"
     before = json.loads(lost.read_text())
@@ -171,6 +190,8 @@ def test_the_pages_are_those_of_the_records(tmp_path: Path) -> None:
         ('source = "section 1"', 'sauce = "1"', "X1 has sauce, which no claim has"),
         ('paper = "houlsby"', 'paper = "mine"', "an unknown paper, 'mine'"),
         ('kind = "majority"', 'kind = "minority"', "an unknown kind, 'minority'"),
+        ('picture = "heat map"', 'picture = "photo"', "X1 has an unknown picture, 'photo'"),
+        ('picture = "heat map"', "", "needs one arm of the kind 'spans' if its picture is a heat"),
         ('of = "lhuc"', 'of = "lost"', "lhuc-upper is of 'lost', which is no arm"),
     ],
 )

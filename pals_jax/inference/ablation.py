@@ -1,6 +1,7 @@
 """Ablation: a run's scores without the adapters of a span of layers (Houlsby et al., figure 6)."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
@@ -11,6 +12,9 @@ from pals_jax.models.adapters.spec import Adapter
 from pals_jax.runtime import storage
 from pals_jax.runtime.console import progress
 from pals_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def ablate(run: Run) -> dict[str, np.ndarray]:
@@ -60,7 +64,13 @@ def to_json(changes: Mapping[str, np.ndarray]) -> dict[str, list[list[float | No
 
 
 def plot(changes: Mapping[str, np.ndarray], path: epath.Path) -> None:
-    """One heat map for each task."""
+    """Saves what `draw` draws."""
+    with storage.reported(path), path.open("wb") as file:
+        draw(changes).savefig(file)
+
+
+def draw(changes: Mapping[str, np.ndarray]) -> "Figure":
+    """One heat map for each task, of changes as `ablate` returns them."""
     from matplotlib.figure import Figure  # takes a second to import
 
     figure = Figure(figsize=(4 * len(changes), 4), layout="constrained")
@@ -70,5 +80,8 @@ def plot(changes: Mapping[str, np.ndarray], path: epath.Path) -> None:
         image = axes.imshow(100 * change, cmap="RdBu", vmin=-100 * largest, vmax=100 * largest)
         axes.set(title=name, xlabel="last layer without adapters", ylabel="first layer")
         figure.colorbar(image, ax=axes, label="change of the score x 100", shrink=0.8)
-    with storage.reported(path), path.open("wb") as file:
-        figure.savefig(file)
+        for (first, last), value in np.ndenumerate(change):
+            if not np.isnan(value):
+                colour = "white" if abs(value) > 0.6 * largest else "black"
+                axes.text(last, first, f"{100 * value:.1f}", ha="center", va="center", color=colour)
+    return figure
