@@ -13,7 +13,7 @@ Datasets. XSUM is a directory with train.jsonl, dev.jsonl and test.jsonl of the 
     scaled_parallel(size=512)                                  6.2%   44.85 / 21.54 / 36.58
     lora(rank=102, alpha=408.0, targets=("ffn_in", "ffn_out")) 6.2%   44.59 / 21.31 / 36.25
     prefix_tuning(length=200, bottleneck=0)                    3.6%   43.40 / 20.46 / 35.51
-    adapter(size=512), sequential                              6.1%       - / 20.58 / -
+    adapter(size=512), sequential                              6.2%       - / 20.58 / -
     prompt_tuning(length=200), roughly                        0.05%       - / 15.49 / -
     bitfit()                                                   0.1%       - / 17.32 / -
 

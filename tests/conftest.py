@@ -228,6 +228,34 @@ def tiny_marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def tiny_mbart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random mBART of two layers on each side, whose tokenizer knows `WORDS` and languages."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    directory = tmp_path_factory.mktemp("mbart")
+    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    words = [(f"▁{word}", -float(i)) for i, word in enumerate(WORDS, 1)]
+    tokenizer = transformers.MBartTokenizer(vocab=[*special, *words])
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = transformers.MBartConfig(
+        vocab_size=len(tokenizer),
+        d_model=24,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=3,
+        decoder_attention_heads=3,
+        encoder_ffn_dim=40,
+        decoder_ffn_dim=36,
+        max_position_embeddings=32,
+        scale_embedding=True,
+        init_std=0.2,
+    )
+    transformers.MBartForConditionalGeneration(config).save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture
 def pairs(small: Path, tiny_marian: Path) -> Path:
     """The directory `small` with an encoder-decoder, for its tasks of pairs; see `of_pairs`."""

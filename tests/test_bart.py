@@ -20,6 +20,7 @@ from pals_jax.convert import (
 )
 from pals_jax.models.adapters import methods
 from pals_jax.runtime.errors import UserError
+from pals_jax.training.losses import token_losses
 
 ARRAYS = tuple(tiny.texts().values())
 
@@ -68,11 +69,14 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def assert_parity(directory: Path, theirs: Any, arrays: Any, dtype: Any = np.float32) -> None:
-    """Hidden states and logits equal PyTorch's at real positions, at unit scale."""
+    """Hidden states, logits and loss equal PyTorch's at real positions, at unit scale."""
     names = "input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"
     inputs = {k: torch.tensor(x.copy()) for k, x in zip(names, arrays, strict=True)}
+    labels = (
+        inputs["decoder_input_ids"].long().masked_fill(inputs["decoder_attention_mask"] == 0, -100)
+    )
     with torch.no_grad():
-        expected = theirs(**inputs, output_hidden_states=True)
+        expected = theirs(**inputs, labels=labels, output_hidden_states=True)
     model, variables = from_huggingface(directory, dtype=dtype)
 
     @jax.jit
@@ -91,6 +95,8 @@ def assert_parity(directory: Path, theirs: Any, arrays: Any, dtype: Any = np.flo
     ):
         bound = 1e-5 * max(1.0, float(desired[real].abs().max()))
         np.testing.assert_allclose(actual[real], desired[real], rtol=0, atol=bound)
+    loss = token_losses(logits, np.asarray(arrays[2]), 0.0)[target].mean()
+    np.testing.assert_allclose(loss, expected.loss, rtol=1e-5)
 
 
 def test_hidden_states_and_logits_are_those_of_pytorch(saved: Any) -> None:

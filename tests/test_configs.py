@@ -1,6 +1,7 @@
 """The configurations of `configs/`: each is complete, and those that can run here do."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_the_unified_view_takes_any_method() -> None:
 
 
 SHARES = {  # of BART-large: what a task stores, and the share that the paper and its code state
-    "": (27_414_528, 6.7),
+    "mam(prefix=30, size=512, scale=4.0)": (27_414_528, 6.7),
     "scaled_parallel(size=512)": (25_202_688, 6.2),
     "lora(rank=102, alpha=408.0, targets=('ffn_in', 'ffn_out'))": (25_067_520, 6.2),
     "lora(rank=200, alpha=400.0)": (29_491_200, 7.3),
@@ -74,6 +75,22 @@ def test_the_papers_shares_of_bart_large(method: str, capsys: pytest.CaptureFixt
     stored, share = SHARES[method]
     assert (found["encoder"], found["per_task"]) == (406_291_456, stored)
     assert round(100 * stored / found["encoder"], 1) == share
+
+
+def test_the_shares_of_mbart_large(capsys: pytest.CaptureFixture) -> None:
+    """As stated in the configuration; biases are more, because mBART has two more layer norms."""
+    lines = (REPOSITORY / "configs" / "unified_enro.py").read_text().splitlines()
+    for method, (stored, _) in SHARES.items():
+        config = REPOSITORY / "configs" / f"unified_enro.py:{method}"
+        assert main(["params", f"--config={config}", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        more = 2048 if method == "bitfit()" else 0
+        assert (found["encoder"], found["per_task"]) == (610_851_840, stored + more)
+        (line,) = (x for x in lines if x.strip().startswith(method.replace("'", '"')))
+        (share,) = re.findall(r"([\d.]+)%", line)
+        assert float(share) == pytest.approx(
+            100 * found["per_task"] / found["encoder"], abs=0.05
+        ), method
 
 
 def test_the_unified_view_writes_as_the_authors_do() -> None:

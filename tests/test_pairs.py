@@ -1,12 +1,12 @@
 """Pairs of texts: declared, read, tokenised as by their model's own tokenizer, and placed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from conftest import WORDS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,14 +90,8 @@ def marian(tiny_marian: Path) -> PairTokenizer:
 
 
 @pytest.fixture(scope="module")
-def mbart(tmp_path_factory: pytest.TempPathFactory) -> PairTokenizer:
-    """mBART's tokenizer with few words, written and read."""
-    transformers = pytest.importorskip("transformers")
-    directory = tmp_path_factory.mktemp("mbart")
-    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
-    words = [(f"▁{word}", -float(i)) for i, word in enumerate(WORDS, 1)]
-    transformers.MBartTokenizer(vocab=[*special, *words]).save_pretrained(directory)
-    return PairTokenizer.load(directory, "mbart", None)
+def mbart(tiny_mbart: Path) -> PairTokenizer:
+    return PairTokenizer.load(tiny_mbart, "mbart", None)
 
 
 PAIRS = Examples([("red box",), ("a small old cup",)], None, ["blue box", "the hat"])
@@ -128,6 +122,25 @@ def test_marian_cuts_sources_and_targets_by_models_of_their_own(marian: PairToke
     assert 1 not in source + target
     assert split.sizes.tolist() == [[len(source), len(target) - 1]]
     assert np.isnan(split.targets).all()
+
+
+def test_a_marian_of_several_languages(tiny_marian: Path, tmp_path: Path) -> None:
+    """The language is a token before the source."""
+    for path in tiny_marian.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    ids = json.loads((tmp_path / "vocab.json").read_text())
+    codes = {">>fr<<": len(ids), ">>ro<<": len(ids) + 1}
+    (tmp_path / "vocab.json").write_text(json.dumps(ids | codes))
+    tokenizer = PairTokenizer.load(tmp_path, "marian", 7)
+    assert tokenizer.languages == ("fr", "ro")
+    source, same = (
+        PairEncoder(tokenizer, 16, 16, target_language=code)(PAIRS).tokens[:4].tolist()
+        for code in ("ro", "fr")
+    )
+    assert (source[0], same[0]) == (codes[">>ro<<"], codes[">>fr<<"])
+    assert source[1:] == same[1:] == tokenizer.tokenizer("red box")["input_ids"][:3]
+    with pytest.raises(UserError, match="target_language: a code is missing for the tokenizer"):
+        PairEncoder(tokenizer, 16, 16)
 
 
 def test_long_texts_are_cut_at_their_ends(marian: PairTokenizer) -> None:
@@ -183,6 +196,13 @@ def test_tokens_are_made_once(
     again = encode_once(PAIRS, encoder, tmp_path)
     np.testing.assert_array_equal(again.tokens, built.tokens)
     np.testing.assert_array_equal(again.target_texts.tokens, built.target_texts.tokens)
+
+
+def test_a_language_before_the_texts(tmp_path: Path) -> None:
+    """As mBART-50 has it, whose decoder does not start with the language."""
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "MBart50Tokenizer"}')
+    with pytest.raises(UserError, match=r"is that of mBART-50, .* facebook/mbart-large-cc25 does"):
+        PairTokenizer.load(tmp_path, "mbart", None)
 
 
 def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:

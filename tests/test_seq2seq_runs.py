@@ -244,6 +244,57 @@ def test_a_merged_task_is_written_for_transformers(
     assert "supported on bert, roberta, bart, and this is a marian" in capsys.readouterr().err
 
 
+OF_MBART = """
+import tiny_experiment
+
+def get_config(directory):
+    config = tiny_experiment.get_config(directory)
+    config.encoder = f"{directory}/mbart"
+    config.method = "lora(rank=2)"
+    config.trainable = ("adapters/",)
+    config.tasks = ("upper", "swap")
+    for task, language in (("upper", "ro_RO"), ("swap", "fr_XX")):
+        config.data.own[task].source_language = "en_XX"
+        config.data.own[task].target_language = language
+    config.generation.num_beams = 2
+    config.optimizer.learning_rate = 0.03
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_an_mbart_writes_each_task_in_its_language(
+    small: Path, tiny_mbart: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Texts start with the language's code, and are those of transformers after merging."""
+    transformers = pytest.importorskip("transformers")
+    (small / "mbart").symlink_to(tiny_mbart)
+    config, workdir = small / "of_mbart.py", small / "run"
+    config.write_text(OF_MBART)
+    assert main(["train", f"--config={config}:{small}", f"--workdir={workdir}"]) == 0
+    run = Run.load(workdir)
+    tokenizer = run.tokenizer.tokenizer
+    texts = ["red box", "a small old cup", "the hat"]
+    source = tokenizer(texts, return_tensors="pt", padding=True)
+    for task, language in (("upper", "ro_RO"), ("swap", "fr_XX")):
+        command = ["convert", f"--workdir={workdir}", f"--task={task}", "--to=huggingface"]
+        assert main([*command, f"--out={small / task}"]) == 0
+        model = transformers.MBartForConditionalGeneration.from_pretrained(small / task).eval()
+        start = tokenizer.convert_tokens_to_ids(language)
+        tokens = model.generate(**source, decoder_start_token_id=start, num_beams=2, max_length=17)
+        assert [answer.text for answer in run.predict(texts, task=task)] == [
+            run.tokenizer.text(row) for row in tokens.tolist()
+        ]
+    command = ["predict", f"--workdir={workdir}", f"--input={small / 'swap.jsonl'}", "--task=all"]
+    assert main([*command, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    asked = [row["lower"] for row in rows]
+    assert any(row["upper: prediction"] != row["swap: prediction"] for row in rows)
+    for task in ("upper", "swap"):
+        alone = [answer.text for answer in run.predict(asked, task=task)]
+        assert [row[f"{task}: prediction"] for row in rows] == alone
+
+
 def test_what_a_run_of_pairs_cannot_do(pairs: Path, capsys: pytest.CaptureFixture) -> None:
     """Each with one sentence, and before anything is written."""
     for overrides, message in (

@@ -4,6 +4,7 @@ The golden files hold that code's outputs and gradients on small random models (
 unified_view_seq2seq/README.md).
 """
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -170,6 +171,55 @@ def test_outputs(golden: SimpleNamespace) -> None:
     assert_close(golden.outputs.encoder_last_hidden_state[real], encoded[real])
     for name in ("decoder_last_hidden_state", "logits", "loss", "label_smoothed_loss"):
         assert_close(getattr(golden.outputs, name), golden.arrays[name], name)
+
+
+WITH_EVERY_LAYER = [f"{model}/{name}" for model in ("bart", "mbart") for name in ("plain", "mam")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", WITH_EVERY_LAYER)
+def test_every_layer(variant: str, shared: Path) -> None:
+    """Its output is that of a model whose last layer it is, behind the final norm of mBART."""
+    golden = load(shared, variant)
+    model, variables = convert(golden)
+    ids, mask, decoder_ids = (
+        golden.arrays[k].astype(np.int32)
+        for k in ("input_ids", "attention_mask", "decoder_input_ids")
+    )
+    texts = ids, mask, decoder_ids, np.ones_like(decoder_ids)
+    for block, method, given in (
+        ("encoder", "encode", texts[:2]),
+        ("decoder", "decode", texts),
+    ):
+        hidden = golden.arrays[f"{block}_hidden_states"]
+        real = mask > 0 if block == "encoder" else np.ones_like(decoder_ids) > 0
+        for depth in range(len(hidden)):
+            config = dataclasses.replace(model.config, **{f"{block}_layers": depth})
+            lower = Seq2SeqModel(config, model.num_tasks, model.method)
+            found = lower.apply(lowest(variables, block, depth), *given, 0, method=method)
+            expected = hidden[depth]
+            if model.config.model_type == "mbart" and depth < len(hidden) - 1:
+                expected = normalised(expected, variables["params"][block]["norm"])
+            assert_close(found[real], expected[real], f"{block} {depth}")
+
+
+def lowest(variables: Any, block: str, depth: int) -> Any:
+    """The variables with the lowest layers of a block alone."""
+
+    def cut(path: Any, leaf: Any) -> Any:
+        collection, name, *rest = (key.key for key in path)
+        of_block = "decoder" if name.startswith("decoder") else "encoder"
+        if name == "vocabulary" or of_block != block or "layers" not in rest:
+            return leaf
+        return leaf[:depth] if collection == "params" else leaf[:, :depth]
+
+    return jax.tree_util.tree_map_with_path(cut, variables)
+
+
+def normalised(x: np.ndarray, norm: Any) -> np.ndarray:
+    centred = x - x.mean(-1, keepdims=True)
+    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    return scaled * np.asarray(norm["scale"]) + np.asarray(norm["bias"])
 
 
 def test_gradients(golden: SimpleNamespace) -> None:

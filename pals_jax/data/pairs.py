@@ -55,7 +55,7 @@ class PairTokenizer:
         """The tokenizer in a directory.
 
         Raises:
-            UserError: if there is none, or Marian's lacks sentencepiece.
+            UserError: if there is none, Marian's lacks sentencepiece, or it is mBART-50's.
         """
         if model_type == "marian" and not importlib.util.find_spec("sentencepiece"):
             raise UserError(
@@ -68,6 +68,12 @@ class PairTokenizer:
 
         declared = _settings(directory / "tokenizer_config.json")
         name = str(declared.get("tokenizer_class", "")).removesuffix("Fast")
+        if name == "MBart50Tokenizer":
+            raise UserError(
+                f"the tokenizer in {directory} is that of mBART-50, which has the language before"
+                " its texts; take an mBART that has it behind them, as"
+                " facebook/mbart-large-cc25 does."
+            )
         kind = getattr(transformers, name, None) or getattr(transformers, _CLASSES[model_type])
         files = kind.vocab_files_names
         needed = files.values() if model_type != "marian" else ("source.spm", "target.spm")
