@@ -134,8 +134,9 @@ def test_a_directory_of_adapterhub(shared, tmp_path):
     config = json.loads((base / "config.json").read_text()) | {"model_type": "bart"}
     (base / "config.json").unlink()
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="holds an encoder-decoder"):
-        pals_jax.load(base)
+    for name in (None, "unified_view"):
+        with pytest.raises(UserError, match="holds an encoder-decoder"):
+            pals_jax.load(base, format=name)
 
 
 @pytest.fixture(scope="module")

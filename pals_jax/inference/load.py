@@ -83,6 +83,8 @@ def load(
             f"{base} is a run; name the encoder itself, as Hugging Face has it, as the base of"
             f" {place} ({name})."
         )
+    if not needs_base:
+        _check_has_no_decoder(Path(path))
     return _from_checkpoint(str(path), FOREIGN[name].read(str(path), origin), origin, tasks)
 
 
@@ -170,6 +172,15 @@ def _tokenizer(directory: Path, base: str) -> Tokenizer:
     return load_tokenizer(huggingface.resolve(base))
 
 
+def _check_has_no_decoder(path: Path) -> None:
+    if (path / "config.json").is_file() and is_bart(path):
+        raise UserError(
+            f"{path} holds an encoder-decoder, which has no classifier; load a task file with this"
+            " as its base=, or read it with from_huggingface or from_unified_view of"
+            " pals_jax.convert."
+        )
+
+
 def _format_of(path: epath.Path) -> str:
     """The one format of what a place holds."""
     if storage.in_bucket(path):
@@ -178,12 +189,7 @@ def _format_of(path: epath.Path) -> str:
         found = [name for name, holds in _HOLDS.items() if holds(Path(path))]
     except OSError as error:  # such as a name that is too long, or a directory of somebody else
         raise UserError(f"cannot look into {path}: {reason(error)}.") from error
-    if (Path(path) / "config.json").is_file() and is_bart(Path(path)):
-        raise UserError(
-            f"{path} holds an encoder-decoder, which has no classifier; load a task file with this"
-            " as its base=, or read it with from_huggingface or from_unified_view of"
-            " pals_jax.convert."
-        )
+    _check_has_no_decoder(Path(path))
     if len(found) == 1:
         return found[0]
     if found:
