@@ -227,7 +227,11 @@ def test_another_task_leaves_the_real_french_as_it_is(beams: int, shared: Path) 
 
 
 def assert_french_stays(directory: Path, sources: Any, beams: int) -> list[Generated]:
-    """With adapters at the identity, it is what the untouched model writes, whatever others do."""
+    """With adapters at the identity, it is what the untouched model writes, whatever others do.
+
+    Bit for bit; but in a call with other texts, their lengths decide in which rows of a step French
+    is computed, which changes how a processor rounds its scores.
+    """
     untouched, variables = from_huggingface(directory)
     method = methods.scaled_parallel(4) + methods.lora(2)  # which begin at the identity
     both = Seq2SeqModel(untouched.config, 2, method)
@@ -241,6 +245,11 @@ def assert_french_stays(directory: Path, sources: Any, beams: int) -> list[Gener
         in_order(generator(variables | {"adapters": x}, sources, tasks))
         for x in (adapters, romanian)
     )
+    alone, alone_after = (
+        in_order(generator(variables | {"adapters": x}, sources[::2], 0))
+        for x in (adapters, romanian)
+    )
+    tiny.assert_same(alone, alone_after)
     original = in_order(Generator(untouched, settings)(variables, sources))
     changed = 0
     for task, *texts in zip(tasks, original, before, after, strict=True):
@@ -249,7 +258,7 @@ def assert_french_stays(directory: Path, sources: Any, beams: int) -> list[Gener
         changed += beside != expected
         if task == 0:
             assert beside == expected
-            assert texts[1].score == texts[2].score
+            assert texts[1].score == pytest.approx(texts[2].score, abs=1e-5)
     assert changed > 3  # of the six in Romanian
     return original
 
