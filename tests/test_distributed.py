@@ -30,8 +30,9 @@ import pals_jax
 from pals_jax.runtime import distributed
 workdir, sources, address, process = sys.argv[1:]
 distributed.connect(address, 2, int(process))
-found = pals_jax.load(workdir).predict(json.loads(sources), task="all")
-print(json.dumps([x.text for x in found]))
+run = pals_jax.load(workdir)
+texts = [x.text for x in run.predict(json.loads(sources), task="all")]
+print(json.dumps([texts, run.evaluate()]))
 """
 
 
@@ -155,7 +156,7 @@ def test_one_that_is_told_to_stop_stops_all(whole: Path) -> None:
 
 @pytest.mark.nightly
 def test_two_processes_write_the_texts_of_one(pairs_of_module: Path) -> None:
-    """Each of them gets all texts, of both tasks."""
+    """Each of them gets all texts, of both tasks, and their scores."""
     workdir = pairs_of_module / "pairs"
     command = ["train", f"--config={CONFIG}:{pairs_of_module}", f"--workdir={workdir}"]
     assert (
@@ -163,7 +164,8 @@ def test_two_processes_write_the_texts_of_one(pairs_of_module: Path) -> None:
     )
     lines = (pairs_of_module / "upper.tsv").read_text().splitlines()[1:]
     sources = [line.split("\t")[0] for line in lines]
-    alone = [x.text for x in pals_jax.load(workdir).predict(sources, task="all")]
+    run = pals_jax.load(workdir)
+    alone, scores = [x.text for x in run.predict(sources, task="all")], run.evaluate()
     assert len(alone) == 2 * len(sources)
     assert len(set(alone)) > 20
     given = [sys.executable, "-c", GENERATES, str(workdir), json.dumps(sources), coordinator()]
@@ -171,7 +173,11 @@ def test_two_processes_write_the_texts_of_one(pairs_of_module: Path) -> None:
         subprocess.Popen([*given, str(i)], env=ENVIRONMENT, stdout=subprocess.PIPE) for i in (0, 1)
     ]
     for out, _ in [process.communicate(timeout=300) for process in started]:
-        assert json.loads(out.splitlines()[-1]) == alone  # behind what the connection reports
+        texts, evaluated = json.loads(out.splitlines()[-1])  # behind what the connection reports
+        assert texts == alone
+        assert evaluated.keys() == scores.keys() == {"upper", "swap"}
+        for task, splits in scores.items():
+            assert evaluated[task]["dev"] == pytest.approx(splits["dev"], rel=1e-5)
 
 
 @pytest.mark.parametrize("given", [("127.0.0.1:1", None, 0), (None, 2, None)])
