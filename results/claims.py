@@ -17,7 +17,7 @@ PAPERS = {
 }
 # Kinds of arms that are not trained; the last is the model without adapters, whose tasks are texts.
 BASELINES = ("majority", "logistic-cls", "logistic-mean", "untouched")
-PICTURES = ("scores", "size and score", "heat map")
+PICTURES = ("differences", "scores", "size and score", "heat map")
 
 
 @dataclasses.dataclass(frozen=True)

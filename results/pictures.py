@@ -95,4 +95,31 @@ def _heat_map(evidence: Evidence, claim: Claim) -> Figure | None:
     return None if changes is None else ablation.draw({"mean of the tasks": changes})
 
 
-_KINDS = {"scores": _differences, "size and score": _size_and_score, "heat map": _heat_map}
+def _scores(evidence: Evidence, claim: Claim) -> Figure | None:
+    """Every arm's mean score over the claim's tasks, of each seed and of all."""
+    found = {}
+    for arm in (evidence.claims.arms[name] for name in claim.arms):
+        sides = [evidence.side(claim, arm, task) for task in claim.tasks]
+        if all(side is not None for side in sides):
+            found[arm.title.replace("`", "")] = np.mean([s.scores() for s in sides if s], axis=0)
+    if not found:
+        return None
+    titles = sorted(found, key=lambda title: found[title].mean())
+    figure = Figure(figsize=(8, 1.0 + 0.36 * len(titles)), layout="constrained")
+    axes = figure.subplots()
+    for row, title in enumerate(titles):
+        axes.plot(found[title], [row] * len(found[title]), "o", color=COLOURS[0], ms=4, alpha=0.5)
+        axes.plot(found[title].mean(), row, "D", color=COLOURS[1], ms=6)
+    axes.set_yticks(range(len(titles)), [textwrap.fill(title, 48) for title in titles])
+    axes.set_xlabel("mean score (red), and that of each seed")
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+_KINDS = {
+    "differences": _differences,
+    "scores": _scores,
+    "size and score": _size_and_score,
+    "heat map": _heat_map,
+}

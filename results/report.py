@@ -12,6 +12,7 @@ from results.evidence import Evidence
 from results.statistics import Difference, Side, verdict
 
 TEXTS = Path(__file__).with_name("pages")  # what people have written; {{NAME}} marks a place
+STORIES = ("H1", "U7", "P3")  # the claims whose pictures tell the story of each paper
 
 
 def write(claims: Claims, pages: Path = records.PAGES) -> None:
@@ -19,6 +20,7 @@ def write(claims: Claims, pages: Path = records.PAGES) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
         rows: list[str] = []
+        stories: list[str] = []
         sections: dict[str, list[str]] = {paper: [] for paper in PAPERS}
         for claim in claims.claims.values():
             evidence = _evidence(claims, claim, pages)
@@ -26,8 +28,10 @@ def write(claims: Claims, pages: Path = records.PAGES) -> None:
             said = verdict(claim, found)
             rows.append(_row(evidence, claim, found, said))
             drawn = pictures.draw(evidence, claim, made / f"{claim.name}.png")
+            if drawn and claim.name in STORIES:
+                stories.append(_story(claim, said))
             sections[claim.paper].append(_section(evidence, claim, found, said, drawn))
-        places = {"claims": "\n".join([*_HEAD, *rows])}
+        places = {"claims": "\n".join([*_HEAD, *rows]), "stories": "\n\n".join(stories)}
         for length, settings in claims.devices["cpu"].items():
             places[length] = f"{settings['epochs'] * settings['steps_per_epoch']:,}"
         _page(made / "README.md", places)
@@ -40,6 +44,11 @@ def write(claims: Claims, pages: Path = records.PAGES) -> None:
         for picture in pages.glob("*.png"):
             if not (made / picture.name).exists():
                 picture.unlink()
+
+
+def _story(claim: Claim, said: str) -> str:
+    where = f"[{PAPERS[claim.paper]}]({claim.paper}.md#{claim.name.lower()})"
+    return f"{where}: {claim.sentence} **{said}**\n\n![{claim.name}]({claim.name}.png)"
 
 
 def _evidence(claims: Claims, claim: Claim, pages: Path) -> Evidence:
