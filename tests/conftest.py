@@ -182,6 +182,15 @@ def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+# What the tiny encoder-decoders have in common.
+SEQ2SEQ_SIZES = {
+    **{"d_model": 24, "encoder_layers": 2, "decoder_layers": 2},
+    **{"encoder_attention_heads": 3, "decoder_attention_heads": 3},
+    **{"encoder_ffn_dim": 40, "decoder_ffn_dim": 36, "max_position_embeddings": 32},
+    **{"scale_embedding": True, "init_std": 0.2},
+}
+
+
 @pytest.fixture(scope="session")
 def tiny_marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Marian of two layers on each side, with SentencePiece models trained on `WORDS`."""
@@ -206,18 +215,9 @@ def tiny_marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "vocab.json").write_text(json.dumps(ids))
     torch.manual_seed(0)
     config = transformers.MarianConfig(
+        **SEQ2SEQ_SIZES,
         vocab_size=len(ids),
-        d_model=24,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=3,
-        decoder_attention_heads=3,
-        encoder_ffn_dim=40,
-        decoder_ffn_dim=36,
-        max_position_embeddings=32,
         activation_function="swish",
-        scale_embedding=True,
-        init_std=0.2,
         pad_token_id=ids["<pad>"],
         decoder_start_token_id=ids["<pad>"],
         eos_token_id=0,
@@ -239,19 +239,7 @@ def tiny_mbart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = transformers.MBartTokenizer(vocab=[*special, *words])
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
-    config = transformers.MBartConfig(
-        vocab_size=len(tokenizer),
-        d_model=24,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=3,
-        decoder_attention_heads=3,
-        encoder_ffn_dim=40,
-        decoder_ffn_dim=36,
-        max_position_embeddings=32,
-        scale_embedding=True,
-        init_std=0.2,
-    )
+    config = transformers.MBartConfig(**SEQ2SEQ_SIZES, vocab_size=len(tokenizer))
     transformers.MBartForConditionalGeneration(config).save_pretrained(directory)
     return directory
 
