@@ -66,6 +66,11 @@ class Campaign:
             for (name, tasks), seeds in found.items()
         ]
 
+    def still_missing(self, claim: Claim, job: Job) -> Job | None:
+        """What a claim needs now of a job that it needed before."""
+        by_name = {each.name: each for each in self.missing(claim, claim.arms)}
+        return by_name.get(job.name)
+
     def record(self, arm: str, tasks: tuple[str, ...], seed: int) -> Path:
         """Where the record of a run is."""
         return records.run_file(self.device, arm, tasks, seed, self.pages)

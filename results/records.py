@@ -1,6 +1,7 @@
 """One JSON file for each run: what was trained, where, and what it answers on every dev example."""
 
 import base64
+import functools
 import json
 import os
 import platform
@@ -68,8 +69,9 @@ def decode_all(texts: Mapping[str, Mapping[str, str]]) -> Answers:
     return {task: {s: decode(x) for s, x in splits.items()} for task, splits in texts.items()}
 
 
+@functools.cache
 def provenance() -> dict[str, Any]:
-    """The commit, versions and processor of this process."""
+    """The commit, versions and processor of this process, as they are at the first call."""
     from importlib.metadata import version
 
     import jax

@@ -1,13 +1,15 @@
 """Running what is missing: the cheapest decision first, resumable at any step."""
 
+import contextlib
 import dataclasses
+import fcntl
 import math
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -78,6 +80,21 @@ class Runner:
                 self._write_trained(job, configs[name], runs[name], watch.seconds, change)
                 shutil.rmtree(parent / name)
                 (Path(parent) / f"{name}.seconds").unlink()
+
+    @contextlib.contextmanager
+    def held(self, job: Job) -> Iterator[bool]:
+        """Whether this process has the job to itself; inside, no other process begins it."""
+        folder = self.workdirs / self.campaign.device / job.name
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+        finally:
+            os.close(opened)  # and, with it, the lock
 
     def check_time(self) -> None:
         if time.monotonic() > self.end:
@@ -263,16 +280,20 @@ def run(runner: Runner, chosen: Sequence[Claim], hours: float) -> None:
         timer = threading.Timer(3600 * hours, os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()
+    records.provenance()  # now, because the checkout may change while this process runs
     try:
         for claim, jobs in cheapest_first(Costs(runner.campaign), chosen):
             say(f"{claim.name} needs {len(jobs)} jobs: {claim.sentence}")
             for number, job in enumerate(jobs, 1):
                 runner.check_time()
-                # A baseline may have been brought along by another one.
-                needed = runner.campaign.missing(claim, (job.arm.name,))
-                if job.arm.kind not in BASELINES or needed:
-                    say(f"{claim.name}, job {number} of {len(jobs)}: {job.name}, {job.seeds}")
-                    runner.run(job)
+                where = f"{claim.name}, job {number} of {len(jobs)}: {job.name}"
+                with runner.held(job) as free:
+                    if not free:
+                        say(f"{where} is being run by another process")
+                    # Another process, or another baseline, may have brought it along.
+                    elif needed := runner.campaign.still_missing(claim, job):
+                        say(f"{where}, {needed.seeds}")
+                        runner.run(needed)
     finally:
         if timer is not None:
             timer.cancel()
