@@ -25,7 +25,7 @@ from pals_jax.runtime.errors import UserError
 from results.jobs import REPOSITORY
 
 ENCODER = "all-MiniLM-L6-v2"
-FOLDERS = ("glue", "extra_tasks", "seq2seq/en_ro", "models/opus-mt-en-fr")
+FOLDERS = ("glue", "extra_tasks", "seq2seq/en_ro", "models/opus-mt-en-fr", "models/gte-small")
 EXTRA = {"cpu": "", "gpu": "[gpu]"}
 
 _RUN = """#!/usr/bin/env bash

@@ -35,7 +35,7 @@ class Arm:
         of: with the kind "without", the arm whose runs are evaluated again.
         layers: with the kind "without", the layers whose adapters are removed, from 0.
         config: the configuration file; empty: that of most arms.
-        overrides: {dotted key: value} of the configuration.
+        overrides: {dotted key: value} of the configuration; {data} stands for the data's directory.
     """
 
     name: str
@@ -118,11 +118,8 @@ class Claims:
 
     def settings(self, device: str, arm: Arm) -> dict[str, Any]:
         """What an arm's runs change in the configuration, besides task and seed; as in JSON."""
-        settings = (
-            {**self.devices[device][arm.length], **arm.overrides}
-            if arm.kind not in BASELINES
-            else {}
-        )
+        length = {} if arm.kind in BASELINES else self.devices[device][arm.length]
+        settings = {**length, **arm.overrides}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(settings.items())}
 
     def only(self, names: str) -> list[Claim]:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -80,5 +81,10 @@ class Campaign:
         file = REPOSITORY / (job.arm.config or self.claims.config)
         config = load([f"--config={file}:{self.data}"])
         settings = self.claims.settings(self.device, job.arm)
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        return override(config, {**tuples, "tasks": job.tasks, "seed": seed})
+        given = {key: self._value(value) for key, value in settings.items()}
+        return override(config, {**given, "tasks": job.tasks, "seed": seed})
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace("{data}", str(self.data))
+        return tuple(value) if isinstance(value, list) else value

@@ -127,13 +127,13 @@ class Runner:
                 self._write(done, config.seed, experiment, answers, cost, noticed)
 
     def _run_baselines(self, job: Job) -> None:
-        """All baselines of a task, because they share the encoder's vectors."""
+        """All baselines of a task and encoder, because they share its vectors."""
         began = time.monotonic()
         experiment = Experiment.from_config(self.campaign.config(job, 0))
         found = baselines.answers(experiment)
         seconds = (time.monotonic() - began) / len(found)
         for arm in self.campaign.claims.arms.values():
-            if arm.kind in found:
+            if arm.kind in found and arm.overrides == job.arm.overrides:
                 done = dataclasses.replace(job, arm=arm)
                 self._write(done, 0, experiment, found[arm.kind], seconds)
 
