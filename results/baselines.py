@@ -18,6 +18,7 @@ from pals_jax.inference.run import Run
 from pals_jax.models.segments import Packing
 from pals_jax.runtime.console import progress
 from pals_jax.runtime.shards import Shards
+from results.claims import LOGISTIC
 from results.records import Answers
 
 
@@ -36,14 +37,14 @@ def answers(experiment: Experiment) -> dict[str, Answers]:
         return {"untouched": texts(untouched(experiment))}
     tokenizer = experiment.load_tokenizer()
     encode = _encoder(experiment)
-    found: dict[str, Answers] = {"majority": {}, "logistic-cls": {}, "logistic-mean": {}}
+    found: dict[str, Answers] = {kind: {} for kind in ("majority", *LOGISTIC)}
     for task in experiment.tasks:
         train = experiment.read(task, "train", tokenizer)
         held_out = experiment.read_eval(task, tokenizer)
         most = _most_frequent(task, train.targets)
         found["majority"][task.name] = {s: np.full(len(x), most) for s, x in held_out.items()}
         known, asked = encode(train), {split: encode(x) for split, x in held_out.items()}
-        for at, kind in enumerate(("logistic-cls", "logistic-mean")):
+        for at, kind in enumerate(LOGISTIC):
             model = _fitted(task, known[:, at], train.targets)
             found[kind][task.name] = {s: _answer(task, model, x[:, at]) for s, x in asked.items()}
     return found

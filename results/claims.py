@@ -16,7 +16,8 @@ PAPERS = {
     "pals": "BERT and PALs (Stickland & Murray 2019)",
 }
 # Kinds of arms that are not trained; the last is the model without adapters, whose tasks are texts.
-BASELINES = ("majority", "logistic-cls", "logistic-mean", "untouched")
+LOGISTIC = ("logistic-cls", "logistic-mean")
+BASELINES = ("majority", *LOGISTIC, "untouched")
 PICTURES = ("differences", "scores", "size and score", "heat map")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from results import pictures, records
-from results.claims import PAPERS, Arm, Claim, Claims
+from results.claims import LOGISTIC, PAPERS, Arm, Claim, Claims
 from results.evidence import Evidence
 from results.statistics import Difference, Side, verdict
 
@@ -126,6 +126,8 @@ def _section(
             "- Dev texts that the model writes otherwise than before training, without the task's"
             f" adapters, at most: {', '.join(counts)}"
         )
+    if below := _below_logistic(evidence, claim):
+        lines.append(f"- Below the better logistic regression: {'; '.join(below)}")
     lines += ["", *_table(evidence, claim)]
     if drawn:
         lines += ["", f"![{claim.name}]({claim.name}.png)"]
@@ -148,6 +150,26 @@ def _table(evidence: Evidence, claim: Claim) -> list[str]:
         size = _parameters(evidence, claim, arm)
         lines.append(f"| {_code(arm.title)} | {size} | {' | '.join(cells)} | {mean} |")
     return lines
+
+
+def _below_logistic(evidence: Evidence, claim: Claim) -> list[str]:
+    """The trained arms whose mean score of a task is below both logistic regressions'."""
+    arms = [evidence.claims.arms[name] for name in claim.arms]
+    found = []
+    for arm in (arm for arm in arms if arm.kind in ("train", "added")):
+        behind = []
+        for task in claim.tasks:
+            side = evidence.side(claim, arm, task)
+            simple = [
+                other.score()
+                for each in arms
+                if each.kind in LOGISTIC and (other := evidence.side(claim, each, task))
+            ]
+            if side and simple and side.score() < max(simple):
+                behind.append(f"{task} ({side.score():.1f} against {max(simple):.1f})")
+        if behind:
+            found.append(f"{_code(arm.title)} on {', '.join(behind)}")
+    return found
 
 
 def _cell(side: Side | None) -> str:
