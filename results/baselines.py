@@ -31,7 +31,8 @@ def answers(experiment: Experiment) -> dict[str, Answers]:
     Returns:
         "majority"; and "logistic-cls" and "logistic-mean", a logistic regression (a ridge
         regression for values) on the standardised last hidden states of the frozen encoder, at the
-        first position or averaged over all. Or, for an encoder-decoder, "untouched": its texts.
+        first position or averaged over all; of a pair of texts on u, v, |u - v| and uv, its two
+        vectors. Or, for an encoder-decoder, "untouched": its texts.
     """
     if experiment.tasks[0].output == "text":
         return {"untouched": texts(untouched(experiment))}
@@ -99,7 +100,10 @@ def _answer(task: Task, model: Any, vectors: np.ndarray) -> np.ndarray:
 
 
 def _encoder(experiment: Experiment) -> Callable[[TokenizedSplit], np.ndarray]:
-    """The frozen encoder: from a split to [CLS] and mean vectors, float32 [N, 2, D]."""
+    """The frozen encoder: from a split to what regressions read, float32 [N, 2, D or 4 D].
+
+    Of the axis of 2, the first is made of [CLS] vectors, the second of mean vectors.
+    """
     model = experiment.encoder().clone(num_outputs=(1,), method=())
     directory = huggingface.resolve(experiment.config.encoder)
     variables = huggingface.load_variables(model, directory, seed=0)
@@ -126,4 +130,30 @@ def _encoder(experiment: Experiment) -> Callable[[TokenizedSplit], np.ndarray]:
                 bar.update(int(here.sum()))
         return found
 
-    return encode
+    def encode_each(split: TokenizedSplit) -> np.ndarray:
+        texts = [encode(each) for each in _each_text(split)]
+        if len(texts) == 1:
+            return texts[0]
+        u, v = texts
+        return np.concatenate([u, v, np.abs(u - v), u * v], axis=-1)
+
+    return encode_each
+
+
+def _each_text(split: TokenizedSplit) -> list[TokenizedSplit]:
+    """A split's texts, or its first and its second texts, each as `[CLS] text [SEP]`."""
+    starts, ends, middles = split.offsets[:-1], split.offsets[1:], split.offsets[:-1] + split.first
+    spans = zip(starts.tolist(), middles.tolist(), ends.tolist(), strict=True)
+    first, second = [], []
+    for start, middle, end in spans:
+        first.append(split.tokens[start:middle])
+        second.append(np.append(split.tokens[start], split.tokens[middle:end]))
+    return [
+        TokenizedSplit(
+            np.concatenate(texts),
+            np.cumsum([0, *map(len, texts)]),
+            np.array([len(text) for text in texts], np.int32),
+            split.targets,
+        )
+        for texts in ([first, second] if (middles < ends).any() else [first])
+    ]
