@@ -62,16 +62,17 @@ def _run(args: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu" if args.device == "cpu" else "cuda"
     from pals_jax.runtime import distributed
     from results import costs, runs
-    from results.jobs import Campaign
+    from results.jobs import Campaign, check_data
 
     listed = claims.read()
+    chosen = listed.only(args.only)
+    check_data(args.data)
     campaign = Campaign(listed, args.device, args.data)
     with distributed.ended_by_sigterm():
-        if args.plan:
-            costs.plan(costs.Costs(campaign), listed.only(args.only))
-        else:
-            runner = runs.Runner(campaign, args.workdirs)
-            runs.run(runner, listed.only(args.only), args.hours)
+        if args.plan or args.device != "cpu":  # before hours of a device begin
+            costs.plan(costs.Costs(campaign), chosen)
+        if not args.plan:
+            runs.run(runs.Runner(campaign, args.workdirs), chosen, args.hours)
 
 
 def _bundle(args: argparse.Namespace) -> None:

@@ -22,10 +22,9 @@ from safetensors.numpy import load_file, save_file
 from pals_jax.convert import huggingface
 from pals_jax.runtime.console import in_bytes, say
 from pals_jax.runtime.errors import UserError
-from results.jobs import REPOSITORY
+from results.jobs import DATA, REPOSITORY, check_data
 
 ENCODER = "all-MiniLM-L6-v2"
-FOLDERS = ("glue", "extra_tasks", "seq2seq/en_ro", "models/opus-mt-en-fr", "models/gte-small")
 EXTRA = {"cpu": "", "gpu": "[gpu]"}
 
 _RUN = """#!/usr/bin/env bash
@@ -74,12 +73,7 @@ def make(data: Path, out: Path, device: str, part_size: int) -> None:
     Raises:
         UserError: data are missing, `out` exists, or a package cannot be had.
     """
-    for folder in FOLDERS:
-        if not (data / folder).is_dir():
-            raise UserError(
-                f"there is no folder {folder} in {data}; results/config.py and"
-                " results/translation.py say what must be there."
-            )
+    check_data(data)
     if part_size < 1:
         raise UserError(f"parts of {part_size} bytes hold nothing; give --part-mib at least 1.")
     if out.exists():
@@ -106,7 +100,7 @@ def _gather(data: Path, claims: Path, device: str) -> None:
     archive = subprocess.run([*git, "archive", "HEAD"], check=True, capture_output=True)
     subprocess.run(["tar", "-x"], cwd=code, input=archive.stdout, check=True)
     (code / "COMMIT").write_bytes(subprocess.check_output([*git, "rev-parse", "HEAD"]))
-    for folder in FOLDERS:
+    for folder in DATA:
         shutil.copytree(data / folder, claims / "data" / folder)
     _write_half(huggingface.resolve(ENCODER), claims / "data" / "encoder")
     (claims / "run").write_text(_RUN.format(device=device, extra=EXTRA[device]))

@@ -67,6 +67,7 @@ class Claim:
         trained_with: all tasks of the runs that have several; by default `tasks`.
         seeds: the seeds of every arm that is compared.
         picture: one of `PICTURES`; "heat map" is of the arm of the kind "spans".
+        found: what was found out about the verdict, or about methods below logistic regression.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Claim:
     shown: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     picture: str = PICTURES[0]
+    found: str = ""
 
     def runs_of(self, arm: Arm) -> list[tuple[str, ...]]:
         """The tasks of each run of an arm."""
@@ -158,9 +160,10 @@ def read(file: Path = FILE) -> Claims:
     arms = {name: _arm(name, dict(given), file) for name, given in content.get("arm", {}).items()}
     for name, arm in arms.items():
         if arm.kind == "without":
-            if arm.of not in arms:
+            if arm.of not in arms or not arm.layers:
                 raise UserError(
-                    f"{file}: arm {name} is of {arm.of!r}, which is no arm of the file."
+                    f"{file}: arm {name} is of {arm.of!r} without the layers {arm.layers}; name an"
+                    " arm of the file, and the layers whose adapters are removed."
                 )
             trained = arms[arm.of]
             arms[name] = dataclasses.replace(
@@ -172,7 +175,17 @@ def read(file: Path = FILE) -> Claims:
             )
     claims = [_claim(given, arms, file) for given in content.get("claim", ())]
     by_name = {claim.name: claim for claim in claims}
-    return Claims(content["config"], content.get("device", {}), arms, by_name)
+    if len(by_name) < len(claims):
+        raise UserError(f"{file} has two claims of one name; rename one.")
+    devices = content.get("device", {})
+    for name, arm in arms.items():
+        for device in devices if arm.kind not in BASELINES else ():
+            if arm.length not in devices[device]:
+                raise UserError(
+                    f"{file}: arm {name} has the length {arm.length!r}, which device {device} has"
+                    " not; add it there."
+                )
+    return Claims(content["config"], devices, arms, by_name)
 
 
 def _arm(name: str, given: dict[str, Any], file: Path) -> Arm:
@@ -199,6 +212,8 @@ def _claim(given: dict[str, Any], arms: dict[str, Arm], file: Path) -> Claim:
     if missing := [name for name in needed if not given.get(name)]:
         raise UserError(f"{where} has no {', '.join(missing)}; add it.")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    if any(len(pair) != 2 for pair in given["pairs"]):
+        raise UserError(f"{where} compares {given['pairs']}; give pairs, [one, other].")
     claim = Claim(**values | {"pairs": tuple(tuple(pair) for pair in given["pairs"])})
     if claim.paper not in PAPERS:
         raise UserError(f"{where} is of an unknown paper, {claim.paper!r}.")

@@ -3,8 +3,9 @@
     pals-jax train --config=results/config.py:DATA --config.tasks="('sst2',)" --workdir=DIR
 
 DATA is a directory with GLUE's official files in `glue/`, and in `extra_tasks/` a folder for each
-task of your own, as in `configs/houlsby_extra.py`. A bundle (`python -m results bundle`) has the
-encoder beside them, in `encoder/`; elsewhere it is that of its package.
+task of your own, as in `configs/houlsby_extra.py`. B2 reads gte-small in `models/gte-small/`. A
+bundle (`python -m results bundle`) has all-MiniLM-L6-v2 beside them, in `encoder/`; elsewhere it is
+that of its package.
 """
 
 from pathlib import Path

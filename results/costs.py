@@ -40,7 +40,7 @@ class Costs:
         dev = forward * sum(self._tokens(experiment, task)["dev"] for task in job.tasks)
         if job.arm.kind in BASELINES:
             whole = sum(self._tokens(experiment, task)["train"] for task in job.tasks)
-            return (forward * whole + dev) / len(BASELINES)
+            return forward * whole + dev
         turns = len(job.tasks) if job.arm.kind == "added" else 1
         steps = turns * experiment.steps * config.batch_size * self.training_flops(job)
         variants = sum(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from results import records
-from results.claims import Arm, Claim, Claims
+from results.claims import BASELINES, Arm, Claim, Claims
 from results.statistics import BLEU, Difference, Side, difference
 
 _MISSING = "runs are missing"
@@ -99,9 +99,24 @@ class Evidence:
                     found[arm.name, tuple(run["tasks"]), run["seed"]] = run
         return list(found.values())
 
-    def trained_share(self, claim: Claim, arm: Arm) -> float | None:
-        """The parameters that a task trains besides its head, over the encoder's."""
-        for task in claim.tasks if arm.kind != "without" else ():
+    def moved(self, claim: Claim) -> float | None:
+        """The largest change of earlier tasks' parameters; None if no tasks were added."""
+        changes = [run[records.EARLIER] for run in self.all_runs(claim) if records.EARLIER in run]
+        return max(changes, default=None)
+
+    def stored(self, claim: Claim, arm: Arm) -> float | None:
+        """The parameters of all tasks, encoders in and heads out, over those of one encoder."""
+        tasks = claim.trained_with or claim.tasks
+        if (share := self.stored_share(claim, arm)) is None:
+            return None
+        return 1.0 + len(tasks) * (share - 1.0) if arm.together else len(tasks) * share
+
+    def stored_share(self, claim: Claim, arm: Arm) -> float | None:
+        """The parameters that are stored of a task, head out, over the encoder's.
+
+        Those of a trained encoder are among them.
+        """
+        for task in claim.tasks if arm.kind not in ("without", *BASELINES) else ():
             for run in self.runs(claim, arm, task):
                 counted = run["parameters"]
                 whole = 1.0 if counted["encoder_is_trained"] else 0.0

@@ -8,10 +8,26 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pals_jax.experiment.config import load, override
+from pals_jax.runtime.errors import UserError
 from results import records
-from results.claims import Arm, Claim, Claims
+from results.claims import BASELINES, Arm, Claim, Claims
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+DATA = ("glue", "extra_tasks", "seq2seq/en_ro", "models/opus-mt-en-fr", "models/gte-small")
+
+
+def check_data(data: Path) -> None:
+    """Refuses a directory in which something is missing that the runs of all claims read.
+
+    Raises:
+        UserError: a folder is missing.
+    """
+    for folder in DATA:
+        if not (data / folder).is_dir():
+            raise UserError(
+                f"there is no folder {folder} in {data}; results/config.py and"
+                " results/translation.py say what must be there."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +42,12 @@ class Job:
     def name(self) -> str:
         """What the log calls it, and the folder of its workdirs."""
         return f"{self.arm.name}/{'+'.join(self.tasks)}"
+
+    @property
+    def lock(self) -> str:
+        """What no other process may run meanwhile: this job, or all baselines of its tasks."""
+        arm = "baselines" if self.arm.kind in BASELINES else self.arm.name
+        return f"locks/{arm}/{'+'.join(self.tasks)}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,8 @@ def draw(evidence: Evidence, claim: Claim, path: Path) -> bool:
 
 def _differences(evidence: Evidence, claim: Claim) -> Figure | None:
     """For each pair: the difference on each task and on their mean, with its 95% interval."""
-    height = 1.2 + 0.32 * (len(claim.tasks) + 1) + 0.35 * len(claim.pairs)
+    rows = list(dict.fromkeys([*((task,) for task in claim.tasks), claim.tasks]))
+    height = 1.2 + 0.32 * len(rows) + 0.35 * len(claim.pairs)
     figure = Figure(figsize=(7, height), layout="constrained")
     axes = figure.subplots()
     drawn = False
@@ -32,12 +33,12 @@ def _differences(evidence: Evidence, claim: Claim) -> Figure | None:
         colour, shift = COLOURS[at % len(COLOURS)], 0.18 * (at - (len(claim.pairs) - 1) / 2)
         one, other = (evidence.claims.arms[name].title for name in pair)
         label = textwrap.fill(f"{one} minus {other}".replace("`", ""), 90)
-        for row, tasks in enumerate([*((task,) for task in claim.tasks), claim.tasks]):
+        for row, tasks in enumerate(rows):
             found = evidence.on(claim, pair, tasks)
             if found is None:
                 continue
             drawn = True
-            bold = len(tasks) > 1
+            bold = tasks == claim.tasks
             axes.plot(
                 [found.low, found.high], [row + shift] * 2, color=colour, lw=3 if bold else 1.5
             )
@@ -46,8 +47,8 @@ def _differences(evidence: Evidence, claim: Claim) -> Figure | None:
     if not drawn:
         return None
     axes.axvline(-claim.margin, color="black", lw=1, ls=":")
-    axes.set_yticks(range(len(claim.tasks) + 1), [*claim.tasks, "mean"])
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(rows)), [*claim.tasks, "mean"][: len(rows)])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("difference in points, with its 95% interval")
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -67,7 +68,7 @@ def _size_and_score(evidence: Evidence, claim: Claim) -> Figure | None:
     for colour, family in zip(COLOURS, ("houlsby", "top_layers", "layer_norms"), strict=True):
         points = []
         for name, arm in named.items():
-            share = evidence.trained_share(claim, arm)
+            share = evidence.stored_share(claim, arm)
             pairs = zip(sides[name], sides["full"], strict=True)
             changes = [one.score() - other.score() for one, other in pairs if one and other]
             mine = arm.overrides.get("method", "").partition("(")[0] == family

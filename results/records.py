@@ -24,10 +24,9 @@ VERSIONED = (
 
 # task -> split -> [N], class ids, values in [0, 1], or texts
 Answers = dict[str, dict[str, np.ndarray]]
-# What else a record may have: by how much the parameters of earlier tasks changed at most; how many
-# dev texts the model writes otherwise than before, without adapters; and what `ablate` finds.
-EARLIER, UNTOUCHED = "largest_change_of_earlier_tasks", "untouched_texts_changed"
-ABLATION = "change_without_layers"
+# What else a record may have: by how much the parameters of earlier tasks changed at most, and what
+# `ablate` finds.
+EARLIER, ABLATION = "largest_change_of_earlier_tasks", "change_without_layers"
 _TEXTS = "json"  # takes the place of a dtype
 
 
@@ -113,7 +112,7 @@ def _cpu() -> str:
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a record whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # another process may write it, too
     partial.write_text(json.dumps({"format": FORMAT, **content}, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 

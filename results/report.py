@@ -23,12 +23,11 @@ def write(claims: Claims, pages: Path = records.PAGES) -> None:
         stories: list[str] = []
         sections: dict[str, list[str]] = {paper: [] for paper in PAPERS}
         for claim in claims.claims.values():
-            evidence = _evidence(claims, claim, pages)
-            found = [evidence.compare(claim, pair) for pair in claim.pairs]
-            said = verdict(claim, found)
+            evidence = evidence_of(claims, claim, pages)
+            found, said = judge(evidence, claim)
             rows.append(_row(evidence, claim, found, said))
             drawn = pictures.draw(evidence, claim, made / f"{claim.name}.png")
-            if drawn and claim.name in STORIES:
+            if drawn and claim.name in STORIES and evidence.is_complete(claim):
                 stories.append(_story(claim, said))
             sections[claim.paper].append(_section(evidence, claim, found, said, drawn))
         places = {"claims": "\n".join([*_HEAD, *rows]), "stories": "\n\n".join(stories)}
@@ -40,7 +39,9 @@ def write(claims: Claims, pages: Path = records.PAGES) -> None:
             _page(made / f"{paper}.md", here)
         pages.mkdir(parents=True, exist_ok=True)
         for file in made.iterdir():
-            shutil.copyfile(file, pages / file.name)
+            partial = pages / f"{file.name}.partial"
+            shutil.copyfile(file, partial)
+            partial.replace(pages / file.name)
         for picture in pages.glob("*.png"):
             if not (made / picture.name).exists():
                 picture.unlink()
@@ -51,7 +52,13 @@ def _story(claim: Claim, said: str) -> str:
     return f"{where}: {claim.sentence} **{said}**\n\n![{claim.name}]({claim.name}.png)"
 
 
-def _evidence(claims: Claims, claim: Claim, pages: Path) -> Evidence:
+def judge(evidence: Evidence, claim: Claim) -> tuple[list[Difference | None], str]:
+    """The difference of each pair of a claim, and its verdict."""
+    found = [evidence.compare(claim, pair) for pair in claim.pairs]
+    return found, verdict(claim, found, evidence.moved(claim) or 0.0)
+
+
+def evidence_of(claims: Claims, claim: Claim, pages: Path) -> Evidence:
     """What was run on a GPU, at the papers' lengths, if it is complete; else what a CPU ran."""
     of_gpu = Evidence(claims, pages, "gpu")
     return of_gpu if of_gpu.is_complete(claim) else Evidence(claims, pages, "cpu")
@@ -65,8 +72,8 @@ def _page(path: Path, places: dict[str, str]) -> None:
 
 
 _HEAD = (
-    "| claim | published | here, in points (95% interval) | verdict | runs | hours |",
-    "| --- | --- | --- | --- | ---: | ---: |",
+    "| claim | published | here, in points (95% interval) | verdict | on | runs | hours |",
+    "| --- | --- | --- | --- | --- | ---: | ---: |",
 )
 
 
@@ -79,8 +86,8 @@ def _row(evidence: Evidence, claim: Claim, found: list[Difference | None], said:
     )
     name = f"[{claim.name}]({claim.paper}.md#{claim.name.lower()})"
     return (
-        f"| {name} {claim.sentence} | {claim.published} | {here} | **{said}** | {len(runs)} |"
-        f" {hours:.1f} |"
+        f"| {name} {claim.sentence} | {claim.published} | {here} | **{said}** |"
+        f" {evidence.device.upper()} | {len(runs)} | {hours:.1f} |"
     )
 
 
@@ -96,35 +103,16 @@ def _section(
         "",
         f"**{claim.sentence}** {claim.source}; published: {claim.published}.",
         "",
-        f"Verdict: **{said}**.",
+        f"Verdict: **{said}**. {claim.found}".rstrip(),
         "",
     ]
     for pair, each in zip(claim.pairs, found, strict=True):
         one, other = (evidence.claims.arms[name].title for name in pair)
         here = _signed(each) if each else evidence.lacks(claim, pair)
         lines.append(f"- {_code(one)} minus {_code(other)}: {here}")
-    changes = [
-        change
-        for run in evidence.all_runs(claim)
-        if (change := run.get(records.EARLIER)) is not None
-    ]
-    if changes:
+    if (moved := evidence.moved(claim)) is not None:
         lines.append(
-            f"- Largest change of a task's parameters while later tasks were added,"
-            f" {len(changes)} runs: {max(changes):g}"
-        )
-    changed: dict[str, list[int]] = {}
-    for run in evidence.all_runs(claim):
-        if records.UNTOUCHED in run:
-            changed.setdefault(run["arm"], []).append(run[records.UNTOUCHED])
-    if changed:
-        counts = (
-            f"{_code(evidence.claims.arms[arm].title)} {max(numbers)}"
-            for arm, numbers in changed.items()
-        )
-        lines.append(
-            "- Dev texts that the model writes otherwise than before training, without the task's"
-            f" adapters, at most: {', '.join(counts)}"
+            f"- Largest change of a task's parameters while later tasks were added: {moved:g}"
         )
     if below := _below_logistic(evidence, claim):
         lines.append(f"- Below the better logistic regression: {'; '.join(below)}")
@@ -136,24 +124,24 @@ def _section(
 
 def _table(evidence: Evidence, claim: Claim) -> list[str]:
     """Each arm's mean score of each task x 100, and the standard deviation over seeds."""
-    lines = [
-        "| | parameters of a task | " + " | ".join(claim.tasks) + " | mean |",
-        "| --- | ---: |" + " ---: |" * (len(claim.tasks) + 1),
-    ]
+    size = "encoders, of all tasks" if claim.paper == "pals" else "parameters of a task"
+    columns = [size, *claim.tasks, *(["mean"] if len(claim.tasks) > 1 else [])]
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for arm in (evidence.claims.arms[name] for name in claim.arms):
         if arm.kind == "spans":  # it is drawn
             continue
         sides = [evidence.side(claim, arm, task) for task in claim.tasks]
         cells = [_cell(side) for side in sides]
-        scores = [side.score() for side in sides if side is not None]
-        mean = f"{np.mean(scores):.1f}" if len(scores) == len(sides) else ""
+        if len(claim.tasks) > 1:
+            scores = [side.score() for side in sides if side is not None]
+            cells.append(f"{np.mean(scores):.1f}" if len(scores) == len(sides) else "")
         size = _parameters(evidence, claim, arm)
-        lines.append(f"| {_code(arm.title)} | {size} | {' | '.join(cells)} | {mean} |")
+        lines.append(f"| {_code(arm.title)} | {size} | {' | '.join(cells)} |")
     return lines
 
 
 def _below_logistic(evidence: Evidence, claim: Claim) -> list[str]:
-    """The trained arms whose mean score of a task is below both logistic regressions'."""
+    """The trained arms whose mean score of a task is below a logistic regression's."""
     arms = [evidence.claims.arms[name] for name in claim.arms]
     found = []
     for arm in (arm for arm in arms if arm.kind in ("train", "added")):
@@ -181,9 +169,10 @@ def _cell(side: Side | None) -> str:
 
 
 def _parameters(evidence: Evidence, claim: Claim, arm: Arm) -> str:
-    """What a task trains besides its head, as a percentage of the encoder."""
-    share = evidence.trained_share(claim, arm)
-    return "" if share is None else f"{100 * share:.2f}%"
+    """What is stored of a task, as a percentage of the encoder; or of all tasks, in encoders."""
+    if claim.paper == "pals":
+        return "" if (times := evidence.stored(claim, arm)) is None else f"{times:.2f}"
+    return "" if (share := evidence.stored_share(claim, arm)) is None else f"{100 * share:.2f}%"
 
 
 def _code(title: str) -> str:

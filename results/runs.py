@@ -26,16 +26,17 @@ from pals_jax.inference import ablation
 from pals_jax.inference.evaluator import decide
 from pals_jax.inference.run import Run
 from pals_jax.models import counts, task_axis
+from pals_jax.models.merge import flat_method
 from pals_jax.runtime import storage
 from pals_jax.runtime.console import say
-from pals_jax.runtime.errors import Preempted
+from pals_jax.runtime.errors import Diverged, Preempted
 from pals_jax.training.sweep import in_one_step, train_all
 from pals_jax.training.train import train
 from results import baselines, records
 from results.claims import BASELINES, Claim
 from results.costs import Costs, cheapest_first
 from results.jobs import Campaign, Job
-from results.records import ABLATION, EARLIER, UNTOUCHED
+from results.records import ABLATION, EARLIER
 from results.statistics import BLEU
 
 
@@ -76,15 +77,16 @@ class Runner:
             with _Stopwatch([Path(parent) / f"{name}.seconds" for name in names]) as watch:
                 runs = _train(job, {name: configs[name] for name in names}, parent)
             for name in names:
-                change = _largest_change(configs[name], parent / name) if added else None
-                self._write_trained(job, configs[name], runs[name], watch.seconds, change)
+                run = runs[name]
+                change = _largest_change(configs[name], parent / name) if added and run else None
+                self._write_trained(job, configs[name], run, watch.seconds, change)
                 shutil.rmtree(parent / name)
                 (Path(parent) / f"{name}.seconds").unlink()
 
     @contextlib.contextmanager
     def held(self, job: Job) -> Iterator[bool]:
         """Whether this process has the job to itself; inside, no other process begins it."""
-        folder = self.workdirs / self.campaign.device / job.name
+        folder = self.workdirs / self.campaign.device / job.lock
         folder.mkdir(parents=True, exist_ok=True)
         opened = os.open(folder, os.O_RDONLY)
         try:
@@ -120,8 +122,6 @@ class Runner:
                 done = dataclasses.replace(job, arm=arm)
                 cost = seconds if arm.name == job.arm.name else 0.0
                 noticed: dict[str, Any] = {} if change is None else {EARLIER: change}
-                if run is not None and experiment.tasks[0].output == "text":
-                    noticed = {UNTOUCHED: _changed_texts(run)}
                 if run is not None and arm.kind == "spans":
                     noticed = {ABLATION: ablation.to_json(ablation.ablate(run))}
                 self._write(done, config.seed, experiment, answers, cost, noticed)
@@ -133,7 +133,8 @@ class Runner:
         found = baselines.answers(experiment)
         seconds = (time.monotonic() - began) / len(found)
         for arm in self.campaign.claims.arms.values():
-            if arm.kind in found and arm.overrides == job.arm.overrides:
+            same = (arm.config, arm.overrides) == (job.arm.config, job.arm.overrides)
+            if arm.kind in found and same:
                 done = dataclasses.replace(job, arm=arm)
                 self._write(done, 0, experiment, found[arm.kind], seconds)
 
@@ -147,7 +148,8 @@ class Runner:
         noticed: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._write_dev(experiment)
-        counted = counts.count(experiment.model())
+        model = experiment.model()
+        counted = counts.count(model.clone(method=flat_method(model.method)))
         trains_encoder = not encoder_is_frozen(experiment.config)
         turns = len(job.tasks) if job.arm.kind == "added" else 1
         content: dict[str, Any] = {
@@ -203,17 +205,6 @@ def _answers(run: Run, active: np.ndarray | None) -> records.Answers:
     return found
 
 
-def _changed_texts(run: Run) -> int:
-    """How many dev texts the model writes otherwise than before training, without adapters."""
-    before = baselines.answers(run.experiment)["untouched"]
-    after = baselines.texts(baselines.untouched(run.experiment, run.variables["params"]))
-    return sum(
-        int((texts != after[task][split]).sum())
-        for task, splits in before.items()
-        for split, texts in splits.items()
-    )
-
-
 def _train(job: Job, configs: dict[str, ConfigDict], parent: epath.Path) -> dict[str, Run | None]:
     """Trains the runs of these configurations, by name; None where one diverged."""
     if job.arm.kind == "added":
@@ -222,11 +213,15 @@ def _train(job: Job, configs: dict[str, ConfigDict], parent: epath.Path) -> dict
     return {n: Run.load(parent / n) if found[n] is not None else None for n in configs}
 
 
-def _add_tasks(config: ConfigDict, workdir: epath.Path) -> Run:
+def _add_tasks(config: ConfigDict, workdir: epath.Path) -> Run | None:
     """Trains the tasks of a configuration one after another, each added to the run before."""
     base = None
     for task in config.tasks:
-        train(override(config, {"tasks": (task,)}), workdir / task, base)
+        try:
+            train(override(config, {"tasks": (task,)}), workdir / task, base)
+        except Diverged as error:
+            say(str(error))
+            return None
         base = workdir / task
     return Run.load(base)
 
@@ -280,7 +275,10 @@ def run(runner: Runner, chosen: Sequence[Claim], hours: float) -> None:
         timer = threading.Timer(3600 * hours, os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()
-    records.provenance()  # now, because the checkout may change while this process runs
+    commit = records.provenance()["commit"]  # now: the checkout may change while this process runs
+    if commit.endswith("+"):
+        say("warning: the code has changes that are not committed; records will say so with a +.")
+    elsewhere = 0
     try:
         for claim, jobs in cheapest_first(Costs(runner.campaign), chosen):
             say(f"{claim.name} needs {len(jobs)} jobs: {claim.sentence}")
@@ -290,10 +288,13 @@ def run(runner: Runner, chosen: Sequence[Claim], hours: float) -> None:
                 with runner.held(job) as free:
                     if not free:
                         say(f"{where} is being run by another process")
+                        elsewhere += 1
                     # Another process, or another baseline, may have brought it along.
                     elif needed := runner.campaign.still_missing(claim, job):
-                        say(f"{where}, {needed.seeds}")
+                        say(f"{where}, seeds {', '.join(map(str, needed.seeds))}")
                         runner.run(needed)
+        if elsewhere:
+            say(f"{elsewhere} jobs were left to other processes; run it again for what is missing")
     finally:
         if timer is not None:
             timer.cancel()

@@ -1,7 +1,7 @@
 """Differences between two arms, with 95% intervals over seeds and dev examples, and verdicts."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import sacrebleu.metrics
@@ -45,18 +45,15 @@ class Side:
         counts = np.array(rows)
         return cls(counts[..., :-1], counts[0, :, -1], BLEU)
 
-    def score(self, seeds: np.ndarray | None = None, examples: np.ndarray | None = None) -> float:
-        """The mean over seeds of the metric x 100, over all of them or those of a resample."""
-        chosen = self.answers if seeds is None else self.answers[seeds % len(self.answers)]
-        truth = self.truth
-        if examples is not None:
-            chosen, truth = chosen[:, examples], truth[examples]
-        return 100.0 * float(np.mean([_score(self.metric, row, truth) for row in chosen]))
+    def scores(self, examples: np.ndarray | None = None) -> np.ndarray:
+        """The metric x 100 of each seed, [S], on all examples or those of a resample."""
+        chosen = slice(None) if examples is None else examples
+        truth = self.truth[chosen]
+        return np.array([100 * _score(self.metric, row[chosen], truth) for row in self.answers])
 
-    def scores(self) -> np.ndarray:
-        """The metric x 100 of each seed, [S]."""
-        rows = np.arange(len(self.answers))
-        return np.array([self.score(seeds=rows[i : i + 1]) for i in rows])
+    def score(self, examples: np.ndarray | None = None) -> float:
+        """The mean over seeds of `scores`."""
+        return float(self.scores(examples).mean())
 
 
 def _score(metric: str, answers: np.ndarray, truth: np.ndarray) -> float:
@@ -75,6 +72,8 @@ def _score(metric: str, answers: np.ndarray, truth: np.ndarray) -> float:
     if metric == "matthews":  # of two classes
         product = (both + false) * (both + missed) * (neither + false) * (neither + missed)
         return float((both * neither - false * missed) / np.sqrt(product)) if product else 0.0
+    if metric != "accuracy":
+        raise ValueError(f"there is no metric {metric!r} here")
     return float((answers == truth).mean())
 
 
@@ -93,7 +92,8 @@ def difference(
     """Compares two arms, task by task on the same seeds and examples.
 
     The interval is the percentile bootstrap's. Each resample draws dev examples of each task and
-    seeds with replacement, the same ones for both arms. With few seeds it is rather too narrow.
+    seeds with replacement, the same ones for both arms. What the drawn seeds change is widened, so
+    that an interval of seeds alone is about Student's: few seeds would give one far too narrow.
 
     Args:
         ones: the first arm on each task.
@@ -102,12 +102,14 @@ def difference(
         together: whether a seed is one model of all tasks, and so drawn once for all of them.
     """
     rng = np.random.default_rng(0)
+    wider = _widening(seeds, 1 if together else len(ones))
 
     def mean_difference(*examples: np.ndarray) -> float:
         points, common = [], rng.integers(0, seeds, seeds)
         for one, other, drawn in zip(ones, others, examples, strict=True):
             chosen = common if together else rng.integers(0, seeds, seeds)
-            points.append(one.score(chosen, drawn) - other.score(chosen, drawn))
+            of_seeds = np.broadcast_to(one.scores(drawn) - other.scores(drawn), seeds)
+            points.append(of_seeds.mean() + wider * (of_seeds[chosen].mean() - of_seeds.mean()))
         return float(np.mean(points))
 
     pairs = zip(ones, others, strict=True)
@@ -123,11 +125,24 @@ def difference(
     return Difference(value, float(interval.low), float(interval.high))
 
 
-def verdict(claim: Claim, found: Sequence[Difference | None]) -> str:
-    """The rule of `claims.toml`: one of `VERDICTS`; None stands for a pair without all its runs."""
-    above: Callable[[float], bool] = lambda bound: bound > -claim.margin  # noqa: E731
-    if any(each is not None and not above(each.high) for each in found):
+def _widening(seeds: int, draws: int) -> float:
+    """Student's interval over the bootstrap's, of a mean over so many independent sets of seeds."""
+    if seeds == 1:
+        return 1.0
+    ratio = stats.t.ppf(0.975, draws * (seeds - 1)) / stats.norm.ppf(0.975)
+    return float(ratio * np.sqrt(seeds / (seeds - 1)))
+
+
+def verdict(claim: Claim, found: Sequence[Difference | None], moved: float = 0.0) -> str:
+    """The rule of `claims.toml`: one of `VERDICTS`.
+
+    Args:
+        claim: the claim.
+        found: the difference of each of its pairs, or None for a pair without all its runs.
+        moved: the largest change of an earlier task's parameters, of tasks added one after another.
+    """
+    if moved or any(each is not None and each.high < -claim.margin for each in found):
         return VERDICTS[1]
-    if all(each is not None and above(each.low) for each in found):
+    if all(each is not None and each.low > -claim.margin for each in found):
         return VERDICTS[0]
     return VERDICTS[2]

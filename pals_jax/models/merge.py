@@ -94,6 +94,18 @@ def _merge(
         merge(stack, place, params, layers)
 
 
+def flat_method(method: Method) -> Method:
+    """The method with flat prefixes: what is stored of it once it is trained."""
+    flat: Method = ()
+    for spec in method:
+        if isinstance(spec, Adapter) and isinstance(spec.form, Prefix) and spec.form.bottleneck:
+            form = dataclasses.replace(spec.form, bottleneck=0)
+            flat += (dataclasses.replace(spec, form=form, shared=()),)
+        else:
+            flat += (spec,)
+    return flat
+
+
 def flat_prefixes(method: Method, adapters: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
     """Prefixes as the keys and values that their networks give, which is all that is used of them.
 
@@ -104,7 +116,6 @@ def flat_prefixes(method: Method, adapters: Mapping[str, Any]) -> tuple[Method, 
     Returns:
         The method with flat prefixes, and the collection that goes with it.
     """
-    flat: Method = ()
     collection = dict(adapters)
     for spec in method:
         if isinstance(spec, Adapter) and isinstance(spec.form, Prefix) and spec.form.bottleneck:
@@ -112,11 +123,7 @@ def flat_prefixes(method: Method, adapters: Mapping[str, Any]) -> tuple[Method, 
             for name in set(names) & set(adapters):
                 own = {"norm": adapters[name]["layers"]["norm"]} if spec.form.norm else {}
                 collection[name] = {"layers": own | _keys_and_values(adapters[name])}
-            form = dataclasses.replace(spec.form, bottleneck=0)
-            flat += (dataclasses.replace(spec, form=form, shared=()),)
-        else:
-            flat += (spec,)
-    return flat, collection
+    return flat_method(method), collection
 
 
 def _keys_and_values(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
