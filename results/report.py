@@ -12,7 +12,7 @@ from results.evidence import Evidence
 from results.statistics import Difference, Side, verdict
 
 TEXTS = Path(__file__).with_name("pages")  # what people have written; {{NAME}} marks a place
-STORIES = ("H1", "U7", "P3")  # the claims whose pictures tell the story of each paper
+STORIES = ("H3", "U7", "P3")  # the claims whose pictures tell the story of each paper
 
 
 def write(claims: Claims, pages: Path = records.PAGES) -> None:
