@@ -73,8 +73,10 @@ class Evidence:
         return "a run diverged" if any(run["answers"] is None for run in runs) else _MISSING
 
     def heat_map(self, claim: Claim) -> np.ndarray | None:
-        """`ablate`'s changes, the mean over the claim's tasks, or None if a run is missing."""
-        (arm,) = (a for name in claim.arms if (a := self.claims.arms[name]).kind == "spans")
+        """`ablate`'s changes, the mean over the claim's tasks; None without all the runs."""
+        arm = next((a for n in claim.arms if (a := self.claims.arms[n]).kind == "spans"), None)
+        if arm is None:
+            return None
         runs = [run for task in claim.tasks for run in self.runs(claim, arm, task)]
         if len(runs) < len(claim.tasks) or any(records.ABLATION not in run for run in runs):
             return None

@@ -9,7 +9,7 @@ import numpy as np
 from results import pictures, records
 from results.claims import LOGISTIC, PAPERS, Arm, Claim, Claims
 from results.evidence import Evidence
-from results.statistics import Difference, Side, verdict
+from results.statistics import Difference, verdict
 
 TEXTS = Path(__file__).with_name("pages")  # what people have written; {{NAME}} marks a place
 STORIES = ("H3", "U7", "P3")  # the claims whose pictures tell the story of each paper
@@ -114,6 +114,11 @@ def _section(
         lines.append(
             f"- Largest change of a task's parameters while later tasks were added: {moved:g}"
         )
+    if (changes := evidence.heat_map(claim)) is not None:
+        lines.append(
+            "- Without the adapters of one layer, the mean score changes by at most"
+            f" {100 * abs(np.diag(changes)).max():.1f} points"
+        )
     if below := _below_logistic(evidence, claim):
         lines.append(f"- Below the better logistic regression: {'; '.join(below)}")
     lines += ["", *_table(evidence, claim)]
@@ -131,10 +136,12 @@ def _table(evidence: Evidence, claim: Claim) -> list[str]:
         if arm.kind == "spans":  # it is drawn
             continue
         sides = [evidence.side(claim, arm, task) for task in claim.tasks]
-        cells = [_cell(side) for side in sides]
-        if len(claim.tasks) > 1:
-            scores = [side.score() for side in sides if side is not None]
-            cells.append(f"{np.mean(scores):.1f}" if len(scores) == len(sides) else "")
+        scores = [None if side is None else side.scores() for side in sides]
+        if len(scores) > 1:
+            complete = [each for each in scores if each is not None]
+            whole = len(complete) == len(sides)
+            scores.append(np.mean(np.broadcast_arrays(*complete), axis=0) if whole else None)
+        cells = [_cell(each) for each in scores]
         size = _parameters(evidence, claim, arm)
         lines.append(f"| {_code(arm.title)} | {size} | {' | '.join(cells)} |")
     return lines
@@ -160,10 +167,9 @@ def _below_logistic(evidence: Evidence, claim: Claim) -> list[str]:
     return found
 
 
-def _cell(side: Side | None) -> str:
-    if side is None:
+def _cell(scores: np.ndarray | None) -> str:
+    if scores is None:
         return ""
-    scores = side.scores()
     spread = f" ± {scores.std(ddof=1):.1f}" if len(scores) > 1 else ""
     return f"{scores.mean():.1f}{spread}"
 
