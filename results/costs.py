@@ -43,14 +43,12 @@ class Costs:
             return forward * whole + dev
         turns = len(job.tasks) if job.arm.kind == "added" else 1
         steps = turns * experiment.steps * config.batch_size * self.training_flops(job)
-        variants = sum(
-            job.arm.name in (arm.name, arm.of) for arm in self.campaign.claims.arms.values()
-        )
+        variants = sum(job.arm.name == arm.of for arm in self.campaign.claims.arms.values())
         if job.arm.kind == "spans":
             depth = experiment.encoder().config.num_hidden_layers
             variants += depth * (depth + 1) // 2
-        # One after each epoch, one of the best checkpoint, and those of the records.
-        return len(job.seeds) * (steps + (config.epochs + 1 + variants) * dev)
+        # One evaluation after each epoch, and those without some adapters.
+        return len(job.seeds) * (steps + (config.epochs + variants) * dev)
 
     def training_flops(self, job: Job) -> float:
         """FLOPs of the matrix products of one example's training."""

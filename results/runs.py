@@ -20,10 +20,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from pals_jax.experiment.checkpoint import best_predictions
 from pals_jax.experiment.config import encoder_is_frozen, override
 from pals_jax.experiment.experiment import Experiment
 from pals_jax.inference import ablation
-from pals_jax.inference.evaluator import decide
 from pals_jax.inference.run import Run
 from pals_jax.models import counts, task_axis
 from pals_jax.models.merge import flat_method
@@ -33,7 +33,7 @@ from pals_jax.runtime.errors import Diverged, Preempted
 from pals_jax.training.sweep import in_one_step, train_all
 from pals_jax.training.train import train
 from results import baselines, records
-from results.claims import BASELINES, Claim
+from results.claims import BASELINES, Arm, Claim
 from results.costs import Costs, cheapest_first
 from results.jobs import Campaign, Job
 from results.records import ABLATION, EARLIER
@@ -79,7 +79,7 @@ class Runner:
             for name in names:
                 run = runs[name]
                 change = _largest_change(configs[name], parent / name) if added and run else None
-                self._write_trained(job, configs[name], run, watch.seconds, change)
+                self._write_trained(job, parent / name, run, configs[name], watch.seconds, change)
                 shutil.rmtree(parent / name)
                 (Path(parent) / f"{name}.seconds").unlink()
 
@@ -105,8 +105,9 @@ class Runner:
     def _write_trained(
         self,
         job: Job,
-        config: ConfigDict,
+        workdir: epath.Path,
         run: Run | None,
+        config: ConfigDict,
         seconds: float,
         change: float | None,
     ) -> None:
@@ -118,7 +119,7 @@ class Runner:
                 if arm.layers:
                     depth = np.arange(experiment.encoder().config.num_hidden_layers)
                     active = ~np.isin(depth, arm.layers)
-                answers = None if run is None else _answers(run, active)
+                answers = None if run is None else _answers(arm, run, workdir, active)
                 done = dataclasses.replace(job, arm=arm)
                 cost = seconds if arm.name == job.arm.name else 0.0
                 noticed: dict[str, Any] = {} if change is None else {EARLIER: change}
@@ -191,18 +192,15 @@ class Runner:
                 )
 
 
-def _answers(run: Run, active: np.ndarray | None) -> records.Answers:
+def _answers(arm: Arm, run: Run, workdir: epath.Path, active: np.ndarray | None) -> records.Answers:
     """What a run answers on the dev sets, with the adapters of the `active` layers."""
-    if run.experiment.tasks[0].output == "text":
+    tasks = run.experiment.tasks
+    if tasks[0].output == "text":
         return baselines.texts(run)
-    found: records.Answers = {}
-    for task in run.experiment.tasks:
-        splits = run.experiment.read_eval(task, run.tokenizer)
-        found[task.name] = {
-            name: decide(task, run.evaluator.logits(run.variables, task, split, active))
-            for name, split in splits.items()
-        }
-    return found
+    if arm.kind not in ("without", "added"):
+        return best_predictions(workdir)  # of training, which evaluated the same variables
+    splits = {task.name: run.experiment.read_eval(task, run.tokenizer) for task in tasks}
+    return run.evaluator.predict(run.variables, splits, active)
 
 
 def _train(job: Job, configs: dict[str, ConfigDict], parent: epath.Path) -> dict[str, Run | None]:

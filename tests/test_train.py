@@ -11,12 +11,14 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import tiny
+from etils import epath
 
 from pals_jax.cli import main
 from pals_jax.convert import huggingface
 from pals_jax.data.batches import Layout
 from pals_jax.data.sampler import Sampler
 from pals_jax.experiment import workdir
+from pals_jax.experiment.checkpoint import best_predictions
 from pals_jax.experiment.config import load
 from pals_jax.inference.run import Run
 from pals_jax.models.task_axis import take
@@ -83,6 +85,18 @@ def test_evaluate_gives_the_best_score_again(run, capsys):
                 assert value == best[f"{task}/{split}/{metric}"]
     assert main(["evaluate", f"--workdir={run}"]) == 0
     assert "colour" in capsys.readouterr().err
+
+
+def test_the_best_checkpoint_holds_its_predictions(run):
+    """Those of the dev examples, as they are computed again."""
+    kept, loaded = best_predictions(epath.Path(run)), Run.load(epath.Path(run))
+    assert {task: list(splits) for task, splits in kept.items()} == {
+        task: ["dev"] for task in ("colour", "share", "same")
+    }
+    tasks = loaded.experiment.tasks
+    splits = {task.name: loaded.experiment.read_eval(task, loaded.tokenizer) for task in tasks}
+    again = loaded.evaluator.predict(loaded.variables, splits)
+    jax.tree.map(np.testing.assert_array_equal, again, kept)
 
 
 def test_predict_a_file_and_stdin(run, capsys, monkeypatch):

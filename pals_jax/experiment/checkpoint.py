@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from etils import epath
@@ -56,9 +57,21 @@ class Checkpoints:
                 self._newest.save(step, args=args)
 
     def save_best(
-        self, step: int, variables: optax.Params, score: float, results: dict[str, Any]
+        self,
+        step: int,
+        variables: optax.Params,
+        score: float,
+        results: dict[str, Any],
+        predictions: dict[str, dict[str, np.ndarray]],
     ) -> None:
-        """Keeps `variables` and their dev results if their score is higher than all earlier ones.
+        """Keeps `variables` if their score is higher than all earlier ones.
+
+        Args:
+            step: the number of steps taken.
+            variables: the model's.
+            score: what checkpoints are compared by.
+            results: the dev results of every task.
+            predictions: task -> dev set -> [N], which the results were measured on.
 
         Raises:
             UserError: as for `save`.
@@ -67,7 +80,11 @@ class Checkpoints:
             best = self._best.best_step()
             if best is None or (step > best and score > self._best.metrics(best)["score"]):
                 args = ocp.args.StandardSave(self._parallel.to_save(variables))
-                metrics = {"score": float(score), "results": results}
+                listed = {
+                    task: {split: x.tolist() for split, x in splits.items()}
+                    for task, splits in predictions.items()
+                }
+                metrics = {"score": float(score), "results": results, "predictions": listed}
                 self._best.save(step, args=args, metrics=metrics)
 
     def wait(self) -> None:
@@ -139,13 +156,29 @@ def best_results(workdir: epath.Path) -> tuple[int, dict[str, Any]]:
     Raises:
         UserError: if there is no checkpoint yet, or it is damaged or has no results.
     """
+    return _kept_with_best(workdir, "results")
+
+
+def best_predictions(workdir: epath.Path) -> dict[str, dict[str, np.ndarray]]:
+    """What a workdir's best checkpoint predicts for every dev example: task -> dev set -> [N].
+
+    Raises:
+        UserError: as for `best_results`.
+    """
+    _, listed = _kept_with_best(workdir, "predictions")
+    return {
+        task: {split: np.array(x) for split, x in splits.items()} for task, splits in listed.items()
+    }
+
+
+def _kept_with_best(workdir: epath.Path, name: str) -> tuple[int, dict[str, Any]]:
     manager, step = _open_best(workdir)
-    if not (results := manager.metrics(step).get("results")):
+    if not (kept := manager.metrics(step).get(name)):
         raise UserError(
-            f"{workdir / BEST} holds no dev results, because no training of this version wrote it;"
+            f"{workdir / BEST} holds no dev {name}, because no training of this version wrote it;"
             f" run `pals-jax evaluate --workdir={workdir}`."
         )
-    return step, results
+    return step, kept
 
 
 def _open_best(workdir: epath.Path) -> tuple[ocp.CheckpointManager, int]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Results = dict[str, dict[str, dict[str, float]]]  # task -> split -> metric
 Splits = Mapping[str, Mapping[str, TokenizedSplit]]  # task -> split
+Predictions = dict[str, dict[str, np.ndarray]]  # task -> split -> [N]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,19 +122,43 @@ class Evaluator:
 
     def evaluate(self, variables: Any, splits: Splits, active: np.ndarray | None = None) -> Results:
         """The metrics of every task of `splits` on each split, over the whole split at once."""
+        return self.measure(self.predict(variables, splits, active), splits)
+
+    def predict(
+        self, variables: Any, splits: Splits, active: np.ndarray | None = None
+    ) -> Predictions:
+        """`decide`'s answer for every example of every task of `splits`; of texts, `text_losses`.
+
+        With `active`, bool [N], only the layers where it is True have their adapters.
+        """
         variables = in_compute_dtype(variables, self.experiment.model().dtype)
 
-        def measure(task: Task, split: TokenizedSplit) -> dict[str, float]:
+        def of_split(task: Task, split: TokenizedSplit) -> np.ndarray:
             if split.target_texts is not None:
-                losses = self.text_losses(variables, task, split)
-                return metrics.of_texts(task.metrics, losses, split.target_texts.lengths)
-            predictions = decide(task, self.logits(variables, task, split, active))
-            return metrics.compute(task.metrics, predictions, split.targets)
+                return self.text_losses(variables, task, split)
+            return decide(task, self.logits(variables, task, split, active))
 
         return {
-            task.name: {name: measure(task, split) for name, split in splits[task.name].items()}
+            task.name: {name: of_split(task, split) for name, split in splits[task.name].items()}
             for task in self.experiment.tasks
             if task.name in splits
+        }
+
+    def measure(self, predictions: Predictions, splits: Splits) -> Results:
+        """The metrics of what `predict` returned for the same splits."""
+
+        def of_split(task: Task, predicted: np.ndarray, split: TokenizedSplit) -> dict[str, float]:
+            if split.target_texts is not None:
+                return metrics.of_texts(task.metrics, predicted, split.target_texts.lengths)
+            return metrics.compute(task.metrics, predicted, split.targets)
+
+        return {
+            task.name: {
+                name: of_split(task, predicted, splits[task.name][name])
+                for name, predicted in predictions[task.name].items()
+            }
+            for task in self.experiment.tasks
+            if task.name in predictions
         }
 
     def score(self, results: Results) -> float:

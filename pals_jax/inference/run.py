@@ -272,7 +272,7 @@ class Run:
             if (left := workdir / BEST).exists():  # by an attempt that failed
                 left.rmtree()
             with Checkpoints(workdir, self.evaluator.parallel) as checkpoints:
-                checkpoints.save_best(self.step, self.variables, score=0.0, results={})
+                checkpoints.save_best(self.step, self.variables, 0.0, {}, {})
             workdir_lib.save_tokenizer(self.tokenizer, workdir)
             workdir_lib.save(self.experiment, workdir)  # last: this file makes it a run
         except OSError as error:

@@ -95,13 +95,15 @@ class RunWriter:
         workdir_lib.refuse_vanished(self._workdir)
         variables, dtype = state.variables, self._experiment.model().dtype
         gathered = self._parallel.gathered(in_compute_dtype(variables, dtype))
-        results = evaluator.evaluate(gathered, splits)
+        predictions = evaluator.predict(gathered, splits)
+        results = evaluator.measure(predictions, splits)
         score = evaluator.score(results)
         self._writer.write(done, flatten_dict(results, sep="/") | {"score": score})
         config = self._experiment.config
         epoch = done // config.steps_per_epoch
         say(f"{self._workdir.name}: epoch {epoch} of {config.epochs}: {score:.4f}")
-        self._checkpoints.save_best(done, overlay(variables, self._exact), score, results)
+        best = overlay(variables, self._exact)
+        self._checkpoints.save_best(done, best, score, results, predictions)
 
     def wait(self) -> None:
         """Waits until all checkpoints are on disk."""
