@@ -27,7 +27,7 @@ from pals_jax.inference import ablation
 from pals_jax.inference.run import Run
 from pals_jax.models import counts, task_axis
 from pals_jax.models.merge import flat_method
-from pals_jax.runtime import storage
+from pals_jax.runtime import distributed, storage
 from pals_jax.runtime.console import say
 from pals_jax.runtime.errors import Diverged, Preempted
 from pals_jax.training.sweep import in_one_step, train_all
@@ -99,6 +99,7 @@ class Runner:
             os.close(opened)  # and, with it, the lock
 
     def check_time(self) -> None:
+        distributed.stop_between_runs()
         if time.monotonic() > self.end:
             raise Preempted("the time is up; run it again to go on.")
 

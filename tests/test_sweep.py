@@ -1,7 +1,9 @@
 """Sweeps: one run for each override, and one table of all runs."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from pals_jax.experiment import workdir as workdir_lib
 from pals_jax.inference.evaluator import Results
 from pals_jax.runtime import distributed
 from pals_jax.training import sweep
+from pals_jax.training.run_writer import RunWriter
 from pals_jax.training.step import TrainState
 from pals_jax.training.vmapped_runs import share_frozen
 
@@ -115,6 +118,33 @@ def test_what_one_step_trains_is_what_is_trained_alone(
         assert len(mine) == len(other) == 2
         for x, y in zip(mine, other, strict=True):
             assert x == pytest.approx(y, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_last_evaluation_stops_before_the_next_run(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the sweep goes on from there."""
+    command = ["train", f"--config={CONFIG}:{small}", f"--workdir={small / 'sweep'}", "--sweep"]
+    command += ["--config.sweep=({'method': 'lhuc()'}, {'method': 'bitfit()'})"]
+    command += [
+        "--config.epochs=1",
+        "--config.steps_per_epoch=2",
+        "--config.trainable=('adapters/',)",
+    ]
+    real = RunWriter.evaluate
+
+    def told(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(*args)
+
+    monkeypatch.setattr(RunWriter, "evaluate", told)
+    assert main(command) == 143
+    finished = [path.parent.name for path in (small / "sweep").glob("*/best")]
+    assert len(finished) == 1
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert len(json.loads((small / "sweep" / "sweep.json").read_text())) == 2
 
 
 def test_what_is_frozen_alike_is_in_memory_once() -> None:

@@ -14,7 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from pals_jax.runtime.accelerators import has_tpu
-from pals_jax.runtime.errors import Unavailable, UserError, reason
+from pals_jax.runtime.errors import Preempted, Unavailable, UserError, reason
 
 _CONNECT_SECONDS = 300  # timeout for connecting to the other processes of a run
 
@@ -106,11 +106,10 @@ class Preemption:
     single process: its SIGTERM would go unnoticed.
     """
 
-    def __init__(self) -> None:
-        """Starts listening only when the context is entered."""
-        self._told = False
+    told = False  # whether the signal has come, and nothing has stopped because of it yet
 
     def __enter__(self) -> "Preemption":
+        Preemption.told = False
         # With several processes JAX's service handles the signal. Only the main thread may set
         # signal handlers.
         self._mine = jax.process_count() == 1
@@ -120,14 +119,23 @@ class Preemption:
         return self
 
     def _tell(self, number: int, frame: FrameType | None) -> None:
-        self._told = True
+        Preemption.told = True
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self._mine:
             signal.signal(signal.SIGTERM, self._before)
+        if error:
+            Preemption.told = False
 
     def reached(self, step: int) -> bool:
         """Whether to save and stop now, after `step`; must be called after every step."""
         if jax.process_count() == 1:
-            return self._told
+            return Preemption.told
         return multihost_utils.reached_preemption_sync_point(step)
+
+
+def stop_between_runs() -> None:
+    """Raises Preempted if the last run was told to stop too late for a step to notice it."""
+    if Preemption.told:
+        Preemption.told = False
+        raise Preempted("told to stop between two runs; to go on, run the same command again.")

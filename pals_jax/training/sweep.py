@@ -65,6 +65,7 @@ def sweep(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
         Experiment.from_config(one)  # reports errors before any run is trained
     rows: list[dict[str, Any]] = []
     for names in in_one_step(runs, workdir):
+        distributed.stop_between_runs()
         of_all = train_all({name: runs[name] for name in names}, workdir)
         rows += [_row(runs[name], name, overrides[name], of_all[name]) for name in names]
         rows.sort(key=lambda row: -np.inf if row["score"] is None else row["score"], reverse=True)

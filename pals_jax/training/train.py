@@ -187,6 +187,7 @@ def train_separately(config: ConfigDict, workdir: epath.Path) -> Results:
     tasks = Experiment.from_config(config).tasks  # reports errors before any task is trained
     results: Results = {}
     for name in config.tasks:
+        distributed.stop_between_runs()
         alone = ConfigDict(config.to_dict())
         alone.tasks = (name,)
         results |= train(alone, workdir / name)
